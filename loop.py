@@ -170,31 +170,21 @@ def whole_file(reply):
     return files[0]
 
 
-def indentation(line):
-    return line[: len(line) - len(line.lstrip())]
+def margin(lines):
+    """The indentation that all lines share, blank ones apart."""
+    return os.path.commonprefix([line[: len(line) - len(line.lstrip())] for line in lines if line.strip()])
 
 
 def find_lines(lines, search):
-    """Where `search` stands in `lines`: [(index, indent to add, indent to cut)], by the first of three ways that finds any."""
-    starts = range(len(lines) - len(search) + 1)
-    if found := [i for i in starts if lines[i : i + len(search)] == search]:
-        return [(i, "", "") for i in found]
-    wanted = [line.rstrip() for line in search]
-    bare = [line.rstrip() for line in lines]
-    if found := [i for i in starts if bare[i : i + len(search)] == wanted]:
-        return [(i, "", "") for i in found]
-    shifted = []
-    for i in starts:
-        here = bare[i : i + len(search)]
-        if [line.lstrip() for line in here] == [line.lstrip() for line in wanted]:
-            pairs = {(indentation(a), indentation(b)) for a, b in zip(here, wanted, strict=True) if a}
-            add = {a[: len(a) - len(b)] for a, b in pairs if a.endswith(b)}
-            cut = {b[: len(b) - len(a)] for a, b in pairs if b.endswith(a)}
-            if len(add) == 1 and all(a.endswith(b) for a, b in pairs):
-                shifted.append((i, add.pop(), ""))
-            elif len(cut) == 1 and all(b.endswith(a) for a, b in pairs):
-                shifted.append((i, "", cut.pop()))
-    return shifted
+    """The indices at which `search` stands in `lines`: exactly, or else but for trailing space, or else but for one indent."""
+    exact = list
+    trimmed = lambda part: [line.rstrip() for line in part]  # noqa: E731
+    shifted = lambda part: [line[len(margin(part)) :].rstrip() for line in part]  # noqa: E731
+    for form in (exact, trimmed, shifted):
+        wanted = form(search)
+        if found := [i for i in range(len(lines) - len(search) + 1) if form(lines[i : i + len(search)]) == wanted]:
+            return found
+    return []
 
 
 def nearest_lines(lines, search):
@@ -216,14 +206,18 @@ def apply_edit(source, edit):
             raise Refused("A SEARCH part is empty: quote the lines before or after the place, and repeat them in the REPLACE part.")
         found = find_lines(lines, search)
         if not found:
-            raise Refused(f"These SEARCH lines are not in train.py:\n{shown}\n\nThe nearest lines there are:\n{nearest_lines(lines, search)}\n\n"
-                          "Copy the lines exactly, without line numbers or omissions.")  # fmt: skip
+            raise Refused(
+                f"These SEARCH lines are not in train.py:\n{shown}\n\nThe nearest lines there are:\n{nearest_lines(lines, search)}\n\n"
+                "Copy the lines exactly, without line numbers or omissions."
+            )
         if len(found) > 1:
             raise Refused(f"These SEARCH lines stand in train.py {len(found)} times; add lines around them until they are unique:\n{shown}")
-        index, add, cut = found[0]
-        if any(line.strip() and not line.startswith(cut) for line in replace):
-            raise Refused(f"The REPLACE part is indented otherwise than its SEARCH part, which is off by {len(cut)} columns:\n{shown}")
-        lines[index : index + len(search)] = [add + line[len(cut) :] if line.strip() else line for line in replace]
+        here = slice(found[0], found[0] + len(search))
+        real, wrong = margin(lines[here]), margin(search)
+        add, cut = real.removeprefix(wrong), wrong.removeprefix(real)  # one of them is empty, if one holds the other
+        if add and cut or any(line.strip() and not line.startswith(cut) for line in replace):
+            raise Refused(f"The block's indentation doesn't fit train.py, where its first line is:\n{lines[found[0]]}")
+        lines[here] = [add + line[len(cut) :] if line.strip() else line for line in replace]
     return "\n".join(lines)
 
 
@@ -278,7 +272,9 @@ def another_value(value, rng):
 
 def random_reply(source, rng, other_device):
     """A reply as a model would write it, moving one constant: so that --offline goes the same way as every other edit."""
-    label, node = rng.choice(numbers(source, other_device))
+    if not (found := numbers(source, other_device)):
+        raise Stop("train.py has no top-level constants (NAME = 1.0) that --offline could search")
+    label, node = rng.choice(found)
     value = another_value(node.value, rng)
     lines = source.split("\n")
     at = node.lineno - 1
@@ -337,12 +333,14 @@ def parse_summary(output, secret, seed, budget, fingerprint):
     lines = output.rstrip("\n").split("\n")
     if sum(line.startswith("val_bpb:") for line in lines) != 1 or "---" not in lines:
         raise ValueError("no summary" if "\nval_bpb:" not in output else "more than one val_bpb, or no summary around it")
-    *signed, last = lines[len(lines) - lines[::-1].index("---") :]
+    signed = lines[len(lines) - lines[::-1].index("---") :]
+    last = next((line for line in signed if line.startswith("signature:")), "")  # a library may warn at exit, after it
+    signed = signed[: signed.index(last)] if last else signed
     summary = dict(re.split(r":\s+", line, maxsplit=1) for line in signed if ": " in line)
     text = "\n".join([*signed, f"seed: {seed}", f"budget: {budget:g}", f"data: {fingerprint}"])
     signature = hmac.new(secret.encode(), text.encode(), "sha256").hexdigest()
     if not hmac.compare_digest(last.encode(), f"{'signature:':17} {signature}".encode()):
-        raise ValueError("the summary is not signed by the ruler for this seed, budget and data, or something was printed after it")
+        raise ValueError("the summary is not signed by the ruler for this seed, budget and data")
     if not 0.05 < float(summary["val_bpb"]) < 20:  # nan is in no range
         raise ValueError(f"val_bpb {summary['val_bpb']} is out of range")
     return summary
@@ -549,26 +547,28 @@ class Notebook:
             self.abandon()
 
     def refresh(self, commit):
-        """Brings the checkout and the person's index up to the tip, for files that hold what the loop put there; nobody's edits."""
+        """After a row: the checkout's files that hold what the loop put there follow the branch, and so do their index entries."""
         if not self.checked_out():
             return
-        past = [commit, *(f"{self.ref}~{n}" for n in range(1, 4))]
-        for name in ("results.tsv", "train.py", "program.md"):
-            now, path = self.git.blob(self.ref, name), self.git.folder / name
-            here = read_text(path)
-            old = {self.git.blob(earlier, name) for earlier in past if self.git.find(earlier)}
-            ours = name == "results.tsv" or here in old
-            if now is not None and here != now and ours and name != "program.md":  # program.md is the person's alone
-                replace_file(path, now)
-            path = self.git.prefix + name
-            staged = self.git("ls-files", "--stage", "--", name).split()
-            tree = {self.git("rev-parse", "--quiet", "--verify", f"{earlier}:{path}").strip()
-                    for earlier in past if self.git.find(earlier) and self.git.blob(earlier, name) is not None}  # fmt: skip
-            if now is not None and (not staged or staged[1] in tree):
-                blob = self.git("rev-parse", f"{self.ref}:{path}").strip()
-                with contextlib.suppress(subprocess.CalledProcessError):  # the index is locked: the next row tries again
-                    if not staged or staged[1] != blob:
-                        self.git("update-index", "--add", "--cacheinfo", f"100644,{blob},{path}")
+        folder, names = self.git.folder, ("results.tsv", "train.py", "program.md")
+        if read_text(folder / "results.tsv") != self.text:
+            replace_file(folder / "results.tsv", self.text)
+        kept = [row.commit for row in self.rows if row.status == "keep"]
+        replaced = kept[-2:-1] if commit.startswith(kept[-1]) else []
+        if read_text(folder / "train.py") in [self.git.blob(old, "train.py") for old in (commit, *replaced)]:
+            replace_file(folder / "train.py", self.incumbent_source)  # anything else there is a person's edit: it waits its turn
+        # An index entry that is none of the branch's last versions was staged by the person, and stays.
+        commits = (self.ref, commit, *(f"{self.ref}~{n}" for n in range(1, 4)))
+        hashes = self.git(
+            "cat-file", "--batch-check=%(objectname)", stdin="\n".join(f"{c}:{self.git.prefix}{n}" for n in names for c in commits)
+        )
+        hashes = [None if line.endswith("missing") else line for line in hashes.splitlines()]
+        staged = {line.split("\t")[1]: line.split()[1] for line in self.git("ls-files", "--stage", "--", *names).splitlines()}
+        for number, name in enumerate(names):
+            now, *past = hashes[number * len(commits) : (number + 1) * len(commits)]
+            if now != staged.get(name) and staged.get(name) in past:
+                with contextlib.suppress(subprocess.CalledProcessError):  # somebody holds the index: the next row tries again
+                    self.git("update-index", "--add", "--cacheinfo", f"100644,{now},{self.git.prefix}{name}")
 
 
 # --------------------------------------------------------------------------------------------------------------- the run
@@ -601,7 +601,7 @@ class Output:
         self.thread.start()
 
     def read(self):
-        with open(self.log, "wb") as file:
+        with self.pipe, open(self.log, "wb") as file:
             while chunk := os.read(self.pipe.fileno(), 65536):
                 head = chunk[: max(LOG_HEAD - self.head, 0)]
                 with contextlib.suppress(OSError):  # a full disk loses a log, not a run
@@ -620,7 +620,8 @@ class Output:
                         self.facts.show(step=int(step), progress=float(percent) / 100, loss=float(loss), speed=speed)
             if self.dropped:
                 with contextlib.suppress(OSError):
-                    file.write(f"\n... {max(self.dropped - LOG_TAIL, 0):,} bytes left out ...\n".encode() + self.tail[-LOG_TAIL:])
+                    left_out = max(self.dropped - LOG_TAIL, 0)
+                    file.write(f"\n... {left_out:,} bytes left out ...\n".encode() + self.tail[-(self.dropped - left_out) :])
 
     def text(self):
         """The end of the output, enough for the summary and a traceback."""
@@ -643,25 +644,31 @@ def environment(folder, runs, data, **values):
     kept |= {name: str(runs / "cache" / part) for name, part in caches.items()}  # shared: compiling once is enough
     kept |= {"HOME": str(folder / "home"), "TMPDIR": str(folder / "tmp"), "PYTHONUNBUFFERED": "1"}
     kept |= {"PYTHONUSERBASE": site.getuserbase()}  # packages installed with pip --user are found by HOME otherwise
-    return kept | {"AUTORESEARCH_RUNS": str(runs), "AUTORESEARCH_DATA": str(data)} | {f"AUTORESEARCH_{k}": str(v) for k, v in values.items()}
+    return kept | {f"AUTORESEARCH_{name}": str(value) for name, value in {"RUNS": runs, "DATA": data, **values}.items()}
+
+
+def find_runs(runs):
+    """The processes that runs of this checkout started, by the mark in their environment, which setsid and a dead loop leave there."""
+    mark = f"AUTORESEARCH_RUNS={runs}"
+    if not Path("/proc/self/environ").exists():  # macOS
+        listing = subprocess.run(["ps", "-axEww", "-o", "pid=,command="], capture_output=True, text=True).stdout
+        return [int(line.split()[0]) for line in listing.splitlines() if f" {mark} " in line + " "]
+    found = []
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):
+            if mark.encode() in path.read_bytes().split(b"\0"):
+                found.append(int(path.parent.name))
+    return found
 
 
 def kill_runs(runs):
-    """Kills every process that a run of this checkout started, by the mark in its environment: setsid and a dead loop keep it."""
-    mark = f"AUTORESEARCH_RUNS={runs}"
-    found = []
-    if Path("/proc/self/environ").exists():
-        for path in Path("/proc").glob("[0-9]*/environ"):
-            with contextlib.suppress(OSError):
-                if mark.encode() in path.read_bytes().split(b"\0"):
-                    found.append(int(path.parent.name))
-    else:  # macOS
-        listing = subprocess.run(["ps", "-axEww", "-o", "pid=,command="], capture_output=True, text=True).stdout
-        found = [int(line.split()[0]) for line in listing.splitlines() if f" {mark} " in line + " "]
-    for pid in found:
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.kill(pid, signal.SIGKILL)
-    return len(found)
+    for _ in range(10):  # more than once: a process may fork between being found and being killed
+        if not (found := find_runs(runs)):
+            return
+        for pid in found:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.01)
 
 
 def run_experiment(folder, files, data, fingerprint, seed, budget, facts):
@@ -837,7 +844,7 @@ def totals(facts, now):
         parts.append(f"best {kept[-1].val_bpb:.4f}, {gain:.4f} ({gain / kept[0].val_bpb:.1%}) below the baseline's {kept[0].val_bpb:.4f}")
         crashed = sum(row.status == "crash" for row in facts.rows)
         parts.append(f"{len(facts.rows) - 1} experiments, {len(kept) - 1} kept, {crashed} crashed")
-    parts.append(f"{int(hours)}:{int(hours * 60) % 60:02} h, {facts.finished / max(hours, 1e-9):.1f} an hour" if facts.finished else f"{int(hours)}:{int(hours * 60) % 60:02} h")
+    parts.append(f"{int(hours)}:{int(hours * 60) % 60:02} h" + (f", {facts.finished / hours:.1f} an hour" if facts.finished else ""))
     if facts.tokens:
         parts.append(f"{facts.tokens:,} tokens" + (f", {facts.refused} replies refused" if facts.refused else ""))
     return "  ·  ".join(parts)
@@ -883,8 +890,8 @@ class Interrupts:
                 signal.signal(number, self.handle)
 
     def handle(self, number, frame):
-        self.pending = True
-        if not self.held:
+        first, self.pending = not self.pending, True
+        if first and not self.held:  # a second one must not break the tidying up
             raise KeyboardInterrupt
 
     @contextlib.contextmanager
@@ -967,11 +974,15 @@ class Night:
             meta = json.loads(path.read_text())
             if not fingerprint or meta["fingerprint"] == fingerprint:
                 return path.parent, meta["fingerprint"]
-        raise Stop(f"this branch was measured on the data set {fingerprint}, which is not in {root}; bring it back, or begin anew with --tag")
+        raise Stop(
+            f"this branch was measured on the data set {fingerprint}, which is not in {root}; bring it back, or begin anew with --tag"
+        )
 
     def machine(self):
         """{Device, Torch} as the ruler sees them; a process of its own, because loop.py never loads torch."""
-        done = subprocess.run([sys.executable, "-c", "import prepare; print(prepare.facts())"], cwd=self.folder, capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, "-c", "import prepare; print(prepare.facts())"], cwd=self.folder, capture_output=True, text=True
+        )
         if done.returncode:
             raise Stop(f"the ruler does not start: {one_line(done.stderr[-200:])}; is everything installed? pip install -e .")
         return json.loads(done.stdout.splitlines()[-1])
@@ -990,7 +1001,9 @@ class Night:
         self.ruler = {"Data": self.fingerprint, "Ruler": ruler, "Budget": f"{self.budget:g}", **self.machine()}
         differ = [f"{name} was {began[name]} and is {value}" for name, value in self.ruler.items() if began.get(name, value) != value]
         if differ:
-            raise Stop(f"{self.notebook.name} was measured with another ruler ({'; '.join(differ)}); begin anew with --tag NAME, or go back to it")
+            raise Stop(
+                f"{self.notebook.name} was measured with another ruler ({'; '.join(differ)}); begin anew with --tag NAME, or go back to it"
+            )
         self.other_device = "GPU" if self.ruler["Device"].startswith(("cpu", "mps")) else "CPU"
 
     def check_out(self):
@@ -1018,17 +1031,19 @@ class Night:
             self.notebook.open()
             if self.notebook.checked_out():
                 self.check_results()
-        self.check_ruler()
         if not self.args.offline:
             self.model = Model(self.args.model, self.facts)
+        self.check_ruler()
         self.check_out()
         who = self.model.name if self.model else "offline random search"
-        facts, minutes = self.facts, self.budget / 60
+        facts, most = self.facts, f"{self.budget:g} s" if self.budget < 120 else f"{self.budget / 60:.3g} min"
         facts.title = f"{self.notebook.name}  ·  {self.data.name}  ·  {self.ruler['Device']}  ·  {who}"
         facts.rows = self.notebook.rows
-        facts.say(f"{facts.title}")
-        todo = "goes on" if self.notebook.incumbent else f"measures the baseline first (at most {minutes:.3g} min)"
-        facts.say(f"{todo}; an experiment takes at most {minutes:.3g} min, {3600 / self.budget:.0f} or more an hour; Ctrl-C stops, the same command goes on")
+        facts.say(facts.title)
+        first = "going on with" if self.notebook.incumbent else f"first the baseline (at most {most}), then"
+        facts.say(
+            f"{first} experiments of at most {most} each, {3600 / self.budget:.0f} or more an hour; Ctrl-C stops, the same command goes on"
+        )
 
     # ---- the cycle
 
@@ -1063,7 +1078,7 @@ class Night:
         source, tokens, edit, refusal = notebook.incumbent_source, 0, None, ""
         rng = random.Random(f"{notebook.name} {len(notebook.rows)}")
         chat = messages(notebook.program(), source, notebook.rows, notebook.incumbent, "\n\n".join(self.last_runs))
-        for _ in range(1 + REFUSALS):
+        for _ in range(1 + REFUSALS if self.model else 100):  # chance may hit what was tried many times over
             if self.model:
                 self.facts.start(f"asking {self.model.name} for an edit")
                 reply, used = self.model.ask(chat)
@@ -1077,8 +1092,8 @@ class Night:
                 return edit, self.accept(apply_edit(source, edit)), tokens, ""
             except Refused as error:
                 refusal = str(error)
-                self.facts.refused += 1
                 if self.model:
+                    self.facts.refused += 1
                     self.facts.say(f"reply refused: {one_line(refusal, 160)}")
                 chat += [{"role": "assistant", "content": reply[:20000] or "(empty)"},
                          {"role": "user", "content": f"{refusal}\n\nNothing was changed. {FORM}"}]  # fmt: skip
@@ -1118,7 +1133,9 @@ class Night:
     def add_row(self, commit, status, result, description, tokens):
         best = self.notebook.incumbent.val_bpb if self.notebook.incumbent else None
         runs = [] if result.cause else [result.val_bpb]
-        row = Row("", result.val_bpb, result.memory_gb, status, description, runs, tokens, f"{datetime.now(timezone.utc):%Y-%m-%dT%H:%M:%SZ}")
+        row = Row(
+            "", result.val_bpb, result.memory_gb, status, description, runs, tokens, f"{datetime.now(timezone.utc):%Y-%m-%dT%H:%M:%SZ}"
+        )
         self.notebook.record(commit, row, result.curve)
         self.facts.finished += best is not None
         self.hasty = self.hasty + 1 if result.cause and result.seconds < WAITS[0] else 0
@@ -1146,6 +1163,7 @@ class Night:
                         self.facts.say(f"{self.hasty} failures in a row within seconds; going on in {seconds} s")
                         time.sleep(seconds)
             finally:
+                kill_runs(self.runs)  # also what was being started when a signal came
                 self.facts.show(progress=None, activity="stopped")
 
     def last_screen(self):
@@ -1159,14 +1177,15 @@ def main():
         description="Runs experiments on train.py until stopped, and goes on where it was. Steer with program.md, read results.tsv.",
         epilog="The model is any that OPENAI_API_KEY and OPENAI_BASE_URL lead to, as the openai package reads them.",
     )  # fmt: skip
-    positive = lambda text: value if (value := float(text)) > 0 else parser.error(f"{text} is not above 0")  # noqa: E731
     parser.add_argument("--tag", help="the branch autoresearch/TAG (default: the one checked out, else today's date)")
-    parser.add_argument("--budget", type=positive, metavar="S", help=f"hard wall clock of one run, in seconds ({BUDGET}, or the branch's)")
-    parser.add_argument("--experiments", type=positive, metavar="N", help="stop after N experiments, the baseline not counted")
-    parser.add_argument("--hours", type=positive, metavar="H", help="stop at the first experiment's end after H hours")
+    parser.add_argument("--budget", type=float, metavar="S", help=f"hard wall clock of one run, in seconds ({BUDGET}, or the branch's)")
+    parser.add_argument("--experiments", type=int, metavar="N", help="stop after N experiments, the baseline not counted")
+    parser.add_argument("--hours", type=float, metavar="H", help="stop at the first experiment's end after H hours")
     parser.add_argument("--model", metavar="NAME", help=f"the model to ask ({DEFAULT_MODEL}, or your server's first one)")
     parser.add_argument("--offline", action="store_true", help="no LLM: random search over train.py's constants, no key, no network")
     args = parser.parse_args()
+    if any(value is not None and not value > 0 for value in (args.budget, args.experiments, args.hours)):
+        parser.error("--budget, --experiments and --hours take a number above 0")
     console = Console(highlight=False)
     night = None
     try:
@@ -1184,8 +1203,9 @@ def main():
     except subprocess.CalledProcessError as error:
         print(f"loop.py: git failed: {one_line(error.stderr.decode('utf-8', 'replace')) or error}", file=sys.stderr)
         return 1
-    if night and night.facts.title:
-        night.last_screen()
+    with contextlib.suppress(OSError):  # the terminal may be gone
+        if night and night.facts.title:
+            night.last_screen()
     return 0
 
 
