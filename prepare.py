@@ -22,10 +22,13 @@ import json
 import math
 import os
 import random
+import re
 import resource
 import shutil
+import signal
 import sys
 import tempfile
+import zlib
 from pathlib import Path
 from time import monotonic  # bound here, so that a train.py which replaces time.time or time.monotonic moves nothing
 
@@ -41,7 +44,9 @@ CPU_SIZES = dict(seq_len=256, vocab_size=2048, eval_tokens=2**17, eval_rows=16) 
 FORMAT = 1  # of the files written; a new number makes every source be prepared again
 HELD_OUT = 20  # one document in 20 is val and one is test, by content hash
 DOCUMENT_CHARS = 8192  # a longer text file is cut at the next blank line, so that a book has documents to split
+JSON_CHARS = 2**20  # a longer text in a JSON line is cut: bounds memory
 TEXT_SUFFIXES = (".txt", ".md", ".py")
+SUFFIXES = (*TEXT_SUFFIXES, ".jsonl", ".jsonl.gz")
 VOCABULARY_CHARS = 200_000_000  # the BPE is trained on at most this much of the train split
 BATCH_DOCUMENTS = 64  # tokenized at a time: bounds memory
 # How text is cut before BPE: words with one leading sign, digits by two, punctuation, line ends, spaces (GPT-4's rule).
@@ -51,12 +56,16 @@ BUDGET = 300  # seconds of wall clock for the whole process, when the loop doesn
 TRAINING_SHARE = 5 / 6  # of the budget, for training; the rest pays start-up, compiling and evaluation
 EXIT_SECONDS = 1.0  # kept free at the end, to print and exit
 EVAL_RESERVE = 1.5  # times the measured evaluation time is kept free
+STEP_PASSES = 10  # evaluation passes of as many tokens that a training step may take: three, and a generous rest
+FORGET = 0.05  # seconds by which a slow step's memory fades in each second of training
 OVERRUN = 0.02  # of the training time, or one step: more training than that is refused
-PROBES = 4  # replaced copies of the probe batch that look for a leak from the future
+OVERRUN_SECONDS = 1.0  # nothing shorter is refused: weights may be swapped between the last step and finish()
+PROBES = 8  # replaced copies of the probe batch that look for a leak from the future
 LEAK_NATS, LEAK_SIGMAS = 0.005, 4  # what the loss at a position may change by, when only what it mustn't see changed
+WARM_START = 0.9  # times the unigram bits per byte: what starts below has learned before; initial biases don't get there
 SANE_BPB = (0.05, 20)  # no honest model is outside
 LOG_SECONDS = 1.0  # between two lines of run.log
-# Dense bf16 peak, FLOP/s, by a part of the device's name; NVIDIA's data sheets. A device not listed has no MFU.
+# Dense bf16 peak, FLOP/s, by a word of the device's name; NVIDIA's data sheets. A device not listed has no MFU.
 PEAK_FLOPS = {
     "B200": 2250e12, "H200": 989e12, "GH200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12,
     "L40S": 362e12, "L4": 121e12, "A10": 125e12, "RTX 4090": 165e12, "RTX 3090": 71e12,
@@ -68,7 +77,7 @@ _sealed = set()  # real paths of the held-out files, while they may not be opene
 
 
 class Problem(Exception):
-    """What a person did or has to mend, in one sentence; exit 2."""
+    """What a person has to mend, in one sentence; exit 2."""
 
 
 # ---------------------------------------------------------------------------------------------------------------- data
@@ -78,24 +87,29 @@ def data_root():
     return Path(os.environ.get("AUTORESEARCH_DATA") or "~/.cache/autoresearch").expanduser()
 
 
+def read_meta(folder):
+    """meta.json of a complete data set; None where it or a file that it describes is missing, cut short or broken."""
+    try:
+        meta = json.loads((folder / "meta.json").read_bytes())
+        sizes = [((folder / f"{split}.bin").stat().st_size, 2 * facts["tokens"]) for split, facts in meta["splits"].items()]
+        whole = len(read_tokenizer(folder / "tokenizer.tiktoken")) == meta["vocab_size"] - 1
+        return meta if whole and "key" in meta and all(found == written for found, written in sizes) else None
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return None
+
+
+def data_sets(root):
+    """{folder: meta} of the complete data sets below `root`."""
+    found = {path.parent: read_meta(path.parent) for path in root.glob("[!.]*/meta.json")}  # [!.]: not a half-made one
+    return {folder: meta for folder, meta in found.items() if meta}
+
+
 def newest(root):
     """The data set to use: `root` itself if it is one, else the one prepared (or asked for) last."""
-    found = [root] if (root / "meta.json").exists() else [path.parent for path in root.glob("*/meta.json")]
+    found = [root] if read_meta(root) else data_sets(root)
     if not found:
         raise Problem(f"no data in {root}; run: python prepare.py")
-    return max(found, key=lambda path: (path / "meta.json").stat().st_mtime_ns)
-
-
-def machine_sizes(torch_folder):
-    """The sizes for this machine, without the seconds that importing torch takes."""
-    count = ctypes.c_int(0)
-    if (torch_folder / "lib" / "libtorch_cuda.so").exists():
-        try:
-            driver = ctypes.CDLL("libcuda.so.1")
-            driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count))
-        except OSError:
-            pass  # a build for CUDA on a machine without its driver: torch falls back to the CPU, too
-    return GPU_SIZES if count.value else CPU_SIZES
+    return max(found, key=lambda folder: (folder / "meta.json").stat().st_mtime_ns)
 
 
 def torch_package():
@@ -103,6 +117,18 @@ def torch_package():
     if spec is None:
         raise Problem("torch is not installed here; run: pip install -e .")
     return Path(spec.origin).parent
+
+
+def machine_sizes():
+    """The sizes for this machine, without the seconds that importing torch takes."""
+    count = ctypes.c_int(0)
+    if (torch_package() / "lib" / "libtorch_cuda.so").exists():
+        try:
+            driver = ctypes.CDLL("libcuda.so.1")
+            driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count))
+        except OSError:
+            pass  # a build for CUDA on a machine without its driver: torch falls back to the CPU, too
+    return GPU_SIZES if count.value else CPU_SIZES
 
 
 def source_files(source):
@@ -113,13 +139,12 @@ def source_files(source):
         return "pytorch", files, importlib.metadata.version("torch").partition("+")[0]
     path = Path(source).expanduser()
     if not path.exists():
-        raise Problem(f"--source {source}: no such file or folder (the source that needs none is pytorch)")
-    suffixes = (*TEXT_SUFFIXES, ".jsonl", ".jsonl.gz")
+        raise Problem(f"--source {source}: no such file or folder; give a path, or leave --source out for pytorch")
     files = [path]
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.name.endswith(suffixes) and file.is_file())
+        files = sorted(file for file in path.rglob("*") if file.name.endswith(SUFFIXES) and file.is_file())
     if not files:
-        raise Problem(f"--source {source}: no {', '.join(suffixes)} file in this folder")
+        raise Problem(f"--source {source}: no {', '.join(SUFFIXES)} file in this folder; add one")
     stats = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     name = "".join(c if c.isalnum() or c in "_." else "-" for c in path.resolve().name.split(".")[0]) or "text"
     return name, files, stats
@@ -128,16 +153,16 @@ def source_files(source):
 def read_documents(path, whole):
     """Yields the documents of one file, never holding more than a document (a `whole` file is one document)."""
     if path.name.endswith((".jsonl", ".jsonl.gz")):
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig") as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
                     try:
-                        text = json.loads(line)["text"]
-                        yield text.encode("utf-8", "replace").decode()  # JSON can escape half a surrogate pair
-                    except (ValueError, KeyError, TypeError, AttributeError):
-                        raise Problem(f'{path}, line {number}: not a JSON object with a "text" string') from None
+                        text = json.loads(line)["text"].encode("utf-8", "replace").decode()  # may hold half a surrogate pair
+                    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+                        raise Problem(f'{path}, line {number}: not a JSON object with a "text" string; mend it') from None
+                    yield from (text[start : start + JSON_CHARS] for start in range(0, len(text), JSON_CHARS))
         return
-    with open(path, encoding="utf-8", newline="") as file:
+    with open(path, encoding="utf-8-sig", newline="") as file:
         text, size = [], 0
         while line := file.readline(4 * DOCUMENT_CHARS):  # bounded: a text may be a single line
             ends_here = line.strip() == "<|endoftext|>"  # how TinyStories and others part their documents
@@ -160,24 +185,40 @@ def split_documents(files, whole):
                 digest = int.from_bytes(hashlib.blake2b(raw, digest_size=8).digest(), "little")
                 if text.strip() and digest not in seen:
                     if "\0" in text:
-                        raise Problem(f"{path} is not text: it has NUL bytes")
+                        raise Problem(f"{path} is not text, it has NUL bytes; leave it out")
                     seen.add(digest)
                     yield {0: "val", 1: "test"}.get(digest % HELD_OUT, "train"), text, len(raw)
         except UnicodeDecodeError as error:
-            raise Problem(f"{path} is not UTF-8 text: {error.reason} ({error.object[error.start]:#04x})") from None
-        except gzip.BadGzipFile:
-            raise Problem(f"{path} is not a gzip file") from None
+            found = f"{error.reason}, {error.object[error.start]:#04x}"
+            raise Problem(f"{path} is not UTF-8 text ({found}); leave it out or convert it") from None
+        except (OSError, EOFError, zlib.error) as error:  # gzip raises all three
+            raise Problem(f"{path} can't be read ({getattr(error, 'strerror', None) or error}); mend it or leave it out") from None
 
 
-def train_tokenizer(texts, vocab_size):
-    """A byte-pair encoding: {token's bytes: rank}, one fewer than vocab_size (the last id is BOS)."""
+def megabytes_for(tokens):
+    """Text to add, for a held-out split to get `tokens` more, at about four bytes a token."""
+    return f"{tokens * HELD_OUT * 4 / 1e6:.1f} MB"
+
+
+def train_tokenizer(documents, sizes):
+    """A byte-pair encoding of the train split: {token's bytes: rank}, one fewer than vocab_size (the last id is BOS)."""
     import rustbpe
 
+    def texts(left=VOCABULARY_CHARS):
+        for split, text, _ in documents:
+            if split == "train":
+                left -= len(text)
+                yield text
+            if left <= 0:
+                return
+
+    vocab_size = sizes["vocab_size"]
     tokenizer = rustbpe.Tokenizer()
-    tokenizer.train_from_iterator(texts, vocab_size - 1, buffer_size=BATCH_DOCUMENTS, pattern=PATTERN)
+    tokenizer.train_from_iterator(texts(), vocab_size - 1, buffer_size=BATCH_DOCUMENTS, pattern=PATTERN)
     ranks = {bytes(token): rank for token, rank in tokenizer.get_mergeable_ranks()}
     if len(ranks) != vocab_size - 1:
-        raise Problem(f"too little text for a vocabulary of {vocab_size}: it gave {len(ranks) + 1} tokens")
+        more = megabytes_for(sizes["eval_rows"] * sizes["seq_len"])
+        raise Problem(f"too little text: it gave {len(ranks) + 1:,} of {vocab_size:,} tokens; add about {more} of different text")
     return ranks
 
 
@@ -195,6 +236,25 @@ def byte_lengths(ranks):
     return lengths
 
 
+def write_tokens(folder, documents, ranks):
+    """Writes <split>.bin for each split; returns {split: dict(documents, bytes)}."""
+    import tiktoken
+
+    encoding = tiktoken.Encoding("ruler", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={})
+    splits = {split: dict(documents=0, bytes=0) for split in ("train", "val", "test")}
+    for split in splits:
+        (folder / f"{split}.bin").touch()
+    while batch := list(itertools.islice(documents, BATCH_DOCUMENTS)):
+        encoded = encoding.encode_ordinary_batch([text for _, text, _ in batch], num_threads=os.cpu_count() or 1)
+        for split, facts in splits.items():
+            chosen = [(size, tokens) for (name, _, size), tokens in zip(batch, encoded, strict=True) if name == split]
+            with open(folder / f"{split}.bin", "ab") as file:
+                file.writelines(np.array([len(ranks), *tokens], dtype=np.uint16).tobytes() for _, tokens in chosen)
+            facts["documents"] += len(chosen)
+            facts["bytes"] += sum(size for size, _ in chosen)
+    return splits
+
+
 def count_tokens(path, vocab_size):
     """How often each token stands in a token file, in bounded memory."""
     counts = np.zeros(vocab_size, dtype=np.int64)
@@ -204,105 +264,89 @@ def count_tokens(path, vocab_size):
     return counts
 
 
-def write_data_set(folder, name, key, files, sizes, progress):
-    """Writes the token files, the tokenizer and meta.json into `folder`; returns the meta data."""
-    import tiktoken
+def check_tokens(folder, splits, sizes):
+    """Reads back what write_tokens wrote, adds the number of tokens to `splits`; returns the unigram bits per byte of val."""
+    bos = sizes["vocab_size"] - 1
+    lengths = byte_lengths(read_tokenizer(folder / "tokenizer.tiktoken"))
+    counts = {}
+    for split, facts in splits.items():
+        path = folder / f"{split}.bin"
+        facts["tokens"] = path.stat().st_size // 2
+        missing = sizes["eval_rows"] * sizes["seq_len"] + 1 - facts["tokens"]
+        if missing > 0:
+            raise Problem(f"too little text: {split} lacks {missing:,} tokens; add about {megabytes_for(missing)} of different text")
+        counts[split] = count_tokens(path, sizes["vocab_size"])
+        if counts[split] @ lengths != facts["bytes"] or counts[split][bos] != facts["documents"]:
+            raise Problem(f"{path} doesn't hold the text that was written; check the disk and run it again")
+    nats = -np.log((counts["train"] + 1) / (counts["train"] + 1).sum())
+    nats[bos] = 0
+    return float(counts["val"] @ nats / math.log(2) / (counts["val"] @ lengths))
 
-    vocab_size, whole = sizes["vocab_size"], name == "pytorch"
+
+def write_data_set(folder, source, sizes, key, progress):
+    """Writes the tokenizer, the token files and meta.json into `folder`, to the disk; returns the fingerprint."""
+    name, files, _ = source
     total = None if any(path.suffix == ".gz" for path in files) else sum(path.stat().st_size for path in files)
 
-    def documents(task, end):
-        task = progress.add_task(task, total=min(total, end) if total else None)
-        for split, text, size in split_documents(files, whole):
+    def documents(task, most=math.inf):
+        task = progress.add_task(task, total=min(total, most) if total else None)
+        for split, text, size in split_documents(files, whole=name == "pytorch"):
             progress.advance(task, size)
             yield split, text, size
         progress.update(task, total=1, completed=1)
 
-    def train_texts():
-        left = VOCABULARY_CHARS
-        for split, text, _ in documents(f"vocabulary of {vocab_size:,}", VOCABULARY_CHARS):
-            if split == "train" and left > 0:
-                left -= len(text)
-                yield text
-            if left <= 0:
-                return
-
-    ranks = train_tokenizer(train_texts(), vocab_size)
+    vocabulary = documents(f"vocabulary of {sizes['vocab_size']:,}", VOCABULARY_CHARS)
+    ranks = train_tokenizer(vocabulary, sizes)
     lines = [b"%s %d\n" % (base64.b64encode(token), rank) for token, rank in sorted(ranks.items(), key=lambda i: i[1])]
     (folder / "tokenizer.tiktoken").write_bytes(b"".join(lines))
-    encoding = tiktoken.Encoding(name, pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={})
-    bos = vocab_size - 1
-    splits = {split: dict(documents=0, bytes=0) for split in ("train", "val", "test")}
-    outputs = {split: open(folder / f"{split}.bin", "wb") for split in splits}
-    stream = documents("tokens", math.inf)
-    while batch := list(itertools.islice(stream, BATCH_DOCUMENTS)):
-        encoded = encoding.encode_ordinary_batch([text for _, text, _ in batch], num_threads=os.cpu_count() or 1)
-        for (split, _, size), tokens in zip(batch, encoded, strict=True):
-            outputs[split].write(np.array([bos, *tokens], dtype=np.uint16).tobytes())
-            splits[split]["documents"] += 1
-            splits[split]["bytes"] += size
-    for output in outputs.values():
-        output.flush()
-        os.fsync(output.fileno())
-        output.close()
-
-    # Check what was written, as read back from the disk: the tokens' bytes must be the documents' bytes, all of them.
-    lengths = byte_lengths(read_tokenizer(folder / "tokenizer.tiktoken"))
-    counts = {}
-    for split, facts in splits.items():
-        needed = (sizes["eval_rows"] if split != "train" else 2) * sizes["seq_len"] + 1
-        facts["tokens"] = (folder / f"{split}.bin").stat().st_size // 2
-        if facts["tokens"] < needed:
-            raise Problem(f"too little text: {split} got {facts['tokens']:,} tokens and needs {needed:,}")
-        counts[split] = count_tokens(folder / f"{split}.bin", vocab_size)
-        if counts[split] @ lengths != facts["bytes"] or counts[split][bos] != facts["documents"]:
-            raise Problem(f"{folder / split}.bin doesn't hold the text that was written: is the disk sound?")
-    nats = -np.log((counts["train"] + 1) / (counts["train"] + 1).sum())
-    nats[bos] = 0
-    unigram_bpb = float(counts["val"] @ nats / math.log(2) / (counts["val"] @ lengths))
+    splits = write_tokens(folder, documents("tokens"), ranks)
+    unigram_bpb = check_tokens(folder, splits, sizes)
 
     digest = hashlib.sha256(json.dumps(sizes).encode())
     for file in ("tokenizer.tiktoken", *(f"{split}.bin" for split in splits)):
         with open(folder / file, "rb") as stream:
             while block := stream.read(2**20):
                 digest.update(block)
-    meta = dict(source=name, fingerprint=digest.hexdigest()[:12], **sizes, unigram_bpb=unigram_bpb, splits=splits, key=key)
+    fingerprint = digest.hexdigest()[:12]
+    meta = dict(source=name, fingerprint=fingerprint, **sizes, unigram_bpb=unigram_bpb, splits=splits, key=key)
     (folder / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
-    return meta
+    for path in folder.iterdir():
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+    return fingerprint
 
 
 def prepare(source, root):
     """Prepares `source` below `root` unless that was done before; returns (folder, whether it was there)."""
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
-    name, files, identity = source_files(source)
-    sizes = machine_sizes(torch_package())
+    name, _, identity = found = source_files(source)
+    sizes = machine_sizes()
     key = hashlib.sha256(json.dumps([FORMAT, sizes, PATTERN, name, identity]).encode()).hexdigest()
     root.mkdir(parents=True, exist_ok=True)
     with open(root / "prepare.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # one at a time, so that whatever is half-made is a killed run's
-        for partial in root.glob(".partial-*"):
-            shutil.rmtree(partial)
-        for path in root.glob("*/meta.json"):
-            meta = json.loads(path.read_text())
-            complete = all(
-                (path.parent / f"{split}.bin").exists() and (path.parent / f"{split}.bin").stat().st_size == 2 * facts["tokens"]
-                for split, facts in meta["splits"].items()
-            )
-            if meta["key"] == key and complete:
-                os.utime(path)  # asked for again: the newest is what a new branch takes
-                return path.parent, True
-        partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=root))
         try:
-            columns = TextColumn("{task.description:>20}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn()
-            with Progress(*columns) as progress:
-                meta = write_data_set(partial, name, key, files, sizes, progress)
-            folder = root / f"{name}-{meta['fingerprint']}"
-            shutil.rmtree(folder, ignore_errors=True)  # the same content under another key, or a damaged copy of it
-            partial.chmod(0o755)
-            partial.rename(folder)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print("another prepare.py is at work here: waiting for it", file=sys.stderr)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        for killed in root.glob(".partial-*"):  # nobody else holds the lock, so nobody is at work there
+            shutil.rmtree(killed)
+        for folder, meta in data_sets(root).items():
+            if meta["key"] == key:
+                os.utime(folder / "meta.json")  # asked for again: the newest is what a new branch takes
+                return folder, True
+        with tempfile.TemporaryDirectory(prefix=".partial-", dir=root) as partial:
+            made = Path(partial) / "made"
+            made.mkdir()
+            with Progress(TextColumn("{task.description:>20}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn()) as progress:
+                folder = root / f"{name}-{write_data_set(made, found, sizes, key, progress)}"
+            if read_meta(folder):  # the same text, moved or touched: the files may be in use, so only meta.json is new
+                (made / "meta.json").replace(folder / "meta.json")
+            else:
+                if folder.exists():
+                    folder.rename(made.with_name("damaged"))
+                made.rename(folder)
     return folder, False
 
 
@@ -344,8 +388,9 @@ def facts():
 
 
 def _guard(event, args):
-    if event == "open" and _sealed and isinstance(args[0], (str, bytes)) and os.path.realpath(os.fsdecode(args[0])) in _sealed:
-        refuse(f"train.py opened {os.path.basename(os.fsdecode(args[0]))}, which is held out")
+    if event == "open" and _sealed and isinstance(args[0], (str, bytes, os.PathLike)):
+        if os.path.realpath(os.fsdecode(args[0])) in _sealed:
+            refuse(f"train.py opened {os.path.basename(os.fsdecode(args[0]))}, which is held out")
 
 
 class Run:
@@ -363,24 +408,22 @@ class Run:
             folder = newest(data_root())
         except Problem as problem:
             raise SystemExit(str(problem)) from None
-        meta = json.loads((folder / "meta.json").read_text())
-        self._folder, self._fingerprint, self._unigram_bpb = folder, meta["fingerprint"], meta["unigram_bpb"]
-        self.seq_len, self.vocab_size = meta["seq_len"], meta["vocab_size"]
-        self._eval_tokens, self._eval_rows = meta["eval_tokens"], meta["eval_rows"]
+        self._folder, self._meta = folder, read_meta(folder)
+        self.seq_len, self.vocab_size, self._eval_rows = (self._meta[key] for key in ("seq_len", "vocab_size", "eval_rows"))
         self.device = pick_device()
         random.seed(self._seed)
         np.random.seed(self._seed)
         torch.manual_seed(self._seed)
-        self._lengths = torch.from_numpy(byte_lengths(read_tokenizer(folder / "tokenizer.tiktoken"))).to(self.device)
+        self._lengths = torch.from_numpy(byte_lengths(read_tokenizer(folder / "tokenizer.tiktoken")))
         self._train = np.memmap(folder / "train.bin", dtype=np.uint16, mode="r")
         if not _sealed:
             sys.addaudithook(_guard)
         _sealed.update(os.path.realpath(folder / name) for name in ("val.bin", "test.bin"))
         self._iterators = self._batches = self._tokens = 0  # iterators made, batches and tokens drawn from them
-        self._first_batch = self._clock = self._ended = None  # monotonic times: first batch, training's start and end
+        self._first_batch = self._clock = self._told = None  # monotonic times: first batch, training's start, progress() said 1
         self._calls = self._first_step_batches = 0  # of progress(); batches of the first step
-        self._step_seconds, self._last_call, self._event = 0.0, 0.0, None
-        self._reserve = self._eval_limit = None  # seconds for evaluation; monotonic time by which it must start
+        self._last_call, self._slowest_step, self._event = 0.0, 0.0, None  # time of the last progress(); seconds
+        self._pass_seconds = self._eval_limit = None  # of one evaluation batch; monotonic time by which evaluation must start
         self._logged = -math.inf
         print(f"data: {folder.name}  device: {device_name(self.device)}  torch: {torch.__version__}  "
               f"seed: {self._seed}  budget: {self._budget:g} s", flush=True)  # fmt: skip
@@ -392,7 +435,7 @@ class Run:
 
         Windows of the train split without replacement, in an order and from an offset that the seed draws anew each epoch.
         """
-        T = seq_len or self.seq_len
+        T = self.seq_len if seq_len is None else seq_len
         if not 1 <= T <= self.seq_len or batch_size < 1:
             raise ValueError(f"batches of {batch_size} x {T}: the ruler has 1 x 1 up to any x {self.seq_len}")
         self._iterators += 1
@@ -401,19 +444,20 @@ class Run:
     def _serve(self, rng, B, T):
         starts = _window_starts(rng, len(self._train), T)
         while True:
-            rows = self._rows(np.fromiter(itertools.islice(starts, B), dtype=np.int64, count=B), T)
+            x, y = self._windows(self._train, np.fromiter(itertools.islice(starts, B), dtype=np.int64, count=B), T)
             self._first_batch = self._first_batch or monotonic()
             self._batches += 1
             self._tokens += B * T
-            yield rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+            yield x, y
 
-    def _rows(self, starts, T, tokens=None):
-        tokens = self._train if tokens is None else tokens
+    def _windows(self, tokens, starts, T):
+        """(x, y), int64 (len(starts), T) on the device, from the tokens at `starts`."""
         rows = torch.from_numpy(tokens[starts[:, None] + np.arange(T + 1)].astype(np.int64))  # (B, T + 1)
-        if self.device.type != "cuda":
-            return rows.to(self.device)
-        # A new pinned tensor each time: torch's host allocator hands its memory out again only once the copy is done.
-        return rows.pin_memory().to(self.device, non_blocking=True)
+        if self.device.type == "cuda":
+            # A new pinned tensor each time: torch's host allocator hands its memory out again only once the copy is done.
+            rows = rows.pin_memory()
+        rows = rows.to(self.device, non_blocking=self.device.type == "cuda")
+        return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
 
     # ---- clock
 
@@ -421,45 +465,50 @@ class Run:
         if self.device.type != "cpu":
             getattr(torch, self.device.type).synchronize()
 
+    def _wait_for_steps(self):
+        """Waits for the steps so far; on CUDA one step stays in flight, because waiting for it would idle the GPU."""
+        if self.device.type != "cuda" or self._calls < 2:
+            self._synchronize()
+        if self.device.type == "cuda":
+            before, self._event = self._event, torch.cuda.Event()
+            self._event.record()
+            if before is not None:
+                before.synchronize()
+
     def progress(self):
         """Where training stands, 0 to 1, called once before each step; at 1 (or when evaluation would no longer fit), stop.
 
         The clock starts when the first step ends, so that compiling isn't training; it starts at the first batch if that
-        step drew more batches than the next one did. On CUDA one step stays in flight: waiting for it would idle the GPU.
+        step drew more batches than the second one did (one more is a prefetch).
         """
-        if self._reserve is None:
+        if self._eval_limit is None:
             raise RuntimeError("call run.preflight(model) before the first run.progress()")
-        self._calls += 1
-        if self._calls == 1:
-            return 0.0
-        if self.device.type == "cuda" and self._calls > 2:
-            event, self._event = self._event, torch.cuda.Event()
-            self._event.record()
-            event.synchronize()
-        else:
-            self._synchronize()
-            self._event = torch.cuda.Event() if self.device.type == "cuda" else None
-            if self._event:
-                self._event.record()
-        now = monotonic()
-        if self._calls == 2:
-            self._clock, self._first_step_batches = now, self._batches
-        else:
-            # The longest of the recent steps: one more of them must fit before evaluation has to start.
-            self._step_seconds = max(now - self._last_call, 0.9 * self._step_seconds)
-            if self._calls == 3 and 2 * self._first_step_batches > self._batches:
+        if self._told:
+            return 1.0
+        self._wait_for_steps()
+        now, self._calls = monotonic(), self._calls + 1
+        if self._calls > 1:
+            step = now - self._last_call
+            if self._calls == 2:
+                self._clock, self._first_step_batches = now, self._batches
+                # The first step may have compiled: what the next ones take follows from the tokens that it drew.
+                step = min(step, STEP_PASSES * self._pass_seconds * self._tokens / (self._eval_rows * self.seq_len))
+            if self._calls == 3 and 2 * self._first_step_batches > self._batches + 1:
                 self._clock = self._first_batch
+            self._slowest_step = max(step, self._slowest_step - FORGET * step)
         self._last_call = now
-        done = (now - self._clock) / max(self._allowance(), 1e-9)
-        if done >= 1 or now + self._step_seconds > self._eval_limit:
+        done = (now - self._clock) / self._allowance(self._clock) if self._clock else 0.0
+        # The next step must end before evaluation has to start, and the one in flight before it.
+        ahead = self._slowest_step * (2 if self.device.type == "cuda" else 1)
+        if done >= 1 or now + ahead > self._eval_limit:
             self._synchronize()
-            self._ended = self._ended or monotonic()
+            self._told = monotonic()
             return 1.0
         return done
 
-    def _allowance(self):
-        """Seconds of training: its share of the budget, or what is left before evaluation has to start."""
-        return min(TRAINING_SHARE * self._budget, self._eval_limit - self._clock)
+    def _allowance(self, clock):
+        """Seconds of training from `clock` on: its share of the budget, or what is left before evaluation has to start."""
+        return max(min(TRAINING_SHARE * self._budget, self._eval_limit - clock), 1e-9)
 
     def log(self, step, loss, tokens):
         """A line about once a second. loss: a number or a 0-dim tensor (read only when a line is due); tokens: so far, in all."""
@@ -471,7 +520,7 @@ class Run:
             raise FloatingPointError(f"the loss is {loss} at step {step}")
         self._logged = now
         seconds = now - (self._clock or now)
-        share = min(seconds / self._allowance(), 1) if self._clock and self._allowance() > 0 else 0
+        share = min(seconds / self._allowance(self._clock), 1) if self._clock else 0
         speed = f"{tokens / seconds:,.0f}" if seconds >= LOG_SECONDS else "-"
         print(f"step {step}  {share:6.1%}  loss {loss:.4f}  {speed} tokens/s  "
               f"{max(self._started + self._budget - now, 0):.0f} s left", flush=True)  # fmt: skip
@@ -481,10 +530,10 @@ class Run:
     def _losses(self, model, x, y):
         """Cross-entropy in nats, float32 (B, T), from the logits and nothing else that the model returns."""
         logits = model(x)
-        if not torch.is_tensor(logits) or logits.shape != (*x.shape, self.vocab_size):
+        if type(logits) is not torch.Tensor or logits.shape != (*x.shape, self.vocab_size):
             refuse(f"model(x) must return logits {(*x.shape, self.vocab_size)}, not {getattr(logits, 'shape', type(logits))}")
-        logits = logits.float()
-        losses = logits.logsumexp(-1) - logits.gather(-1, y[..., None]).squeeze(-1)
+        # Row by row: logits of the whole batch in float32 would need more memory than training did.
+        losses = torch.stack([_cross_entropy(row.float(), targets) for row, targets in zip(logits, y, strict=True)])
         if not torch.isfinite(losses).all():
             refuse("the logits are not finite")
         return losses
@@ -493,18 +542,17 @@ class Run:
         """Refuses a model that is random in eval(), sees the future or looks across rows; returns its bits per byte on train text."""
         rng = np.random.default_rng([self._seed, 0])  # stream 0: batches() counts from 1
         B, T = self._eval_rows, self.seq_len
-        rows = self._rows(rng.integers(len(self._train) - T, size=B), T)
-        x, y = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+        x, y = self._windows(self._train, rng.integers(len(self._train) - T, size=B), T)
         losses = self._losses(model, x, y)
         noise = (self._losses(model, x, y) - losses).abs().mean().item()
         if noise > LEAK_NATS:
             refuse(f"the same input gave different losses (by {noise:.3f} nats): is dropout active in eval()?")
 
-        def random_tokens():
-            return torch.from_numpy(rng.integers(self.vocab_size - 1, size=(B, T))).to(self.device)
+        def change(replaced):  # of the losses (B, T), with random tokens where `replaced` is true
+            tokens = torch.from_numpy(rng.integers(self.vocab_size - 1, size=(B, T))).to(self.device)
+            return self._losses(model, torch.where(replaced, tokens, x), y) - losses
 
-        def check(changes, kind):
-            # changes: loss with what mustn't be seen replaced, minus loss without; around 0 unless it was seen.
+        def check(changes, kind):  # of losses that must not depend on what was replaced: around 0, for an honest model
             mean, error = changes.mean().item(), changes.std().item() / math.sqrt(len(changes))
             if mean > LEAK_NATS + noise + LEAK_SIGMAS * error:
                 refuse(f"{kind}: replacing it costs {mean:.3f} +- {error:.3f} nats")
@@ -513,61 +561,77 @@ class Run:
         for _ in range(PROBES):
             split = rng.integers(1, T, size=B)
             split[:2] = T - 1, 2 * rng.integers(T // 2) + 1  # the last one and an odd one always
-            split = torch.from_numpy(split).to(self.device)
-            future = torch.arange(T, device=self.device) >= split[:, None]  # (B, T)
-            before = (split - 1)[:, None]
-            changed = self._losses(model, torch.where(future, random_tokens(), x), y)
-            changes.append((changed - losses).gather(1, before)[:, 0])
+            split = torch.from_numpy(split).to(self.device)[:, None]
+            future = torch.arange(T, device=self.device) >= split  # (B, T)
+            changes.append(change(future).gather(1, split - 1)[:, 0])
         check(torch.cat(changes), "the model sees later tokens (the future)")
-        others = (torch.arange(B, device=self.device) % 2 == 1)[:, None]
-        changed = self._losses(model, torch.where(others, random_tokens(), x), y)
-        check((changed - losses).mean(1)[::2], "the model looks at other rows of the batch")
-        return bits_per_byte(losses, y, self._lengths)
+        half = torch.from_numpy(rng.permutation(B) < B // 2).to(self.device)
+        changes = [change(others[:, None]).mean(1)[~others] for others in (half, ~half)]
+        check(torch.cat(changes), "the model looks at other rows of the batch")
+        return bits_per_byte(losses.cpu(), y.cpu(), self._lengths)
 
     def preflight(self, model):
-        """Checks the untrained model as finish() will and times its evaluation; returns the seconds kept for it."""
-        rows = self._rows(np.arange(self._eval_rows) * 7, self.seq_len)
-        x, y = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+        """Checks the untrained model (an nn.Module) as finish() will and times its evaluation; returns the seconds kept for it."""
+        if not isinstance(model, torch.nn.Module):
+            refuse(f"the model must be a torch.nn.Module, not {type(model)}")
         was_training = model.training
         model.eval()
         with torch.no_grad():
-            for _ in range(2):  # the first call may compile; the second one counts
-                self._synchronize()
-                began = monotonic()
-                self._losses(model, x, y)
-                self._synchronize()
-                seconds = monotonic() - began
+            self._losses(model, *self._windows(self._train, np.zeros(self._eval_rows, dtype=np.int64), self.seq_len))  # may compile
+            self._synchronize()
+            began = monotonic()
             untrained_bpb = self._probe(model)
+            self._pass_seconds = (monotonic() - began) / (PROBES + 4)
         model.train(was_training)
-        if untrained_bpb < 0.98 * self._unigram_bpb:
-            refuse(f"untrained, the model has {untrained_bpb:.3f} bits per byte, and token frequencies alone {self._unigram_bpb:.3f}: "
-                   "it starts from weights that were trained")  # fmt: skip
-        val_tokens = (self._folder / "val.bin").stat().st_size // 2
-        passes = len(_eval_batches(val_tokens, self._eval_tokens, self._eval_rows, self.seq_len)) + 1 + 3 + PROBES
-        self._reserve = EVAL_RESERVE * seconds * passes
-        self._eval_limit = self._started + self._budget - EXIT_SECONDS - self._reserve
+        if untrained_bpb < WARM_START * self._meta["unigram_bpb"]:
+            refuse(f"untrained, the model has {untrained_bpb:.3f} bits per byte, and token frequencies alone "
+                   f"{self._meta['unigram_bpb']:.3f}: it starts from weights that were trained")  # fmt: skip
+        seconds = self._pass_seconds * (len(self._eval_starts("val")) + 1 + PROBES + 4)
+        self._eval_limit = self._started + self._budget - EXIT_SECONDS - EVAL_RESERVE * seconds
         if monotonic() > self._eval_limit:
-            refuse(f"evaluation takes about {seconds * passes:.0f} s and no longer fits in a budget of {self._budget:g} s: make the model smaller")
-        return self._reserve
+            refuse(f"evaluation takes about {seconds:.1f} s and no longer fits in a budget of {self._budget:g} s: make the model smaller")
+        return EVAL_RESERVE * seconds
+
+    def _eval_starts(self, split):
+        """(batches, rows) starts of the windows evaluated: spread evenly, in an order in which no row continues another."""
+        count = self._meta["splits"][split]["tokens"] - 1
+        rows = min(self._meta["eval_tokens"], count) // self.seq_len // self._eval_rows * self._eval_rows
+        starts = np.linspace(0, count - self.seq_len, rows).astype(np.int64)
+        return np.random.default_rng(0).permutation(starts).reshape(-1, self._eval_rows)
+
+    def _evaluate(self, model):
+        """Bits per byte over the fixed evaluation tokens of the val split."""
+        _sealed.discard(path := os.path.realpath(self._folder / "val.bin"))
+        tokens = np.memmap(path, dtype=np.uint16, mode="r")
+        _sealed.add(path)
+        batches = self._eval_starts("val")
+        nats, targets = [], []
+        for starts in (*batches, batches[0]):
+            x, y = self._windows(tokens, starts, self.seq_len)
+            nats.append(self._losses(model, x, y).cpu())
+            targets.append(y.cpu())
+        easier = (nats[0] - nats.pop()).mean().item()
+        if easier > LEAK_NATS:
+            refuse(f"the model learns during evaluation: the first batch became easier by {easier:.3f} nats")
+        return bits_per_byte(torch.cat(nats), torch.cat(targets[:-1]), self._lengths)
 
     def finish(self, model, depth=None, flops_per_token=None):
         """Evaluates, probes again and prints the summary. flops_per_token: of forward and backward, for the MFU."""
-        self._synchronize()
-        ended = monotonic()
-        if self._reserve is None:
+        if self._eval_limit is None:
             raise RuntimeError("call run.preflight(model) before training")
-        clock = self._clock or self._first_batch or ended
-        over = ended - clock - min(TRAINING_SHARE * self._budget, max(self._eval_limit - clock, 0))
-        if over > max(OVERRUN * TRAINING_SHARE * self._budget, self._step_seconds, LOG_SECONDS) and (self._batches > 1):
-            refuse(f"training went on for {over:.1f} s after its time: stop when run.progress() reaches 1")
+        self._synchronize()
+        now = monotonic()
+        clock = self._clock or self._first_batch or now
+        late = now - (self._told or clock + self._allowance(clock))
+        if late > max(OVERRUN * TRAINING_SHARE * self._budget, self._slowest_step, OVERRUN_SECONDS):
+            refuse(f"training went on for {late:.1f} s after its time: stop when run.progress() reaches 1")
         model.eval()
         with torch.no_grad():
             val_bpb = self._evaluate(model)
             self._probe(model)
         if not SANE_BPB[0] < val_bpb < SANE_BPB[1]:
             refuse(f"val_bpb {val_bpb:.6f} is not possible for a language model of text")
-        training = (self._ended or ended) - clock
-        peak = next((flops for name, flops in PEAK_FLOPS.items() if name in device_name(self.device)), None)
+        training = (self._told or now) - clock
         if self.device.type == "cuda":
             memory = torch.cuda.max_memory_allocated() / 2**20
         else:  # no device memory of its own: the process's resident peak (bytes on macOS, KiB elsewhere)
@@ -581,37 +645,25 @@ class Run:
             "num_steps": f"{max(self._calls - 1, 0)}",
             "num_params_M": f"{sum(p.numel() for p in model.parameters()) / 1e6:.3f}",
         }
+        peak = peak_flops(device_name(self.device))
         if peak and flops_per_token and training > 0:
             summary["mfu_percent"] = f"{100 * flops_per_token * self._tokens / training / peak:.2f}"
         if depth is not None:
             summary["depth"] = str(int(depth))
         lines = [f"{key + ':':17} {value}" for key, value in summary.items()]
         if _secret:
-            lines.append(f"{'signature:':17} {sign(_secret, lines, self._seed, self._budget, self._fingerprint)}")
+            lines.append(f"{'signature:':17} {sign(_secret, lines, self._seed, self._budget, self._meta['fingerprint'])}")
         print("---", *lines, sep="\n", flush=True)
 
-    def _evaluate(self, model):
-        """Bits per byte over the fixed evaluation tokens of the val split."""
-        _sealed.discard(path := os.path.realpath(self._folder / "val.bin"))
-        tokens = np.memmap(path, dtype=np.uint16, mode="r")
-        _sealed.add(path)
-        batches = _eval_batches(len(tokens), self._eval_tokens, self._eval_rows, self.seq_len)
-        nats = torch.zeros(len(batches), dtype=torch.float64, device=self.device)
-        count = torch.zeros_like(nats)
-        for i, starts in enumerate([*batches, batches[0]]):
-            rows = self._rows(starts, self.seq_len, tokens)
-            x, y = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
-            losses = self._losses(model, x, y)
-            if i == len(batches):
-                easier = first - losses.mean().item()
-                if easier > LEAK_NATS:
-                    refuse(f"the model learns during evaluation: the first batch became easier by {easier:.3f} nats")
-                break
-            first = losses.mean().item() if i == 0 else first
-            lengths = self._lengths[y]
-            nats[i] = (losses.double() * (lengths > 0)).sum()
-            count[i] = lengths.sum()
-        return (nats.sum() / (math.log(2) * count.sum())).item()
+
+def peak_flops(device):
+    """Dense bf16 FLOP/s of the device of this name, None where it isn't known."""
+    return next((flops for name, flops in PEAK_FLOPS.items() if re.search(rf"\b{name}\b(?! (Ti|D|Laptop))", device)), None)
+
+
+def _cross_entropy(logits, targets):
+    """(T, vocab) and (T,) -> nats (T,); not torch's own function, which a train.py could have replaced."""
+    return logits.logsumexp(-1) - logits.gather(-1, targets[:, None])[:, 0]
 
 
 def _window_starts(rng, tokens, T):
@@ -621,10 +673,9 @@ def _window_starts(rng, tokens, T):
         yield from rng.permutation((tokens - 1 - offset) // T) * T + offset
 
 
-def _eval_batches(tokens, wanted, B, T):
-    """(batches, B) starts: whole batches of rows spread evenly over the split, the same for every train.py."""
-    rows = min(wanted, tokens - 1) // T // B * B
-    return np.linspace(0, tokens - T - 1, rows).astype(np.int64).reshape(-1, B)
+def stop(message, code):
+    print(f"prepare.py: {message}", file=sys.stderr)
+    sys.exit(code)
 
 
 def main():
@@ -632,15 +683,17 @@ def main():
     parser.add_argument("--source", default="pytorch", metavar="NAME|PATH",
                         help="pytorch (the installed torch package's Python sources, the default), or a text file or folder")  # fmt: skip
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # cleans up as Ctrl-C does
     try:
         folder, was_there = prepare(args.source, data_root())
     except Problem as problem:
-        sys.exit(f"prepare.py: {problem}")
+        stop(problem, 2)
     except OSError as error:
-        sys.exit(f"prepare.py: {error.strerror}: {error.filename or data_root()} (nothing that was there is lost)")
+        where = error.filename or data_root()
+        stop(f"{error.strerror}: {where}; make room or point AUTORESEARCH_DATA elsewhere (what was prepared is intact)", 2)
     except KeyboardInterrupt:
-        sys.exit("prepare.py: stopped; nothing is half-written")
-    meta = json.loads((folder / "meta.json").read_text())
+        stop("stopped; nothing is half-written", 130)
+    meta = read_meta(folder)
     sizes = ", ".join(f"{split} {facts['tokens'] / 1e6:.2f} M" for split, facts in meta["splits"].items())
     print(f"{'already prepared' if was_there else 'prepared'}: {folder}")
     print(f"tokens: {sizes}; vocabulary {meta['vocab_size']:,}, sequence {meta['seq_len']:,}")
