@@ -236,20 +236,20 @@ def syntax_tree(source):
 
 # --------------------------------------------------------------------------------------------------- random search
 
-SEARCHED = re.compile(r"[A-Z][A-Z0-9_]*")
-
-
 def numbers(source, other_device):
-    """[(label, node)] of every numeric literal in train.py's top-level constants, but for the sizes of the other kind of device."""
+    """[(label, node)] of the numbers in train.py's top-level constants: NAME = 1, NAME = (1, 2) and NAME = Sizes(depth=1).
+
+    `other_device` names the sizes for the kind of device that this machine hasn't; changing them would change nothing.
+    """
     found = []
     for statement in ast.parse(source).body:
-        target = statement.targets[0] if isinstance(statement, ast.Assign) else getattr(statement, "target", None)
-        name = getattr(target, "id", "")
-        if SEARCHED.fullmatch(name) and name != other_device and statement.value:
-            fields = {id(part.value): part.arg for part in ast.walk(statement) if isinstance(part, ast.keyword)}
-            for node in ast.walk(statement.value):
-                if isinstance(node, ast.Constant) and isinstance(node.value, (int, float)) and node.lineno == node.end_lineno:
-                    found.append((f"{name}.{fields[id(node)]}" if id(node) in fields else name, node))
+        name = statement.targets[0].id if isinstance(statement, ast.Assign) and isinstance(statement.targets[0], ast.Name) else ""
+        if re.fullmatch("[A-Z][A-Z0-9_]*", name) and name != other_device:
+            if isinstance(statement.value, ast.Call):
+                parts = [(f"{name}.{part.arg}", part.value) for part in statement.value.keywords]
+            else:
+                parts = [(name, part) for part in getattr(statement.value, "elts", [statement.value])]
+            found += [(label, node) for label, node in parts if isinstance(node, ast.Constant) and isinstance(node.value, (int, float))]
     return found
 
 

@@ -1,0 +1,150 @@
+"""Shared by all tests: a chat server over real HTTP, and a git repository with the loop and stand-ins for what it runs."""
+
+import contextlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+STAND_IN = Path(__file__).resolve().parent / "stand_in"
+
+
+class ChatServer:
+    """Speaks the chat-completions protocol: sends queued replies, records requests.
+
+    A reply is a text, an HTTP status with a body and headers, or a function of the request; with the queue empty, `default`.
+    The loop's first call (is the model there?) is answered by `ready`, and not recorded.
+    """
+
+    def __init__(self):
+        self.replies, self.requests, self.default, self.ready = deque(), [], "nothing to say", "ready"
+        chat = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def log_message(self, *args):
+                pass
+
+            def send(self, status, body, headers=()):
+                data = body.encode() if isinstance(body, str) else json.dumps(body).encode()
+                self.send_response(status)
+                for name, value in {"Content-Type": "application/json", "Content-Length": len(data), **dict(headers)}.items():
+                    self.send_header(name, str(value))
+                self.end_headers()
+                self.wfile.write(data)
+
+            def do_GET(self):
+                self.send(200, {"object": "list", "data": [{"id": "local-model", "object": "model", "created": 0, "owned_by": "me"}]})
+
+            def do_POST(self):
+                request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                if len(request["messages"]) == 1 and "ready" in request["messages"][0]["content"]:
+                    reply = chat.ready
+                else:
+                    chat.requests.append(request)
+                    reply = chat.replies.popleft() if chat.replies else chat.default
+                reply = reply(request) if callable(reply) else reply
+                if isinstance(reply, tuple):
+                    return self.send(*reply)
+                message = {"role": "assistant", "content": reply}
+                choice = {"index": 0, "message": message, "finish_reason": "stop"}
+                usage = {"prompt_tokens": 90, "completion_tokens": 10, "total_tokens": 100}
+                self.send(200, dict(id="1", object="chat.completion", created=0, model=request["model"], choices=[choice], usage=usage))
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.http.server_port}/v1"
+        threading.Thread(target=self.http.serve_forever, daemon=True).start()
+
+
+@pytest.fixture
+def server():
+    chat = ChatServer()
+    yield chat
+    chat.http.shutdown()
+
+
+class Project:
+    """A repository with the real loop.py and, for what it starts, the stand-ins or any text given for them."""
+
+    def __init__(self, folder):
+        self.folder, self.data = folder / "checkout", folder / "data"
+        self.folder.mkdir()
+        (self.data / "toy-0123456789ab").mkdir(parents=True)
+        (self.data / "toy-0123456789ab" / "meta.json").write_text(json.dumps({"fingerprint": "0123456789ab"}))
+        for path in (ROOT / "loop.py", ROOT / "results.tsv", ROOT / ".gitignore", STAND_IN / "train.py", STAND_IN / "prepare.py"):
+            shutil.copy(path, self.folder)
+        (self.folder / "program.md").write_text("# The goal\nLower val_bpb.\n")
+        (self.folder / "notes.txt").write_text("a person's file\n")
+        self.environment = {"PATH": os.environ["PATH"], "HOME": str(folder), "AUTORESEARCH_DATA": str(self.data)}
+        self.git("init", "--quiet", "--initial-branch=main")
+        self.commit("start")
+
+    def git(self, *args, check=True):
+        who = {f"GIT_{role}_{key}": "someone@localhost" for role in ("AUTHOR", "COMMITTER") for key in ("NAME", "EMAIL")}
+        done = subprocess.run(["git", *args], cwd=self.folder, env={**self.environment, **who}, capture_output=True, text=True, check=check)
+        return done.stdout
+
+    def commit(self, message):
+        self.git("add", "-A")
+        self.git("commit", "--quiet", "-m", message)
+
+    def start(self, *args, **environment):
+        """The loop as a process."""
+        command = [sys.executable, "loop.py", *map(str, args)]
+        return subprocess.Popen(command, cwd=self.folder, env=self.environment | environment, stdin=subprocess.DEVNULL,
+                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)  # fmt: skip
+
+    def run(self, *args, code=0, **environment):
+        """Runs the loop to its end; returns its output (stdout, then stderr)."""
+        process = self.start(*args, **environment)
+        out, err = process.communicate(timeout=60)
+        assert process.returncode == code, f"exit {process.returncode}\n{out}\n{err}"
+        return out + err
+
+    def offline(self, *args, **kwargs):
+        return self.run("--offline", "--budget", "20", "--tag", "t", *args, **kwargs)
+
+    def online(self, server, *args, **kwargs):
+        return self.run("--budget", "20", "--tag", "t", *args, OPENAI_BASE_URL=server.url, **kwargs)
+
+    def rows(self, branch="autoresearch/t"):
+        """results.tsv of the branch as dictionaries."""
+        header, *lines = self.git("show", f"{branch}:results.tsv").splitlines()
+        return [dict(zip(header.split("\t"), line.split("\t"), strict=True)) for line in lines]
+
+    def status(self):
+        return self.git("status", "--porcelain")
+
+    def read(self, name):
+        return (self.folder / name).read_text()
+
+    def write(self, name, text):
+        (self.folder / name).write_text(text)
+
+    def wait_for(self, condition, seconds=30):
+        """Waits until condition() is true; fails when it never becomes so."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            with contextlib.suppress(subprocess.CalledProcessError, FileNotFoundError):
+                if condition():
+                    return
+            time.sleep(0.02)
+        raise AssertionError("never happened")
+
+
+@pytest.fixture
+def project(tmp_path):
+    return Project(tmp_path)
+
+
+def block(search, replace, idea="an idea"):
+    """A reply with one SEARCH/REPLACE block."""
+    return f"IDEA: {idea}\nBecause.\n\n<<<<<<< SEARCH\n{search}\n=======\n{replace}\n>>>>>>> REPLACE\n"
