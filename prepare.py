@@ -73,6 +73,7 @@ PEAK_FLOPS = {
 
 # The one thing read at import: the loop's one-time secret, taken away before train.py's own lines can see it.
 _secret = os.environ.pop("AUTORESEARCH_TOKEN", None)
+_stopped = []  # the signals that asked prepare.py to stop
 _sealed = set()  # real paths of the held-out files, while they may not be opened
 
 
@@ -197,7 +198,7 @@ def split_documents(files, whole):
 
 def megabytes_for(tokens):
     """Text to add, for a held-out split to get `tokens` more, at about four bytes a token."""
-    return f"{tokens * HELD_OUT * 4 / 1e6:.1f} MB"
+    return f"{math.ceil(tokens * HELD_OUT * 4 / 1e5) / 10:.1f} MB"
 
 
 def train_tokenizer(documents, sizes):
@@ -258,9 +259,9 @@ def write_tokens(folder, documents, ranks):
 def count_tokens(path, vocab_size):
     """How often each token stands in a token file, in bounded memory."""
     counts = np.zeros(vocab_size, dtype=np.int64)
-    tokens = np.memmap(path, dtype=np.uint16, mode="r")
-    for start in range(0, len(tokens), 2**22):
-        counts += np.bincount(tokens[start : start + 2**22], minlength=vocab_size)
+    with open(path, "rb") as file:
+        while len(tokens := np.fromfile(file, dtype=np.uint16, count=2**22)):
+            counts += np.bincount(tokens, minlength=vocab_size)
     return counts
 
 
@@ -291,6 +292,8 @@ def write_data_set(folder, source, sizes, key, progress):
     def documents(task, most=math.inf):
         task = progress.add_task(task, total=min(total, most) if total else None)
         for split, text, size in split_documents(files, whole=name == "pytorch"):
+            if _stopped:
+                raise KeyboardInterrupt
             progress.advance(task, size)
             yield split, text, size
         progress.update(task, total=1, completed=1)
@@ -515,7 +518,7 @@ class Run:
         now = monotonic()
         if now - self._logged < LOG_SECONDS:
             return
-        loss = float(loss)
+        loss = float(torch.as_tensor(loss).detach())
         if not math.isfinite(loss):
             raise FloatingPointError(f"the loss is {loss} at step {step}")
         self._logged = now
@@ -678,12 +681,19 @@ def stop(message, code):
     sys.exit(code)
 
 
+def _stop(number, frame):
+    """Stops at the next document: an exception raised while rustbpe is at work would make it panic."""
+    _stopped.append(number)
+    signal.signal(number, signal.SIG_DFL)  # a second one ends it at once
+
+
 def main():
     parser = argparse.ArgumentParser(description="Prepares the text that train.py learns from. A second call does nothing.")
     parser.add_argument("--source", default="pytorch", metavar="NAME|PATH",
                         help="pytorch (the installed torch package's Python sources, the default), or a text file or folder")  # fmt: skip
     args = parser.parse_args()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # cleans up as Ctrl-C does
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _stop)
     try:
         folder, was_there = prepare(args.source, data_root())
     except Problem as problem:

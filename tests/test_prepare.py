@@ -1,0 +1,370 @@
+"""Claims about the data: what prepare.py writes, what it refuses, and what survives when it is stopped."""
+
+import base64
+import contextlib
+import gzip
+import itertools
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiktoken.load
+
+import prepare
+
+SIZES = dict(seq_len=16, vocab_size=300, eval_tokens=2048, eval_rows=8)
+SCRIPT = Path(prepare.__file__)
+
+
+def words(count, seed=0):
+    generator = random.Random(seed)
+    return " ".join("".join(generator.choices("etaoinshr", k=generator.randint(1, 7))) for _ in range(count))
+
+
+def documents(count=240, length=60):
+    return [words(length, seed) + ", naïve café 🙂\r\n" for seed in range(count)]
+
+
+def write_jsonl(path, texts):
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return path
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    monkeypatch.setattr(prepare, "machine_sizes", lambda: SIZES)
+
+
+@pytest.fixture
+def source(tmp_path):
+    return write_jsonl(tmp_path / "text.jsonl", documents())
+
+
+@pytest.fixture
+def call(tiny, tmp_path, monkeypatch, capsys):
+    """prepare.py's main() in this process: call(source) -> (exit code, stderr)."""
+
+    def call(source):
+        monkeypatch.setenv("AUTORESEARCH_DATA", str(tmp_path / "data"))
+        monkeypatch.setattr(sys, "argv", ["prepare.py", "--source", str(source)])
+        before = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]
+        try:
+            prepare.main()
+            code = 0
+        except SystemExit as exit:
+            code = exit.code
+        finally:
+            for number, handler in before:
+                signal.signal(number, handler)
+        return code, capsys.readouterr().err
+
+    return call
+
+
+def left_over(root):
+    return [path.name for path in root.iterdir() if path.name not in ("prepare.lock",)]
+
+
+def spawn(source, root, **more):
+    """prepare.py as a process of its own, with the sizes of a machine without a GPU."""
+    environment = {**os.environ, "AUTORESEARCH_DATA": str(root), "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, str(SCRIPT), "--source", str(source)]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **more)
+
+
+def decode(folder, split):
+    ranks = prepare.read_tokenizer(folder / "tokenizer.tiktoken")
+    raw = {rank: token for token, rank in ranks.items()}
+    tokens = np.fromfile(folder / f"{split}.bin", dtype=np.uint16)
+    assert tokens[0] == len(ranks)  # BOS
+    bos = np.flatnonzero(tokens == len(ranks))
+    return [b"".join(raw[t] for t in part[1:].tolist()).decode() for part in np.split(tokens, bos[1:])]
+
+
+# ---- what is written
+
+
+def test_every_document_is_in_exactly_one_split_and_reads_back_unchanged(tiny, source, tmp_path):
+    folder, was_there = prepare.prepare(str(source), tmp_path / "data")
+    splits = {split: decode(folder, split) for split in ("train", "val", "test")}
+    assert not was_there and folder.name.startswith("text-")
+    assert sorted(sum(splits.values(), [])) == sorted(documents())
+    assert all(splits.values())
+
+
+def test_meta_json_says_what_was_written(tiny, source, tmp_path):
+    folder, _ = prepare.prepare(str(source), tmp_path / "data")
+    meta = json.loads((folder / "meta.json").read_text())
+    assert list(meta) == ["source", "fingerprint", *SIZES, "unigram_bpb", "splits", "key"]
+    assert folder.name == f"{meta['source']}-{meta['fingerprint']}"
+    assert sum(facts["bytes"] for facts in meta["splits"].values()) == sum(len(text.encode()) for text in documents())
+    assert meta["splits"]["val"]["tokens"] * 2 == (folder / "val.bin").stat().st_size
+    assert 1 < meta["unigram_bpb"] < 8
+
+
+def test_the_tokenizer_is_in_the_rank_format_that_tiktoken_reads(tiny, source, tmp_path):
+    folder, _ = prepare.prepare(str(source), tmp_path / "data")
+    ranks = tiktoken.load.load_tiktoken_bpe(str(folder / "tokenizer.tiktoken"))
+    assert sorted(ranks.values()) == list(range(SIZES["vocab_size"] - 1))
+    encoding = tiktoken.Encoding("test", pat_str=prepare.PATTERN, mergeable_ranks=ranks, special_tokens={})
+    assert encoding.decode(encoding.encode("naïve 🙂\r\n")) == "naïve 🙂\r\n"
+
+
+def test_the_vocabulary_never_sees_val_or_test(tiny, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(prepare, "train_tokenizer", lambda documents, sizes: seen.extend(documents) or (_ for _ in ()).throw(KeyError))
+    source = write_jsonl(tmp_path / "a.jsonl", documents())
+    with pytest.raises(KeyError):
+        prepare.prepare(str(source), tmp_path / "data")
+    monkeypatch.undo()
+    trained_on = []
+
+    class Tokenizer:
+        def train_from_iterator(self, texts, *_, **__):
+            trained_on.extend(texts)
+
+        def get_mergeable_ranks(self):
+            return [(b"a", 0)]
+
+    monkeypatch.setattr("rustbpe.Tokenizer", Tokenizer)
+    prepare.train_tokenizer(iter(seen), dict(SIZES, vocab_size=2))
+    assert sorted(trained_on) == sorted(text for split, text, _ in seen if split == "train")
+
+
+def test_a_document_that_comes_twice_counts_once(tiny, tmp_path):
+    source = write_jsonl(tmp_path / "text.jsonl", documents() * 2)
+    folder, _ = prepare.prepare(str(source), tmp_path / "data")
+    assert sum(facts["documents"] for facts in prepare.read_meta(folder)["splits"].values()) == len(documents())
+
+
+def test_the_same_text_gives_the_same_fingerprint_whatever_the_file_is_called(tiny, tmp_path):
+    plain = write_jsonl(tmp_path / "a.jsonl", documents())
+    with gzip.open(tmp_path / "b.jsonl.gz", "wt") as file:
+        file.write(plain.read_text())
+    fingerprints = [prepare.read_meta(prepare.prepare(str(path), tmp_path / "data")[0])["fingerprint"] for path in (plain, file.name)]
+    assert fingerprints[0] == fingerprints[1]
+    assert len(list((tmp_path / "data").glob("*/meta.json"))) == 2
+
+
+def test_a_folder_is_read_and_what_is_not_text_in_it_left_alone(tiny, tmp_path):
+    folder = tmp_path / "books" / "deep"
+    folder.mkdir(parents=True)
+    for i, text in enumerate(documents()):
+        (folder / f"{i}.txt").write_text(text, newline="")
+    (folder / "cover.png").write_bytes(bytes(range(256)))
+    made, _ = prepare.prepare(str(tmp_path / "books"), tmp_path / "data")
+    assert sorted(sum((decode(made, split) for split in ("train", "val", "test")), [])) == sorted(documents())
+
+
+def test_a_book_is_cut_at_blank_lines_and_loses_nothing(tmp_path):
+    (tmp_path / "book.txt").write_text(text := "\n\n".join(words(50, seed) for seed in range(500)))
+    cut = list(prepare.read_documents(tmp_path / "book.txt", whole=False))
+    assert "".join(cut) == text and len(cut) > 5
+    assert all(part.endswith("\n\n") for part in cut[:-1])
+
+
+def test_a_text_that_is_one_long_line_needs_little_memory(tmp_path):
+    path = tmp_path / "line.txt"
+    path.write_text("word " * 4_000_000)  # 20 MB
+    tracemalloc.start()
+    size = sum(len(text) for text in prepare.read_documents(path, whole=False))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert size == 20_000_000 and peak < 2_000_000
+
+
+def test_endoftext_lines_part_documents(tmp_path):
+    (tmp_path / "stories.txt").write_text("one\n<|endoftext|>\ntwo\n")
+    assert list(prepare.read_documents(tmp_path / "stories.txt", whole=False)) == ["one\n", "two\n"]
+
+
+def test_half_a_surrogate_pair_in_json_is_survived(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "a\\ud800b"}\n')
+    assert list(prepare.read_documents(tmp_path / "a.jsonl", whole=False)) == ["a?b"]
+
+
+# ---- a second call
+
+
+def test_a_second_call_does_nothing_and_says_so(tiny, call, source, tmp_path, monkeypatch):
+    first, _ = prepare.prepare(str(source), tmp_path / "data")
+    monkeypatch.setattr(prepare, "write_data_set", None)  # would raise if it were called
+    assert prepare.prepare(str(source), tmp_path / "data") == (first, True)
+
+
+def test_the_data_set_asked_for_last_is_the_newest(tiny, source, tmp_path):
+    root = tmp_path / "data"
+    first, _ = prepare.prepare(str(source), root)
+    second, _ = prepare.prepare(str(write_jsonl(tmp_path / "other.jsonl", documents(300))), root)
+    assert prepare.newest(root) == second
+    prepare.prepare(str(source), root)
+    assert prepare.newest(root) == first
+    assert prepare.newest(second) == second
+
+
+def test_preparing_anything_never_rewrites_the_files_of_another_data_set(tiny, source, tmp_path):
+    root = tmp_path / "data"
+    folder, _ = prepare.prepare(str(source), root)
+    before = {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in folder.glob("*.bin")}
+    prepare.prepare(str(write_jsonl(tmp_path / "other.jsonl", documents(300))), root)
+    os.utime(source, (1, 1))  # the same text, but by its date it may be another
+    assert prepare.prepare(str(source), root) == (folder, False)
+    assert before == {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in folder.glob("*.bin")}
+    assert prepare.prepare(str(source), root) == (folder, True)
+
+
+@pytest.mark.parametrize("name", ["train.bin", "tokenizer.tiktoken", "meta.json"])
+def test_a_damaged_data_set_is_made_again(tiny, source, tmp_path, name):
+    folder, _ = prepare.prepare(str(source), tmp_path / "data")
+    sound = (folder / name).read_bytes()
+    (folder / name).write_bytes(sound[: len(sound) // 2])
+    with pytest.raises(prepare.Problem, match="run: python prepare.py"):
+        prepare.newest(tmp_path / "data")
+    assert prepare.prepare(str(source), tmp_path / "data") == (folder, False)
+    assert (folder / name).read_bytes() == sound
+    assert sorted(left_over(tmp_path / "data")) == [folder.name]
+
+
+def test_a_broken_neighbour_is_left_alone(tiny, source, tmp_path):
+    (tmp_path / "data" / "other-1").mkdir(parents=True)
+    (tmp_path / "data" / "other-1" / "meta.json").write_text("{")
+    folder, _ = prepare.prepare(str(source), tmp_path / "data")
+    assert prepare.newest(tmp_path / "data") == folder
+    assert (tmp_path / "data" / "other-1" / "meta.json").read_text() == "{"
+
+
+# ---- bad input: one sentence, exit 2, nothing lost
+
+BAD = {
+    "missing": (None, "no such file or folder"),
+    "empty.txt": (b"", "too little text"),
+    "short.txt": (b"A few words.", "add about"),
+    "picture.txt": (b"\x89PNG\r\n\x1a\n\xff\xd8", "not UTF-8 text"),
+    "latin.txt": ("naïve ".encode("latin-1") * 50, "not UTF-8 text"),
+    "nul.txt": (b"text\0text" * 50, "NUL bytes"),
+    "bad.jsonl": (b'{"text": "good"}\n{"text": \n', "line 2"),
+    "list.jsonl": (b"[1, 2]\n", "line 1"),
+    "number.jsonl": (b'{"text": 5}\n', "line 1"),
+    "deep.jsonl": (b"[" * 200_000 + b"\n", "line 1"),
+    "bad.jsonl.gz": (b"not gzip", "can't be read"),
+    "cut.jsonl.gz": (gzip.compress(b'{"text": "cut short"}\n' * 50)[:-12], "can't be read"),
+    "mangled.jsonl.gz": (gzip.compress(b"")[:10] + b"\xff" * 50, "can't be read"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_gets_one_sentence_and_nothing_is_lost(call, source, tmp_path, name):
+    content, reason = BAD[name]
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    assert call(source)[0] == 0
+    before = left_over(tmp_path / "data")
+    code, message = call(tmp_path / name)
+    assert code == 2 and reason in message and str(tmp_path / name) in message + str(tmp_path / name) * ("add about" in message)
+    assert message.startswith("prepare.py: ") and message.count("\n") == 1
+    assert left_over(tmp_path / "data") == before and prepare.newest(tmp_path / "data").name == before[0]
+
+
+def test_a_folder_without_text_files_says_which_it_looks_for(call, tmp_path):
+    (tmp_path / "empty").mkdir()
+    code, message = call(tmp_path / "empty")
+    assert code == 2 and ".jsonl.gz" in message
+
+
+def test_too_little_text_for_a_split_says_how_much_more(call, tmp_path):
+    code, message = call(write_jsonl(tmp_path / "short.jsonl", documents(10, 300)))
+    assert code == 2 and "too little text: " in message and "add about 0.1 MB" in message
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read and write everything")
+def test_a_file_or_folder_that_may_not_be_used_is_named(call, source, tmp_path):
+    source.chmod(0)
+    assert call(source)[0] == 2
+    source.chmod(0o600)
+    (tmp_path / "data").chmod(0o500)
+    assert call(source)[0] == 2
+    (tmp_path / "data").chmod(0o700)
+
+
+def test_a_data_folder_that_cannot_be_made_is_named(call, source, tmp_path):
+    (tmp_path / "data").write_text("a file")
+    code, message = call(source)
+    assert code == 2 and str(tmp_path / "data") in message and "AUTORESEARCH_DATA" in message
+
+
+# ---- stopped in the middle
+
+
+@pytest.fixture
+def stuck(tmp_path):
+    """A source that nobody writes to, so that prepare.py hangs in the middle of its work."""
+    os.mkfifo(tmp_path / "stuck.jsonl")
+    return tmp_path / "stuck.jsonl"
+
+
+@pytest.fixture
+def enough(tmp_path):
+    """Text enough for the sizes of a machine without a GPU."""
+    return write_jsonl(tmp_path / "enough.jsonl", documents(1500, 150))
+
+
+def test_a_killed_run_leaves_what_was_there_and_the_next_one_cleans_up(stuck, enough, tmp_path):
+    root = tmp_path / "data"
+    killed = spawn(stuck, root)
+    with open(stuck, "w"):  # opens when prepare.py starts to read
+        killed.kill()
+    killed.communicate()
+    assert list(root.glob(".partial-*"))
+    with pytest.raises(prepare.Problem):
+        prepare.newest(root)
+    process = spawn(enough, root)
+    assert process.communicate()[1] == "" and process.returncode == 0
+    assert left_over(root) == [prepare.newest(root).name]
+
+
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_run_cleans_up_after_itself(stuck, tmp_path, sent):
+    root = tmp_path / "data"
+    process = spawn(stuck, root)
+    with contextlib.suppress(BrokenPipeError), open(stuck, "w") as source:  # opens when prepare.py starts to read
+        process.send_signal(sent)
+        for text in itertools.cycle(documents()):
+            source.write(json.dumps({"text": text}) + "\n")
+    message = process.communicate()[1]
+    assert (process.returncode, message) == (130, "prepare.py: stopped; nothing is half-written\n")
+    assert left_over(root) == []
+
+
+def test_a_second_prepare_waits_for_the_first(stuck, tmp_path):
+    root = tmp_path / "data"
+    first = spawn(stuck, root)
+    with open(stuck, "w"):
+        second = spawn(stuck, root)
+        assert "waiting" in second.stderr.readline()
+        assert len(list(root.glob(".partial-*"))) == 1
+        for process in (second, first):
+            process.kill()
+            process.communicate()
+
+
+def test_a_full_disk_is_one_sentence_and_leaves_nothing(enough, tmp_path):
+    root = tmp_path / "data"
+    limited = f'ulimit -f 64; exec "{sys.executable}" "{SCRIPT}" --source "{enough}"'  # files of 64 KiB at the most
+    environment = {**os.environ, "AUTORESEARCH_DATA": str(root), "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(["bash", "-c", limited], env=environment, capture_output=True, text=True)
+    assert done.returncode == 2 and "make room" in done.stderr and done.stderr.count("\n") == 1
+    assert left_over(root) == []
+
+
+def test_tokens_keep_their_raw_bytes(tmp_path):
+    ranks = {bytes([i]): i for i in range(256)} | {b"\xc3\xa9": 256, b"\xf0\x9f": 257}
+    (tmp_path / "t").write_bytes(b"".join(b"%s %d\n" % (base64.b64encode(token), rank) for token, rank in ranks.items()))
+    lengths = prepare.byte_lengths(prepare.read_tokenizer(tmp_path / "t"))
+    assert lengths[0xC3] == 1 and lengths[256] == 2 and lengths[257] == 2 and lengths[258] == 0  # 258 is BOS
