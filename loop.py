@@ -10,6 +10,7 @@ results.tsv and the kept train.py on it, and runs/ (a folder with code and log f
 import argparse
 import ast
 import contextlib
+import difflib
 import fcntl
 import hashlib
 import hmac
@@ -188,11 +189,15 @@ def find_lines(lines, search):
 
 
 def nearest_lines(lines, search):
-    """The part of the file that shares most lines with `search`, to show a model what is really there."""
-    wanted = {line.strip() for line in search if line.strip()}
-    starts = range(max(len(lines) - len(search), 0) + 1)
-    best = max(starts, key=lambda i: sum(line.strip() in wanted for line in lines[i : i + len(search)]))
-    return "\n".join(lines[max(best - 1, 0) : best + min(len(search), 20) + 1])
+    """The part of the file that is most like `search`, to show a model what is really there."""
+    search = search[:20]
+
+    def likeness(start):
+        pairs = zip(lines[start:], search, strict=False)
+        return sum(difflib.SequenceMatcher(None, real.strip(), wanted.strip()).quick_ratio() for real, wanted in pairs)
+
+    best = max(range(max(len(lines) - len(search), 0) + 1), key=likeness)
+    return "\n".join(lines[max(best - 1, 0) : best + len(search) + 1])
 
 
 def apply_edit(source, edit):
@@ -214,7 +219,8 @@ def apply_edit(source, edit):
             raise Refused(f"These SEARCH lines stand in train.py {len(found)} times; add lines around them until they are unique:\n{shown}")
         here = slice(found[0], found[0] + len(search))
         real, wrong = margin(lines[here]), margin(search)
-        add, cut = real.removeprefix(wrong), wrong.removeprefix(real)  # one of them is empty, if one holds the other
+        common = os.path.commonprefix([real, wrong])
+        add, cut = real[len(common) :], wrong[len(common) :]
         if add and cut or any(line.strip() and not line.startswith(cut) for line in replace):
             raise Refused(f"The block's indentation doesn't fit train.py, where its first line is:\n{lines[found[0]]}")
         lines[here] = [add + line[len(cut) :] if line.strip() else line for line in replace]
@@ -226,7 +232,7 @@ def syntax_tree(source):
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            compile(source, "train.py", "exec", dont_inherit=True)
+            compile(source, "<train.py>", "exec", dont_inherit=True)
             return hashlib.sha256(ast.dump(ast.parse(source)).encode()).hexdigest()[:16]
     except SyntaxError as error:
         raise Refused(f"After this edit train.py doesn't compile: {error.msg}, line {error.lineno}: {(error.text or '').strip()}") from None
@@ -235,6 +241,7 @@ def syntax_tree(source):
 
 
 # --------------------------------------------------------------------------------------------------- random search
+
 
 def numbers(source, other_device):
     """[(label, node)] of the numbers in train.py's top-level constants: NAME = 1, NAME = (1, 2) and NAME = Sizes(depth=1).
@@ -554,7 +561,7 @@ class Notebook:
         if read_text(folder / "results.tsv") != self.text:
             replace_file(folder / "results.tsv", self.text)
         kept = [row.commit for row in self.rows if row.status == "keep"]
-        replaced = kept[-2:-1] if commit.startswith(kept[-1]) else []
+        replaced = kept[-2:-1] if kept and commit.startswith(kept[-1]) else []
         if read_text(folder / "train.py") in [self.git.blob(old, "train.py") for old in (commit, *replaced)]:
             replace_file(folder / "train.py", self.incumbent_source)  # anything else there is a person's edit: it waits its turn
         # An index entry that is none of the branch's last versions was staged by the person, and stays.

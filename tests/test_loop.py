@@ -1,0 +1,552 @@
+"""The loop as its user starts it: real processes, real git, a real chat server; stand-ins only for training."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+
+import pytest
+
+import loop
+from conftest import block
+
+BETTER = block("WIDTH = 64", "WIDTH = 128", "twice the width")
+WORSE = block("DEPTH = 4", "DEPTH = 1", "one layer")
+CRASHING = block("def main():", "def main():\n    raise RuntimeError('shapes (2, 3) and [bold](4, 5)[/bold]')", "a crash")
+
+
+# ---- a night
+
+
+def test_a_night_keeps_what_is_better_and_reverts_the_rest(project, server):
+    server.replies += [BETTER, WORSE, CRASHING]
+    project.online(server, "--experiments", 3)
+    rows = project.rows()
+    assert [row["status"] for row in rows] == ["keep", "keep", "discard", "crash"]
+    assert [row["description"] for row in rows[:3]] == ["baseline", "twice the width", "one layer"]
+    assert "WIDTH = 128" in project.read("train.py") and "DEPTH = 4" in project.read("train.py")
+    assert rows[1]["val_bpb"] == rows[1]["runs"] == "1.057813" and rows[1]["memory_gb"] == "0.5"
+    assert rows[3]["val_bpb"] == "nan" and rows[3]["runs"] == "" and "RuntimeError: shapes" in rows[3]["description"]
+    assert [row["llm_tokens"] for row in rows] == ["0", "100", "100", "100"]
+    assert project.status() == ""
+
+
+def test_every_experiment_can_be_shown_and_the_first_parents_are_the_lab_notebook(project, server):
+    server.replies += [BETTER, WORSE, CRASHING]
+    project.online(server, "--experiments", 3)
+    notebook = project.git("log", "--first-parent", "--format=%s", "autoresearch/t").splitlines()
+    assert notebook[:3] == ["crash: " + project.rows()[3]["description"], "discard: one layer", "keep: twice the width"]
+    assert notebook[3:] == ["keep: baseline", "start"]
+    for row, change in zip(project.rows()[1:], ["WIDTH = 128", "DEPTH = 1", "raise RuntimeError"], strict=True):
+        shown = project.git("show", row["commit"])
+        assert f"+{change}" in shown.replace("+    raise", "+raise") and "results.tsv" not in shown
+    message = project.git("show", "-s", "--format=%B", project.rows()[1]["commit"])
+    assert "Because." in message and "Model: local-model" in message and "Seed: 1" in message
+
+
+def test_results_begin_with_the_columns_that_the_communitys_tools_read(project):
+    project.offline("--experiments", 1)
+    assert project.read("results.tsv").startswith("commit\tval_bpb\tmemory_gb\tstatus\tdescription\t")
+    assert project.read("results.tsv") == project.git("show", "autoresearch/t:results.tsv")
+
+
+def test_the_baseline_carries_what_its_numbers_depend_on(project):
+    project.offline("--experiments", 1)
+    trailers = loop.read_trailers(project.git("show", "-s", "--format=%B", project.rows()[0]["commit"]))
+    assert trailers["Data"] == "0123456789ab" and trailers["Budget"] == "20"
+    assert trailers["Device"] == "cpu, stand-in" and trailers["Torch"] == "0" and len(trailers["Ruler"]) == 12
+
+
+def test_offline_needs_no_key_and_goes_the_same_way(project):
+    project.offline("--experiments", 8)
+    assert len(project.rows()) == 9 and project.status() == ""
+    assert {"keep", "discard"} <= {row["status"] for row in project.rows()}
+
+
+def test_the_first_screen_says_how_long_it_takes_and_the_last_where_the_results_are(project):
+    out = project.offline("--experiments", 1)
+    assert "first the baseline (at most 20 s)" in out and "180 or more an hour" in out
+    assert "results.tsv on branch autoresearch/t" in out and "git show COMMIT" in out
+
+
+def test_a_new_tag_starts_at_head_with_an_empty_results_tsv(project):
+    project.offline("--experiments", 2)
+    project.run("--offline", "--budget", "20", "--tag", "second", "--experiments", "1")
+    assert len(project.rows("autoresearch/second")) == 2 and len(project.rows()) == 3
+    assert project.status() == ""
+
+
+def test_the_same_command_goes_on_on_the_branch_that_is_checked_out(project):
+    project.offline("--experiments", 2)
+    project.run("--offline", "--experiments", "2")
+    assert len(project.rows()) == 5
+    project.git("checkout", "--quiet", "main")
+    project.offline("--experiments", 1)
+    assert len(project.rows()) == 6 and project.git("branch", "--show-current").strip() == "autoresearch/t"
+
+
+def test_hours_stop_the_loop(project):
+    project.offline("--hours", "0.00001")
+    assert len(project.rows()) == 1
+
+
+def test_a_project_in_a_folder_of_a_larger_repository_works_the_same(project):
+    inner = project.folder / "inner"
+    inner.mkdir()
+    for name in ("loop.py", "train.py", "prepare.py", "program.md", "results.tsv"):
+        (project.folder / name).rename(inner / name)
+    project.commit("move")
+    project.folder = inner
+    project.offline("--experiments", 3)
+    assert project.git("show", "autoresearch/t:./results.tsv").count("\n") == 5 and project.status() == ""
+
+
+# ---- what the model sees
+
+
+def test_the_prompt_begins_with_what_never_changes_and_holds_program_code_and_history(project, server):
+    server.replies += [BETTER, WORSE, CRASHING, BETTER.replace("128", "256")]
+    project.online(server, "--experiments", 4)
+    first, *_, last = server.requests
+    assert first["messages"][0] == last["messages"][0] and first["messages"][0]["role"] == "system"
+    text = last["messages"][1]["content"]
+    assert text.index("Lower val_bpb.") < text.index("WIDTH = 128") < text.index("Results so far") < text.index("one layer")
+    assert "twice the width" in text and "RuntimeError: shapes" in text
+
+
+def test_program_md_is_read_anew_before_every_proposal_and_committed_with_the_experiment(project, server):
+    def steer(request):
+        project.write("program.md", "# The goal\nTry depth.\n")
+        return BETTER
+
+    server.replies += [steer, WORSE]
+    project.online(server, "--experiments", 2)
+    assert "Try depth." in server.requests[1]["messages"][1]["content"]
+    assert "Try depth." in project.git("show", f"{project.rows()[2]['commit']}:program.md")
+    assert project.status() == ""
+
+
+def test_a_program_md_deleted_in_the_night_stops_nothing(project, server):
+    def delete(request):
+        (project.folder / "program.md").unlink()
+        return BETTER
+
+    server.replies += [delete, WORSE]
+    project.online(server, "--experiments", 2)
+    assert "Lower val_bpb." in server.requests[1]["messages"][1]["content"] and len(project.rows()) == 3
+
+
+def test_a_refused_reply_goes_back_with_the_reason_and_the_mended_one_is_run(project, server):
+    server.replies += [block("WIDHT = 64", "WIDTH = 128"), BETTER]
+    project.online(server, "--experiments", 1)
+    chat = server.requests[1]["messages"]
+    assert [message["role"] for message in chat] == ["system", "user", "assistant", "user"]
+    assert "not in train.py" in chat[3]["content"] and "WIDTH = 64" in chat[3]["content"]
+    assert project.rows()[1]["status"] == "keep" and project.rows()[1]["llm_tokens"] == "200"
+
+
+def test_a_proposal_refused_three_times_becomes_a_row(project, server):
+    out = project.online(server, "--experiments", 1)
+    row = project.rows()[1]
+    assert row["status"] == "crash" and row["val_bpb"] == "nan" and "refused: There is no edit" in row["description"]
+    assert len(server.requests) == 3 and "3 replies refused" in out and project.status() == ""
+    assert "no edit" in project.git("show", row["commit"])
+
+
+def test_code_that_was_tried_is_refused_with_its_result_but_a_return_to_an_earlier_keep_is_not(project, server):
+    server.replies += [WORSE, WORSE.replace("one layer", "again"), BETTER, block("WIDTH = 128", "WIDTH = 64", "back")]
+    project.online(server, "--experiments", 3)
+    assert "was tried: discard, one layer, val_bpb 1.095625" in server.requests[2]["messages"][-1]["content"]
+    assert [row["description"] for row in project.rows()] == ["baseline", "one layer", "twice the width", "back"]
+
+
+def test_tried_code_is_remembered_by_the_next_session(project, server):
+    server.replies += [WORSE]
+    project.online(server, "--experiments", 1)
+    server.replies += [WORSE, BETTER]
+    project.online(server, "--experiments", 1)
+    assert "was tried" in server.requests[2]["messages"][-1]["content"]
+
+
+def test_an_edit_of_comments_only_is_refused(project, server):
+    server.replies += [block("WIDTH = 64", "WIDTH = 64  # a remark"), BETTER]
+    project.online(server, "--experiments", 1)
+    assert "changes nothing" in server.requests[1]["messages"][-1]["content"]
+
+
+def test_the_history_in_the_prompt_is_as_long_at_ten_thousand_rows_as_at_two_hundred():
+    def rows(count):
+        status = ["keep", "discard", "crash", "discard"]
+        make = lambda i: loop.Row("abcdef0", 2 - i / 1e5, 1.0, status[i % 4], f"idea {i % 100:03}", [] if i % 4 == 2 else [1.0], 0, "")  # noqa: E731
+        return [make(i) for i in range(count)]
+
+    short, long = (loop.history(rows(count), rows(1)[0]) for count in (200, 10_000))
+    assert abs(len(long) - len(short)) < 60
+
+
+# ---- the run
+
+
+def test_a_run_sees_no_key_and_no_home_of_the_persons(project, server):
+    snoop = block("def main():", "def main():\n    import os\n    print('SEEN', sorted(os.environ), os.environ['HOME'])", "look around")
+    server.replies += [snoop]
+    project.online(server, "--experiments", 1, OPENAI_API_KEY="sk-secret", AWS_SECRET="x", HF_TOKEN="y")
+    log = next(project.folder.glob("runs/0001-*/run.log")).read_text()
+    seen = log[log.index("SEEN") :]
+    assert "OPENAI" not in seen and "AWS" not in seen and "HF_" not in seen and "TOKEN" not in seen.replace("AUTORESEARCH_TOKEN", "")
+    assert "/runs/0001-" in seen and project.rows()[1]["val_bpb"] == "1.065625"
+
+
+def test_a_run_over_its_budget_is_killed_with_its_children(project, server):
+    escape = "import subprocess, sys, time\n    subprocess.Popen(['sleep', '987'], start_new_session=True)\n    time.sleep(1000)"
+    server.replies += [block("def main():", "def main():\n    " + escape, "a sleeper")]
+    started = time.monotonic()
+    project.run("--budget", "1", "--tag", "t", "--experiments", "1", OPENAI_BASE_URL=server.url)
+    assert "timeout: killed after 6 s" in project.rows()[1]["description"]
+    assert time.monotonic() - started < 60
+    assert subprocess.run(["pgrep", "-f", "^sleep 987"], capture_output=True).stdout == b""
+
+
+def test_an_endless_log_is_stored_in_bounds_and_the_summary_still_found(project, server):
+    noise = "import sys\n    for i in range(200_000):\n        print('x' * 99)\n"
+    server.replies += [block("def main():", f"def main():\n    {noise}", "noise"), block("WIDTH = 64", "WIDTH = 1", "next")]
+    project.online(server, "--experiments", 2)
+    log = next(project.folder.glob("runs/0001-*/run.log"))
+    assert log.stat().st_size < loop.LOG_HEAD + 2 * loop.LOG_TAIL and "bytes left out" in log.read_text()
+    assert project.rows()[1]["val_bpb"] == "1.065625"
+
+
+FAKE = "print('---', 'val_bpb:          0.5', 'peak_vram_mb: 1', sep='\\n')"
+
+
+@pytest.mark.parametrize(
+    "code, cause",
+    [
+        (f"{FAKE}; raise SystemExit", "not signed"),
+        (f"{FAKE}", "more than one val_bpb"),
+        ("raise SystemExit", "no summary"),
+        ("prepare.finish(float('nan')); raise SystemExit", "out of range"),
+        ("prepare.finish(-37.8); raise SystemExit", "out of range"),
+        ("prepare.os.environ['AUTORESEARCH_SEED'] = '5'", "not signed"),
+        ("prepare.os.environ['AUTORESEARCH_BUDGET'] = '500'", "not signed"),
+        ("prepare.os.kill(prepare.os.getpid(), 9)", "killed by SIGKILL (out of memory?)"),
+        ("raise MemoryError", "out of memory"),
+        ("raise SystemExit('refused by the ruler: the model sees the future')", "refused by the ruler: the model sees the future"),
+        ("import nothing_like_this", "No module named 'nothing_like_this'"),
+    ],
+)
+def test_a_result_that_cannot_be_believed_is_a_crash_with_its_reason(project, server, code, cause):
+    server.replies += [block("def main():", f"def main():\n    {code}", "a trick")]
+    project.online(server, "--experiments", 1)
+    row = project.rows()[1]
+    assert row["status"] == "crash" and row["val_bpb"] == "nan" and cause in row["description"]
+
+
+def test_what_a_library_prints_at_exit_does_not_spoil_the_summary(project, server):
+    server.replies += [block("def main():", "def main():\n    import atexit; atexit.register(print, 'goodbye')", "atexit")]
+    project.online(server, "--experiments", 1)
+    assert project.rows()[1]["val_bpb"] == "1.065625"
+
+
+def test_a_failing_baseline_ends_the_loop_with_its_cause_and_log(project):
+    project.write("train.py", "import prepare\nWIDTH = 1\nprint('far too much')\nraise RuntimeError('no such layer')\n")
+    project.commit("broken")
+    out = project.offline(code=1)
+    assert "the baseline failed: RuntimeError: no such layer" in out and "far too much" in out
+    assert project.rows() == [] and project.status() == ""
+    project.write("train.py", "import prepare\nWIDTH = 1\nprepare.finish(2.0)\n")
+    project.commit("mended")
+    project.offline("--experiments", 1)
+    assert project.rows()[0]["val_bpb"] == "2.000000"
+
+
+# ---- stopped and killed
+
+
+def slow(project, seconds=30):
+    project.write("train.py", project.read("train.py").replace("SECONDS = 0.0", f"SECONDS = {seconds}"))
+    project.commit("slow")
+
+
+def running(project):
+    return len(list(project.folder.glob("runs/*/run.log")))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_the_loop_tidily_and_the_next_start_runs_the_same_experiment_again(project, server, number):
+    hang = block("SECONDS = 0.0", "SECONDS = 15.0", "slow one")
+    server.replies += [hang]
+    process = project.start("--budget", "20", "--tag", "t", OPENAI_BASE_URL=server.url)
+    project.wait_for(lambda: running(project) == 2 and "loss" in next(project.folder.glob("runs/0001-*/run.log")).read_text())
+    process.send_signal(number)
+    out, err = process.communicate(timeout=10)
+    assert process.returncode == 0 and "Traceback" not in err and "results.tsv on branch" in out
+    assert loop.find_runs(project.folder / "runs") == [] and project.status() == ""
+    commit = project.git("rev-parse", "refs/autoresearch/t/running").strip()
+    assert [row["description"] for row in project.rows()] == ["baseline"]
+    server.replies += [WORSE]
+    project.online(server, "--experiments", 1)
+    assert commit.startswith(project.rows()[1]["commit"]) and project.rows()[1]["description"] == "slow one"
+    assert len(server.requests) == 1
+
+
+@pytest.mark.parametrize("delay", [0.0, 0.3, 0.6, 0.7, 0.8, 0.9, 1.0, 1.15, 1.3, 1.5, 1.8, 2.2])
+def test_killed_at_any_time_it_goes_on_where_it_was(project, delay):
+    project.write("notes.txt", "staged by the person\n")
+    project.git("add", "notes.txt")
+    process = project.start("--offline", "--budget", "20", "--tag", "t")
+    time.sleep(delay)
+    process.kill()
+    process.communicate()
+    project.offline("--experiments", 2)
+    rows = project.rows()
+    assert rows[0]["description"] == "baseline" and len({row["commit"] for row in rows}) == len(rows) >= 3
+    for row in rows:
+        project.git("merge-base", "--is-ancestor", row["commit"], "autoresearch/t")
+    kept = [row for row in rows if row["status"] == "keep"][-1]
+    assert project.read("train.py") == project.git("show", f"{kept['commit']}:train.py")
+    assert project.status() == "M  notes.txt\n" and loop.find_runs(project.folder / "runs") == []
+
+
+def test_a_killed_loops_run_does_not_share_the_device_with_the_next(project):
+    slow(project, 15)
+    process = project.start("--offline", "--budget", "20", "--tag", "t")
+    project.wait_for(lambda: loop.find_runs(project.folder / "runs"))
+    process.kill()
+    process.communicate()
+    orphans = loop.find_runs(project.folder / "runs")
+    assert orphans
+    project.write("train.py", project.read("train.py").replace("SECONDS = 15", "SECONDS = 0.0"))
+    project.offline("--experiments", 1)
+    for pid in orphans:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+
+
+def test_a_keep_that_was_killed_half_way_is_finished(project):
+    project.offline("--experiments", 1)
+    tip = project.git("rev-parse", "autoresearch/t").strip()
+    source = project.read("train.py").replace("WIDTH = 64", "WIDTH = 4096").replace("WIDTH = 128", "WIDTH = 4096")
+    project.write("train.py", source)
+    project.offline("--experiments", 1)  # a keep; now as if the loop had died right after the branch moved
+    assert project.rows()[-1]["status"] == "keep"
+    kept = project.git("rev-parse", project.rows()[-1]["commit"]).strip()
+    project.git("update-ref", "refs/autoresearch/t/running", kept)
+    project.write("train.py", project.git("show", f"{tip}:train.py"))
+    project.write("results.tsv", project.git("show", f"{tip}:results.tsv"))
+    project.git("add", "train.py", "results.tsv")
+    project.offline("--experiments", 1)
+    assert len(project.rows()) == 4 and "your edit" not in project.rows()[-1]["description"]
+    assert project.status() == ""
+
+
+def test_a_second_loop_in_the_same_checkout_is_turned_away(project):
+    slow(project)
+    process = project.start("--offline", "--budget", "60", "--tag", "t")
+    project.wait_for(lambda: running(project))
+    out = project.run("--offline", "--tag", "u", code=2)
+    process.terminate()
+    process.communicate()
+    assert f"another loop runs in this checkout (process {process.pid})" in out
+
+
+# ---- the person at work in the same checkout
+
+
+def test_a_persons_edit_of_train_py_is_the_next_experiment_and_restored_when_it_is_worse(project):
+    project.offline("--experiments", 1)
+    project.write("train.py", project.read("train.py").replace("0.02", "0.9"))
+    out = project.offline("--experiments", 1)
+    row = project.rows()[-1]
+    assert row["status"] == "discard" and row["description"] == "your edit of train.py" and "next experiment" in out
+    assert "0.9" in project.git("show", f"{row['commit']}:train.py") and "0.9" not in project.read("train.py")
+    assert project.status() == ""
+
+
+def test_a_persons_edit_before_the_first_start_waits_for_the_baseline(project):
+    project.write("train.py", project.read("train.py").replace("WIDTH = 64", "WIDTH = 512"))
+    project.offline("--experiments", 1)
+    assert [row["description"] for row in project.rows()] == ["baseline", "your edit of train.py"]
+    assert project.rows()[0]["val_bpb"] == "1.065625" and "WIDTH = 512" in project.read("train.py") and project.status() == ""
+
+
+def test_a_half_typed_edit_is_left_alone_until_it_compiles(project, server):
+    def type_half(request):
+        project.write("train.py", project.read("train.py") + "\ndef half(")
+        return BETTER
+
+    server.replies += [type_half, WORSE]
+    project.online(server, "--experiments", 2)
+    assert [row["description"] for row in project.rows()] == ["baseline", "twice the width", "one layer"]
+    assert project.read("train.py").endswith("def half(")
+
+
+def test_an_edit_committed_by_the_person_becomes_an_experiment_too(project):
+    project.offline("--experiments", 1)
+    project.write("train.py", project.read("train.py").replace("0.02", "0.9"))
+    project.git("commit", "--quiet", "-am", "mine")
+    project.offline("--experiments", 1)
+    assert project.rows()[-1]["description"] == "your edit of train.py" and project.rows()[-1]["status"] == "discard"
+    assert "mine" in project.git("log", "--first-parent", "--format=%s") and project.status() == ""
+
+
+def test_a_branch_switched_in_mid_run_gets_nothing_and_the_runs_branch_gets_the_row(project, server):
+    def switch(request):
+        project.git("checkout", "--quiet", "main")
+        return BETTER
+
+    server.replies += [switch]
+    out = project.online(server, "--experiments", 1)
+    assert "on another branch now; the row went to autoresearch/t" in out
+    assert project.rows()[1]["status"] == "keep" and "WIDTH = 64" in project.read("train.py")
+    assert project.status() == "" and project.git("log", "--oneline", "main").count("\n") == 1
+
+
+def test_staged_changes_a_failing_hook_and_signing_are_survived(project):
+    project.git("config", "commit.gpgsign", "true")
+    project.git("config", "gpg.program", "false")
+    for name in ("pre-commit", "reference-transaction", "post-checkout", "prepare-commit-msg"):
+        hook = project.folder / ".git" / "hooks" / name
+        hook.write_text("#!/bin/sh\nexit 1\n")
+        hook.chmod(0o755)
+    project.write("notes.txt", "staged\n")
+    subprocess.run(["git", "-c", "core.hooksPath=/dev/null", "add", "notes.txt"], cwd=project.folder, check=True)
+    project.offline("--experiments", 2)
+    assert len(project.rows()) == 3 and project.status() == "M  notes.txt\n"
+
+
+def test_a_stale_index_lock_is_survived_and_the_index_follows_once_it_is_gone(project):
+    lock = project.folder / ".git" / "index.lock"
+    lock.touch()
+    project.offline("--experiments", 1)
+    assert len(project.rows()) == 2
+    lock.unlink()
+    project.offline("--experiments", 1)
+    assert project.status() == ""
+
+
+def test_git_needs_no_configured_identity(project):
+    project.environment |= {"GIT_CONFIG_GLOBAL": "/dev/null", "GIT_CONFIG_SYSTEM": "/dev/null"}
+    project.offline("--experiments", 1)
+    assert len(project.rows()) == 2
+
+
+def test_a_commit_of_the_persons_in_mid_run_stays_below_the_row(project, server):
+    def commit(request):
+        project.write("notes.txt", "more\n")
+        project.git("commit", "--quiet", "-am", "notes")
+        return BETTER
+
+    server.replies += [commit]
+    project.online(server, "--experiments", 1)
+    subjects = project.git("log", "--first-parent", "--format=%s").splitlines()
+    assert subjects[:3] == ["keep: twice the width", "notes", "keep: baseline"] and project.status() == ""
+
+
+# ---- preconditions: one sentence, exit 2, nothing changed
+
+
+def refusal(project, *args, **environment):
+    before = project.git("for-each-ref", check=False) + project.git("status", "--porcelain", check=False)
+    out = project.run(*args, code=2, **environment)
+    assert project.git("for-each-ref", check=False) + project.git("status", "--porcelain", check=False) == before
+    assert out.startswith("loop.py: ") and out.count("\n") == 1, out
+    return out
+
+
+def test_without_a_key_the_three_ways_on_are_named(project):
+    out = refusal(project, "--tag", "t")
+    assert "OPENAI_API_KEY" in out and "OPENAI_BASE_URL" in out and "--offline" in out
+
+
+def test_outside_a_repository_the_next_step_is_said(project):
+    subprocess.run(["rm", "-rf", ".git"], cwd=project.folder, check=True)
+    assert "is not a git repository; run: git init" in refusal(project, "--offline")
+
+
+def test_without_a_commit_the_next_step_is_said(project):
+    subprocess.run(["rm", "-rf", ".git"], cwd=project.folder, check=True)
+    project.git("init", "--quiet")
+    assert "no commit yet" in refusal(project, "--offline")
+
+
+@pytest.mark.parametrize("name", ["prepare.py", "loop.py", "results.tsv"])
+def test_uncommitted_changes_of_what_the_results_rest_on_are_refused(project, name):
+    project.write(name, project.read(name) + "\n")
+    assert f"{name}: uncommitted changes" in refusal(project, "--offline", "--tag", "t")
+
+
+@pytest.mark.parametrize("name", ["prepare.py", "train.py", "program.md"])
+def test_a_missing_file_is_named(project, name):
+    (project.folder / name).unlink()
+    assert f"{name} is missing" in refusal(project, "--offline", "--tag", "t")
+
+
+def test_rows_of_a_persons_own_in_results_tsv_are_not_overwritten(project):
+    project.offline("--experiments", 1)
+    project.write("results.tsv", project.read("results.tsv") + "mine\n")
+    assert "results.tsv has uncommitted changes" in refusal(project, "--offline")
+
+
+def test_a_branch_measured_with_another_ruler_is_refused_naming_what_differs(project):
+    project.offline("--experiments", 1)
+    assert "Budget was 20 and is 30" in refusal(project, "--offline", "--budget", "30")
+    project.write("prepare.py", project.read("prepare.py").replace("cpu, stand-in", "NVIDIA H100"))
+    project.git("commit", "--quiet", "-am", "another ruler")
+    out = refusal(project, "--offline")
+    assert "Ruler was" in out and "Device was cpu, stand-in and is NVIDIA H100" in out
+
+
+def test_a_branch_keeps_its_data_set_when_a_newer_one_is_prepared_and_misses_it_when_it_is_gone(project):
+    project.offline("--experiments", 1)
+    newer = project.data / "newer-ba9876543210"
+    newer.mkdir()
+    (newer / "meta.json").write_text(json.dumps({"fingerprint": "ba9876543210"}))
+    project.offline("--experiments", 1)
+    assert len(project.rows()) == 3
+    (project.data / "toy-0123456789ab" / "meta.json").unlink()
+    assert "measured on the data set 0123456789ab" in refusal(project, "--offline")
+
+
+def test_an_unknown_model_and_a_refused_key_end_the_loop_at_the_first_call(project, server):
+    error = {"error": {"message": "no", "type": "invalid_request_error"}}
+    server.ready = (404, error)
+    assert "knows no model 'nonsense'" in refusal(project, "--tag", "t", "--model", "nonsense", OPENAI_BASE_URL=server.url)
+    server.ready = (401, error)
+    assert "refuses the key" in refusal(project, "--tag", "t", OPENAI_BASE_URL=server.url, OPENAI_API_KEY="sk-wrong")
+    assert "is the server running?" in refusal(project, "--tag", "t", OPENAI_BASE_URL="http://127.0.0.1:9/v1")
+
+
+def test_a_server_that_fails_later_is_asked_again(project, server):
+    server.replies += [(500, {"error": {"message": "oops"}}), (429, {"error": {"message": "slow down"}}, {"Retry-After": "1"}), BETTER]
+    server.replies[0] = (503, {"error": {"message": "overloaded"}}, {"Retry-After": "0"})
+    out = project.online(server, "--experiments", 1)
+    assert "asking again" in out and project.rows()[1]["status"] == "keep"
+
+
+@pytest.mark.parametrize("args", [["--budget", "0"], ["--experiments", "-1"], ["--hours", "x"], ["--nonsense"]])
+def test_a_wrong_call_exits_2(project, args):
+    project.run("--offline", *args, code=2)
+
+
+def test_a_tag_that_git_refuses_is_refused(project):
+    assert "can't name a branch" in refusal(project, "--offline", "--tag", "a..b")
+
+
+# ---- pure parts
+
+
+def test_equal_is_not_better():
+    assert loop.judge([1.0, 1.2], [1.1]) == "discard" and loop.judge([1.0, 1.2], [1.09]) == "keep"
+
+
+def test_rows_survive_being_written_and_read():
+    row = loop.Row("abcdef0", 1.25, 0.5, "keep", "an idea", [1.2, 1.3], 7, "2026-11-23T08:00:00Z")
+    assert loop.read_rows(loop.HEADER + row.line()) == [row]
+
+
+def test_importing_the_loop_loads_neither_torch_nor_openai():
+    code = "import sys, loop; print([m for m in ('torch', 'openai', 'numpy') if m in sys.modules])"
+    done = subprocess.run([os.sys.executable, "-c", code], cwd=loop.Path(loop.__file__).parent, capture_output=True, text=True)
+    assert done.stdout == "[]\n"
