@@ -1,0 +1,592 @@
+"""Claims about the ruler: bits per byte, the clock, the seed, and what it refuses."""
+
+import json
+import math
+import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import prepare
+
+SIZES = dict(seq_len=16, vocab_size=300, eval_tokens=2048, eval_rows=16)
+EVAL_PASSES = 2048 // 16 // 16 + 1 + prepare.PROBES + 6  # of the model, in finish()
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    """A tiny data set: made-up words in a made-up order, as bytes that need several tokens each."""
+    folder = tmp_path_factory.mktemp("ruler")
+    generator = random.Random(0)
+    dictionary = ["".join(generator.choices("abcdeé🙂", k=generator.randint(1, 6))) for _ in range(50)]
+    texts = [" ".join(generator.choices(dictionary, k=80)) for _ in range(400)]
+    (folder / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepare, "machine_sizes", lambda: SIZES)
+        return prepare.prepare(str(folder / "text.jsonl"), folder / "data")[0]
+
+
+class Clock:
+    """Time that passes only when a test says so."""
+
+    def __init__(self):
+        self.now = 1000.0
+
+    def __call__(self):
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    monkeypatch.setattr(prepare, "monotonic", clock := Clock())
+    return clock
+
+
+@pytest.fixture
+def make_run(data, monkeypatch):
+    """make_run(budget, seed, started) -> prepare.Run of the tiny data set, on the CPU."""
+
+    def make_run(budget=60, seed=0, started=None):
+        monkeypatch.setenv("AUTORESEARCH_DATA", str(data))
+        monkeypatch.setenv("AUTORESEARCH_BUDGET", str(budget))
+        monkeypatch.setenv("AUTORESEARCH_SEED", str(seed))
+        monkeypatch.setenv("AUTORESEARCH_STARTED", str(prepare.monotonic() if started is None else started))
+        monkeypatch.setattr(prepare, "pick_device", lambda: torch.device("cpu"))
+        return prepare.Run()
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield make_run
+    torch.set_num_threads(threads)
+    prepare._sealed.clear()
+
+
+class Model(nn.Module):
+    """Any function of x (B, T) as a model; one that returns zeros knows nothing, as an untrained one does."""
+
+    def __init__(self, function=None):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+        self.function = function or (lambda x: torch.zeros(*x.shape, SIZES["vocab_size"]))
+
+    def forward(self, x):
+        return self.function(x)
+
+
+@pytest.fixture(scope="session")
+def bigram(data):
+    """(vocab, vocab) log-probabilities of the next token, counted on the train split: an honest, trained model."""
+    tokens = np.fromfile(data / "train.bin", dtype=np.uint16).astype(np.int64)
+    counts = np.full((SIZES["vocab_size"],) * 2, 0.02)
+    np.add.at(counts, (tokens[:-1], tokens[1:]), 1)
+    return torch.tensor(np.log(counts / counts.sum(1, keepdims=True)), dtype=torch.float32)
+
+
+@pytest.fixture
+def finish(make_run, capsys):
+    """finish(function) -> {key: value} of the summary of a run whose trained model is `function` of x."""
+
+    def finish(function, **environment):
+        run = make_run(**environment)
+        run.preflight(Model())
+        capsys.readouterr()
+        run.finish(Model(function), depth=2)
+        head, *lines = capsys.readouterr().out.splitlines()
+        assert head == "---"
+        return dict(line.split(": ", 1) for line in lines)
+
+    return finish
+
+
+def eval_windows(data, run):
+    """(N, seq_len + 1): every window of val that is evaluated."""
+    prepare._sealed.clear()
+    tokens = np.fromfile(data / "val.bin", dtype=np.uint16).astype(np.int64)
+    return tokens[run._eval_starts("val").reshape(-1, 1) + np.arange(SIZES["seq_len"] + 1)]
+
+
+# ---- bits per byte
+
+
+def test_bits_per_byte_of_a_byte_level_toy_is_what_a_hand_works_out():
+    # tokens: 0 is "a", 1 is "b", 2 is BOS. The model gives "a" 1/2 and "b" 1/8: 1 + 3 bits over 2 bytes are 2 bits per byte.
+    lengths = torch.from_numpy(prepare.byte_lengths({b"a": 0, b"b": 1}))
+    nats = torch.tensor([[math.log(2), math.log(8)]])
+    assert prepare.bits_per_byte(nats, torch.tensor([[0, 1]]), lengths) == pytest.approx(2)
+
+
+def test_bits_per_byte_of_partial_utf8_tokens_counts_their_raw_bytes():
+    # "café!" is caf | C3 | A9 21, of 3 + 1 + 2 bytes. Decoded one by one, C3 and A9 would be U+FFFD, of 3 bytes each.
+    lengths = torch.from_numpy(prepare.byte_lengths({b"caf": 0, b"\xc3": 1, b"\xa9!": 2}))
+    nats = torch.tensor([[6.0, 2.0, 4.0]]) * math.log(2)
+    assert prepare.bits_per_byte(nats, torch.tensor([[0, 1, 2]]), lengths) == pytest.approx(12 / 6)
+
+
+def test_bos_counts_in_neither_sum():
+    lengths = torch.from_numpy(prepare.byte_lengths({b"a": 0, b"b": 1}))
+    nats = torch.tensor([[math.log(2), math.log(8), 100.0]])
+    assert prepare.bits_per_byte(nats, torch.tensor([[0, 1, 2]]), lengths) == pytest.approx(2)
+
+
+def test_val_bpb_of_a_uniform_model_is_the_tokens_over_the_bytes(data, make_run, finish):
+    targets = eval_windows(data, make_run())[:, 1:]
+    raw = {rank: token for token, rank in prepare.read_tokenizer(data / "tokenizer.tiktoken").items()}
+    counted = [len(raw[target]) for target in targets.flatten().tolist() if target in raw]
+    assert 0 < targets.size - len(counted)  # there is a BOS among them
+    expected = math.log2(SIZES["vocab_size"]) * len(counted) / sum(counted)
+    assert float(finish(None)["val_bpb"]) == pytest.approx(expected, abs=1e-5)
+
+
+def test_val_bpb_does_not_depend_on_the_seed(finish, bigram):
+    assert finish(lambda x: bigram[x], seed=1)["val_bpb"] == finish(lambda x: bigram[x], seed=2)["val_bpb"]
+
+
+def test_evaluation_windows_do_not_overlap_and_no_row_continues_the_one_before(make_run):
+    starts = make_run()._eval_starts("val")
+    assert starts.shape == (8, 16)
+    assert (np.diff(np.sort(starts.flatten())) >= SIZES["seq_len"]).all()
+    neighbours = np.diff(starts, axis=1)
+    assert ((neighbours >= 0) & (neighbours <= 2 * SIZES["seq_len"])).mean() < 0.1
+
+
+# ---- text
+
+
+def test_the_same_seed_gives_the_same_batches_and_another_one_others(make_run):
+    def first(seed, iterator=1):
+        run = make_run(seed=seed)
+        for _ in range(iterator):
+            batches = run.batches(4)
+        return torch.cat([torch.cat(next(batches)) for _ in range(3)]), torch.rand(3), random.random(), np.random.rand()
+
+    assert torch.equal(first(1)[0], first(1)[0]) and first(1)[2:] == first(1)[2:]
+    assert torch.equal(first(1)[1], first(1)[1])
+    assert not torch.equal(first(1)[0], first(2)[0]) and not torch.equal(first(1)[1], first(2)[1])
+    assert not torch.equal(first(1)[0], first(1, iterator=2)[0])
+
+
+@pytest.mark.parametrize("T", [1, 5, 16])
+def test_windows_cover_every_token_once_an_epoch(T):
+    count = 1000
+    starts = prepare._window_starts(np.random.default_rng(0), count, T)
+    for _ in range(2):
+        first = next(starts)
+        offset = first % T
+        windows = [first] + [next(starts) for _ in range((count - 1 - offset) // T - 1)]
+        targets = sorted(start + 1 + i for start in windows for i in range(T))
+        assert targets == list(range(offset + 1, offset + 1 + len(targets)))
+        assert count - len(targets) <= 2 * T  # what the offset leaves over at both ends
+
+
+def test_y_is_the_next_token_of_x(data, make_run):
+    text = np.fromfile(data / "train.bin", dtype=np.uint16).tobytes()
+    x, y = next(make_run().batches(3, seq_len=7))
+    assert x.shape == y.shape == (3, 7) and x.dtype == y.dtype == torch.int64
+    assert torch.equal(x[:, 1:], y[:, :-1])
+    for row in torch.cat([x[:, :1], y], 1).numpy().astype(np.uint16):
+        assert row.tobytes() in text
+
+
+@pytest.mark.parametrize("batch_size, seq_len", [(0, None), (1, 0), (1, 17)])
+def test_batches_that_the_ruler_does_not_have_are_refused(make_run, batch_size, seq_len):
+    with pytest.raises(ValueError, match="the ruler has"):
+        make_run().batches(batch_size, seq_len)
+
+
+# ---- clock
+
+
+def simulate(make_run, clock, budget, start=0.0, compiling=0.0, step=0.5, evaluation=3.0, slow_step=None, prefetch=0, seed=0):
+    """A train.py that obeys progress(), on the fake clock. slow_step: (number, seconds). Returns what happened, in seconds.
+
+    start: before preflight; compiling: in the first step; evaluation: of all of finish().
+    """
+    began = clock.now
+    run = make_run(budget=budget, seed=seed)
+    pass_seconds = evaluation / EVAL_PASSES
+    rows = max(1, round(step / pass_seconds / 4 * SIZES["eval_rows"]))  # a step costs about four passes of as many tokens
+
+    def forward(x):
+        clock.now += pass_seconds
+        return torch.zeros(*x.shape, SIZES["vocab_size"])
+
+    run._windows = lambda tokens, starts, T: (torch.zeros(len(starts), T, dtype=torch.int64),) * 2  # their making isn't tested
+    model, batches = Model(forward), run.batches(rows)
+    clock.now += start
+    run.preflight(model)
+    for _ in range(prefetch):
+        next(batches)
+    steps, seen, training = 0, [], None
+    while (progress := run.progress()) < 1:
+        seen.append(progress)
+        next(batches)
+        steps += 1
+        clock.now += step + (compiling if steps == 1 else 0)
+        if slow_step and steps == slow_step[0]:
+            clock.now += slow_step[1]
+        training = clock.now if steps == 1 else training
+    trained = clock.now - (training or clock.now)
+    run.finish(model)
+    return dict(total=clock.now - began, training=trained, steps=steps, progress=seen)
+
+
+@pytest.mark.parametrize("budget", [60, 300])
+@pytest.mark.parametrize("step", [0.05, 2.0, 9.0])
+@pytest.mark.parametrize("compiling", [0, 20])
+@pytest.mark.parametrize("start", [1, 15])
+@pytest.mark.parametrize("evaluation", [0.5, 4, 12])
+def test_an_obedient_run_prints_in_time_and_trains_its_share(make_run, clock, budget, step, compiling, start, evaluation):
+    done = simulate(make_run, clock, budget, start, compiling, step, evaluation)
+    share = prepare.TRAINING_SHARE * budget
+    room = budget - start - compiling - step - 1 - 2.5 * evaluation  # preflight is about one evaluation
+    assert done["total"] <= budget or room < 0  # one step alone was too much
+    assert done["training"] == pytest.approx(min(share, max(room, 0)), abs=1.5 * step + evaluation)
+    if room > share + step:
+        assert done["training"] == pytest.approx(share, abs=max(0.01 * share, step) + 1e-6)
+    assert done["progress"] == sorted(done["progress"])
+
+
+@pytest.mark.parametrize("slow_step", [(2, 100), (5, 200), (1000, 40)])
+@pytest.mark.parametrize("prefetch", [0, 1, 5])
+def test_one_long_step_is_neither_refused_nor_late(make_run, clock, capsys, slow_step, prefetch):
+    done = simulate(make_run, clock, 300, start=5, compiling=10, step=0.2, evaluation=6, slow_step=slow_step, prefetch=prefetch)
+    assert done["total"] <= 300
+
+
+def test_a_last_step_longer_than_the_budget_is_not_refused(make_run, clock):
+    assert simulate(make_run, clock, 60, step=1, slow_step=(40, 500))["steps"] == 40
+
+
+def test_slow_steps_that_come_again_are_expected(make_run, clock):
+    run = make_run(budget=300)
+    run.preflight(Model())
+    steps = 0
+    while run.progress() < 1:
+        steps += 1
+        clock.now += 20 if steps % 10 == 0 else 3
+    assert clock.now - 1000 <= 299
+
+
+def test_compiling_is_not_training(make_run, clock):
+    done = simulate(make_run, clock, 300, start=3, compiling=30, step=0.5, evaluation=3, prefetch=1)
+    assert done["training"] == pytest.approx(250, abs=2.5)
+
+
+def test_a_first_step_of_many_batches_is_training(make_run, clock):
+    run = make_run(budget=300)
+    run.preflight(Model())
+    batches = run.batches(1)
+    for _ in range(20):
+        next(batches)
+        clock.now += 5
+    while run.progress() < 1:
+        next(batches)
+        clock.now += 1
+    assert clock.now - 1000 == pytest.approx(250, abs=2)
+
+
+def test_a_start_so_slow_that_evaluation_no_longer_fits_is_refused_at_once(make_run, clock):
+    run = make_run(budget=60, started=clock.now - 59.5)
+    with pytest.raises(SystemExit, match="no longer fits"):
+        run.preflight(Model())
+
+
+def test_progress_stays_at_1(make_run, clock):
+    run = make_run(budget=60)
+    run.preflight(Model())
+    clock.now += 59.5
+    assert [run.progress() for _ in range(3)] == [1, 1, 1]
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_training_on_after_its_time_is_refused(make_run, clock, told):
+    run = make_run(budget=300)
+    run.preflight(Model())
+    batches = run.batches(4)
+    while run.progress() < 1:
+        next(batches)
+        clock.now += 0.5
+        if not told and run._calls == 100:
+            break
+    for _ in range(300 - 60):
+        next(batches)
+        clock.now += 1
+    with pytest.raises(SystemExit, match="stop when run.progress"):
+        run.finish(Model())
+
+
+def test_progress_before_preflight_is_an_error(make_run):
+    with pytest.raises(RuntimeError, match="preflight"):
+        make_run().progress()
+    with pytest.raises(RuntimeError, match="preflight"):
+        make_run().finish(Model())
+
+
+# ---- log
+
+
+def test_log_prints_about_once_a_second(make_run, clock, capsys):
+    run = make_run(budget=60)
+    run.preflight(Model())
+    capsys.readouterr()
+    for step in range(1, 31):
+        run.progress()
+        clock.now += 0.1
+        run.log(step, torch.tensor(2.5, requires_grad=True), step * 1000)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3
+    assert lines[2].startswith("step 21    4.0%  loss 2.5000  10,500") and lines[2].endswith(" tokens/s  58 s left")
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf, torch.tensor(math.nan)])
+def test_a_loss_that_is_not_finite_raises(make_run, loss):
+    with pytest.raises(FloatingPointError, match="step 7"):
+        make_run().log(7, loss, 1)
+
+
+# ---- what the ruler refuses
+
+
+def shifted(x):
+    """x with each token's successor in its place: what a model sees that has no mask."""
+    return torch.cat([x[:, 1:], torch.zeros_like(x[:, :1])], 1)
+
+
+def leaks(bigram):
+    """Models that gain from what they must not see, as functions of x."""
+    one_hot = nn.functional.one_hot
+    size = SIZES["vocab_size"]
+    state = dict(calls=0, seen=torch.zeros(size, size))
+
+    def future(x):
+        return bigram[x] + 3 * one_hot(shifted(x), size)
+
+    def chunk_means(x):  # each chunk of 4 pooled over all of its tokens
+        pooled = one_hot(x, size).float().view(len(x), -1, 4, size).mean(2, keepdim=True)
+        return bigram[x] + 4 * pooled.expand(-1, -1, 4, -1).reshape(*x.shape, size)
+
+    def counts_of(rows):  # what a model gains that adapts to the words of these rows
+        return (100 * one_hot(rows, size).float().mean(-2)).log1p()[..., None, :].expand(*rows.shape, size)
+
+    def other_rows(x):
+        return counts_of(x).mean(0).expand(*x.shape, size)
+
+    def row_before(x):
+        return counts_of(torch.roll(x, 1, 0))
+
+    def first_row(x):
+        return counts_of(x)[:1].expand(*x.shape, size)
+
+    def dropout(x):
+        return nn.functional.dropout(bigram[x], 0.1)
+
+    def learns(x, rate=0.05):
+        logits = bigram[x] + state["seen"][x]
+        state["calls"] += 1
+        state["seen"].index_put_((x[:, :-1].flatten(), x[:, 1:].flatten()), torch.tensor(rate), accumulate=True)
+        return logits
+
+    def learns_late(x):  # only once the probes are over
+        return learns(x, 0.05 * (state["calls"] >= prepare.PROBES + 6))
+
+    return {
+        future: "the future", chunk_means: "the future", other_rows: "other rows", row_before: "other rows", first_row: "other rows",
+        dropout: "dropout", learns: "state", learns_late: "learns during evaluation",
+    }  # fmt: skip
+
+
+CHEATS = ["future", "chunk_means", "other_rows", "row_before", "first_row", "dropout", "learns", "learns_late"]
+
+
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("name", CHEATS)
+def test_a_model_that_cheats_is_refused_with_its_reason(finish, bigram, name, seed):
+    function, reason = next((function, reason) for function, reason in leaks(bigram).items() if function.__name__ == name)
+    with pytest.raises(SystemExit, match=reason):
+        finish(function, seed=seed)
+
+
+def honest(bigram):
+    """Models that look odd and are not."""
+    size = SIZES["vocab_size"]
+
+    def per_tensor_fp8(x):  # one scale for the whole tensor: every logit moves a little with every token
+        scale = bigram[x].abs().mean() / 8
+        return (bigram[x] / scale).round() * scale
+
+    def moving_average(x):  # causal: what stood before in the row is likelier
+        counts = nn.functional.one_hot(x, size).float().cumsum(1)
+        return bigram[x] + 0.5 * counts.log1p()
+
+    def tiny_noise(x):  # as atomic additions on a GPU make it
+        return bigram[x] + 1e-3 * torch.randn(*x.shape, size)
+
+    def never_bos(x):  # which can't be a token that counts
+        return torch.where(torch.arange(size) == size - 1, -1e4, bigram[x])
+
+    def kept_on_an_outlier(x):  # quantised against the largest of the tensor, which the replaced tokens may hold
+        logits = bigram[x]
+        scale = (x.float() ** 2).max() / size**2 / 20
+        return (logits / scale).round() * scale
+
+    def softcap(x):
+        return 15 * torch.tanh(bigram[x] / 15)
+
+    def bf16(x):
+        return bigram.bfloat16()[x]
+
+    return [per_tensor_fp8, moving_average, tiny_noise, never_bos, kept_on_an_outlier, softcap, bf16]
+
+
+HONEST = ["per_tensor_fp8", "moving_average", "tiny_noise", "never_bos", "kept_on_an_outlier", "softcap", "bf16"]
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("name", HONEST)
+def test_an_honest_model_passes(finish, bigram, name, seed):
+    function = next(function for function in honest(bigram) if function.__name__ == name)
+    assert float(finish(function, seed=seed)["val_bpb"]) < 8
+
+
+def test_weights_that_were_trained_before_are_refused(make_run, bigram):
+    with pytest.raises(SystemExit, match="weights that were trained"):
+        make_run().preflight(Model(lambda x: bigram[x]))
+
+
+def test_a_start_from_the_token_frequencies_passes(make_run, data):
+    counts = np.bincount(np.fromfile(data / "train.bin", dtype=np.uint16), minlength=SIZES["vocab_size"]) + 1
+    frequencies = torch.tensor(np.log(counts / counts.sum()), dtype=torch.float32)
+    for seed in range(5):
+        make_run(seed=seed).preflight(Model(lambda x: frequencies.expand(*x.shape, -1)))
+
+
+@pytest.mark.parametrize(
+    "function, reason",
+    [
+        (lambda x: torch.full((*x.shape, SIZES["vocab_size"]), math.nan), "not finite"),
+        (lambda x: torch.zeros(*x.shape, SIZES["vocab_size"] + 1), "must return logits"),
+        (lambda x: torch.tensor(0.001), "must return logits"),
+        (lambda x: (torch.zeros(*x.shape, SIZES["vocab_size"]), None), "must return logits"),
+    ],
+)
+def test_what_is_not_logits_is_refused_before_training(make_run, function, reason):
+    with pytest.raises(SystemExit, match=reason):
+        make_run().preflight(Model(function))
+
+
+def test_what_is_not_a_module_is_refused(make_run):
+    with pytest.raises(SystemExit, match="torch.nn.Module"):
+        make_run().preflight(lambda x: x)
+
+
+def test_preflight_leaves_the_training_mode_as_it_was(make_run):
+    model, seen = Model(), []
+    model.function = lambda x: seen.append((model.training, torch.is_grad_enabled())) or torch.zeros(*x.shape, SIZES["vocab_size"])
+    make_run().preflight(model)
+    assert model.training and set(seen) == {(False, False)}
+
+
+@pytest.mark.parametrize("name", ["val.bin", "test.bin"])
+@pytest.mark.parametrize(
+    "opener", [open, lambda path: open(str(path), "rb"), lambda path: os.open(path, os.O_RDONLY), np.memmap, np.fromfile, Path.read_bytes]
+)
+def test_held_out_files_stay_shut(make_run, data, name, opener, finish):
+    make_run()
+    with pytest.raises(SystemExit, match=f"{name}, which is held out"):
+        opener(data / "meta.json" / ".." / name if opener is open else data / name)
+
+
+def test_held_out_files_are_shut_again_after_finish(finish, data):
+    finish(None)
+    with pytest.raises(SystemExit, match="held out"):
+        open(data / "val.bin")
+
+
+# ---- the summary
+
+
+def test_a_run_without_data_says_what_to_do(monkeypatch, tmp_path):
+    monkeypatch.setenv("AUTORESEARCH_DATA", str(tmp_path))
+    with pytest.raises(SystemExit, match="run: python prepare.py"):
+        prepare.Run()
+
+
+def test_the_summary_has_the_keys_that_the_community_knows(finish):
+    keys = ["val_bpb", "training_seconds", "total_seconds", "peak_vram_mb", "total_tokens_M", "num_steps", "num_params_M", "depth"]
+    assert list(finish(None)) == keys
+
+
+@pytest.mark.parametrize(
+    "device, peak",
+    [("NVIDIA H200", 989e12), ("NVIDIA A100-SXM4-80GB", 312e12), ("NVIDIA L40S", 362e12), ("NVIDIA L40", None), ("cpu, 2 threads", None),
+     ("NVIDIA GeForce RTX 4090", 165e12), ("NVIDIA GeForce RTX 4090 Laptop GPU", None), ("NVIDIA A10G", None)],
+)  # fmt: skip
+def test_a_device_that_is_not_known_has_no_peak(device, peak):
+    assert prepare.peak_flops(device) == peak
+
+
+TRAIN = """
+import os
+import prepare
+import torch
+assert "AUTORESEARCH_TOKEN" not in os.environ
+os.environ.update(AUTORESEARCH_TOKEN="mine")
+torch.set_num_threads(1)
+run = prepare.Run()
+model = torch.nn.Sequential(torch.nn.Embedding(run.vocab_size, 16), torch.nn.Linear(16, run.vocab_size)).to(run.device)
+optimizer, batches, step = torch.optim.AdamW(model.parameters(), lr=1e-2), run.batches(4), 0
+run.preflight(model)
+while run.progress() < 1 and step < 20:
+    x, y = next(batches)
+    loss = torch.nn.functional.cross_entropy(model(x).flatten(0, 1), y.flatten())
+    loss.backward(), optimizer.step(), optimizer.zero_grad()
+    step += 1
+    run.log(step, loss, step * x.numel())
+run.finish(model, depth=1)
+"""
+
+
+def test_a_real_run_prints_a_summary_that_its_signature_covers(data, tmp_path):
+    (tmp_path / "train.py").write_text(TRAIN)
+    (tmp_path / "prepare.py").write_bytes(Path(prepare.__file__).read_bytes())
+    told = dict(AUTORESEARCH_DATA=str(data.parent), AUTORESEARCH_BUDGET="100", AUTORESEARCH_SEED="7", AUTORESEARCH_TOKEN="secret",
+                AUTORESEARCH_STARTED=str(time.monotonic()), CUDA_VISIBLE_DEVICES="")  # fmt: skip
+    done = subprocess.run([sys.executable, "train.py"], cwd=tmp_path, env=os.environ | told, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    first, *log = done.stdout.splitlines()
+    assert first.startswith(f"data: {data.name}  device: cpu, 1 threads  torch: ") and first.endswith("seed: 7  budget: 100 s")
+    assert log[0].startswith("step 1    0.0%  loss 5.")
+    *summary, signature = log[log.index("---") + 1 :]
+    fingerprint = json.loads((data / "meta.json").read_text())["fingerprint"]
+    assert signature == f"signature:        {prepare.sign('secret', summary, 7, 100.0, fingerprint)}"
+    for wrong in (
+        ("other", summary, 7, 100.0, fingerprint),
+        ("secret", summary, 8, 100.0, fingerprint),
+        ("secret", summary[1:], 7, 100.0, fingerprint),
+    ):
+        assert prepare.sign(*wrong) not in signature
+    assert 0.05 < float(summary[0].removeprefix("val_bpb:")) < 8
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_batches_are_right_while_copies_are_in_flight(data, monkeypatch):
+    monkeypatch.setenv("AUTORESEARCH_DATA", str(data))
+    run = prepare.Run()
+    on_gpu, later = run.batches(64), []
+    busy = torch.randn(4096, 4096, device="cuda")
+    for _ in range(50):
+        busy = busy @ busy / 64  # keeps the stream behind the copies
+        later.append(torch.cat(next(on_gpu)))
+    monkeypatch.setattr(prepare, "pick_device", lambda: torch.device("cpu"))
+    on_cpu = prepare.Run().batches(64)
+    assert all(torch.equal(batch.cpu(), torch.cat(next(on_cpu))) for batch in later)
+    run.preflight(Model(lambda x: torch.zeros(*x.shape, SIZES["vocab_size"], device="cuda")).cuda())
+    assert [run.progress() for _ in range(5)] == sorted(run.progress() for _ in range(5)) or run.progress() < 1
+    prepare._sealed.clear()
