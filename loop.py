@@ -1152,9 +1152,10 @@ class Night:
             self.facts.say(f"this checkout is on another branch now; the row went to {self.notebook.name}, and no file here was touched")
 
     def over(self):
-        """Whether --experiments or --hours says to stop."""
+        """Whether --experiments or --hours says to stop; never before there is a baseline."""
         hours = (time.monotonic() - self.facts.began) / 3600
-        return self.facts.finished >= (self.args.experiments or math.inf) or hours >= (self.args.hours or math.inf)
+        enough = self.facts.finished >= (self.args.experiments or math.inf) or hours >= (self.args.hours or math.inf)
+        return enough and self.notebook.incumbent is not None
 
     def go_on(self):
         live = Live(self.facts, console=self.facts.console, refresh_per_second=4) if self.facts.live else contextlib.nullcontext()

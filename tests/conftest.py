@@ -16,6 +16,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 STAND_IN = Path(__file__).resolve().parent / "stand_in"
+sys.path.insert(0, str(ROOT))  # loop.py and prepare.py are scripts: no installed package to import
 
 
 class ChatServer:
