@@ -824,64 +824,53 @@ class Facts:
 STYLES = {"keep": "green", "discard": "dim", "crash": "red"}
 
 
-def row_text(row, best):
-    """A row in words: its status, its val_bpb and how far it is from the best before it."""
+def cells(row, best):
+    """A row for the eye: status, val_bpb, the distance from the best before it, description."""
     if row.status == "crash":
-        return f"crash    {'-':>8}           {row.description}"
-    change = f"{row.val_bpb - best:+.4f}" if best is not None else "baseline"
-    return f"{row.status:8} {row.val_bpb:.4f}  {change:>8}  {row.description}"
-
-
-def running_best(rows):
-    """[(row, the val_bpb to beat when it ran, or None)]"""
-    best, pairs = None, []
-    for row in rows:
-        pairs.append((row, best))
-        best = row.val_bpb if row.status == "keep" else best
-    return pairs
+        return row.status, "", "", row.description
+    return row.status, f"{row.val_bpb:.4f}", "" if best is None else f"{row.val_bpb - best:+.4f}", row.description
 
 
 def totals(facts, now):
-    """One line: gain, counts, pace."""
+    """Two lines: what was won, and what it took."""
     kept = [row for row in facts.rows if row.status == "keep"]
-    hours = (now - facts.began) / 3600
-    parts = []
-    if kept:
-        gain = kept[0].val_bpb - kept[-1].val_bpb
-        parts.append(f"best {kept[-1].val_bpb:.4f}, {gain:.4f} ({gain / kept[0].val_bpb:.1%}) below the baseline's {kept[0].val_bpb:.4f}")
-        crashed = sum(row.status == "crash" for row in facts.rows)
-        parts.append(f"{len(facts.rows) - 1} experiments, {len(kept) - 1} kept, {crashed} crashed")
-    parts.append(f"{int(hours)}:{int(hours * 60) % 60:02} h" + (f", {facts.finished / hours:.1f} an hour" if facts.finished else ""))
-    if facts.tokens:
-        parts.append(f"{facts.tokens:,} tokens" + (f", {facts.refused} replies refused" if facts.refused else ""))
-    return "  ·  ".join(parts)
+    crashed = sum(row.status == "crash" for row in facts.rows)
+    minutes = (now - facts.began) / 60
+    pace = f"{int(minutes // 60)} h {int(minutes % 60):02} min" + (
+        f", {60 * facts.finished / minutes:.1f} an hour" if facts.finished else ""
+    )
+    tokens = f"  ·  {facts.tokens:,} tokens, {facts.refused} replies refused" if facts.tokens else ""
+    if not kept:
+        return f"no baseline yet\n{pace}"
+    first, best = kept[0].val_bpb, kept[-1].val_bpb
+    won = f"best {best:.4f}, {first - best:.4f} ({(first - best) / first:.1%}) below the baseline's {first:.4f}"
+    return f"{won}\n{len(facts.rows) - 1} experiments, {len(kept) - 1} kept, {crashed} crashed  ·  {pace}{tokens}"
 
 
 def render(facts, now):
-    """The live view: what runs, the latest rows, the totals."""
-    seconds = now - facts.since
-    lines = [Text(facts.title, "bold", no_wrap=True, overflow="ellipsis"), Text()]
+    """The live view: the latest rows, what is done now, the totals."""
     table = Table.grid(padding=(0, 2), expand=True)
-    table.add_column(no_wrap=True)
-    table.add_column(no_wrap=True)
-    table.add_column(no_wrap=True)
-    table.add_column(ratio=1, no_wrap=True, overflow="ellipsis")
-    for row, best in running_best(facts.rows)[-12:]:
-        crash = row.status == "crash"
-        change = "" if crash else f"{row.val_bpb - best:+.4f}" if best is not None else "baseline"
-        style = STYLES[row.status]
-        table.add_row(*(Text(cell, style) for cell in (row.status, "" if crash else f"{row.val_bpb:.4f}", change, row.description)))
-    lines += [table, Text()] if facts.rows else []
-    lines.append(Text.assemble(("> ", "cyan"), (facts.activity, "bold"), no_wrap=True, overflow="ellipsis"))
-    if facts.progress is not None:
-        left = max(facts.budget - seconds, 0)
-        bar = Table.grid(padding=(0, 2))
-        detail = f"step {facts.step:,}  loss {facts.loss:.4f}  {facts.speed} tokens/s" if facts.step else "starting"
-        bar.add_row(ProgressBar(total=1, completed=facts.progress, width=24), Text(f"{facts.progress:4.0%}  {detail}  {left:.0f} s left"))
-        lines.append(bar)
-    else:
-        lines.append(Text(f"  {seconds:.0f} s", "dim"))
-    return Group(*lines, Text(totals(facts, now), "dim"))
+    for column in (dict(), dict(justify="right"), dict(justify="right"), dict(ratio=1, overflow="ellipsis")):
+        table.add_column(no_wrap=True, **column)
+    best, shown = None, []
+    for row in facts.rows:
+        shown.append((row, best))
+        best = row.val_bpb if row.status == "keep" else best
+    for row, before in shown[-12:]:
+        table.add_row(*(Text(cell, STYLES[row.status]) for cell in cells(row, before)))
+    parts = [Text(facts.title, "bold", no_wrap=True, overflow="ellipsis"), table]
+    if facts.activity:
+        seconds = now - facts.since
+        parts.append(Text.assemble(("> ", "cyan"), (facts.activity, "bold"), f"  {seconds:.0f} s", no_wrap=True, overflow="ellipsis"))
+        if facts.progress is not None:
+            bar = Table.grid(padding=(0, 2))
+            detail = f"step {facts.step:,}  loss {facts.loss:.4f}  {facts.speed} tokens/s" if facts.step else "starting"
+            left = max(facts.budget - seconds, 0)
+            bar.add_row(
+                ProgressBar(total=1, completed=facts.progress, width=24), Text(f"{facts.progress:4.0%}  {detail}  {left:.0f} s left")
+            )
+            parts.append(bar)
+    return Group(*parts, Text(totals(facts, now), "dim"))
 
 
 # ------------------------------------------------------------------------------------------------------------- the night
@@ -945,13 +934,18 @@ class Night:
         self.lock.truncate(0)
         self.lock.write(f"{os.getpid()}\n")
         self.lock.flush()
+        (self.runs / ".gitignore").write_text("*\n")
         kill_runs(self.runs)  # what a killed loop left running would share the device with the next run
+        for leftover in (*self.runs.glob("index-*"), self.folder / ".results.tsv.new", self.folder / ".train.py.new"):
+            leftover.unlink(missing_ok=True)
 
     def check_files(self):
         """The checkout must hold the four files, and the ruler and the loop as they are committed."""
         for name in ("prepare.py", "loop.py", "train.py", "program.md"):
             if not (self.folder / name).exists():
                 raise Stop(f"{name} is missing; restore it: git checkout -- {name}")
+            if self.git.blob("HEAD", name) is None:
+                raise Stop(f"{name} is not committed; run: git add {name} && git commit -m start")
         new = not self.git.find(self.notebook.ref)
         names = ("prepare.py", "loop.py", *(("results.tsv",) if new else ()))
         changed = [line[3:] for line in self.git("status", "--porcelain", "--", *names).splitlines()]
@@ -1127,7 +1121,6 @@ class Night:
         result = run_experiment(folder, files, self.data, self.fingerprint, seed, self.budget, self.facts)
         if notebook.incumbent is None and result.cause:
             notebook.abandon()
-            self.facts.show(progress=None, activity="")
             raise Stop(f"the baseline failed: {result.cause}\n\nthe end of {folder / 'run.log'}:\n{result.tail}", 1)
         self.last_runs.append(f"{description}: {result.curve}" + (f"\n{result.tail}" if result.cause else ""))
         with self.interrupts.hold():
@@ -1147,7 +1140,7 @@ class Night:
         self.facts.finished += best is not None
         self.hasty = self.hasty + 1 if result.cause and result.seconds < WAITS[0] else 0
         if not self.facts.live:
-            self.facts.say(row_text(row, best))
+            self.facts.say("{:8} {:6} {:>7}  {}".format(*cells(row, best)))
         if not self.notebook.checked_out():
             self.facts.say(f"this checkout is on another branch now; the row went to {self.notebook.name}, and no file here was touched")
 
@@ -1161,6 +1154,7 @@ class Night:
         live = Live(self.facts, console=self.facts.console, refresh_per_second=4) if self.facts.live else contextlib.nullcontext()
         with live:
             try:
+                self.facts.began = time.monotonic()
                 commit = self.notebook.unfinished()
                 while commit or not self.over():
                     if commit := commit or self.next_experiment():
@@ -1172,11 +1166,12 @@ class Night:
                         time.sleep(seconds)
             finally:
                 kill_runs(self.runs)  # also what was being started when a signal came
-                self.facts.show(progress=None, activity="stopped")
+                self.facts.show(activity="")
 
     def last_screen(self):
         facts, name = self.facts, self.notebook.name
-        facts.say(totals(facts, time.monotonic()))
+        if not facts.live:  # the live view's last picture stands above
+            facts.say(totals(facts, time.monotonic()))
         facts.say(f"results: results.tsv on branch {name}; git log --first-parent {name}; git show COMMIT for any row; logs in runs/")
 
 

@@ -3,9 +3,9 @@
 import random
 
 import pytest
+from conftest import ROOT, STAND_IN, block
 
 import loop
-from conftest import ROOT, STAND_IN, block
 
 SOURCE = """\
 import prepare

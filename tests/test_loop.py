@@ -7,9 +7,9 @@ import subprocess
 import time
 
 import pytest
+from conftest import block
 
 import loop
-from conftest import block
 
 BETTER = block("WIDTH = 64", "WIDTH = 128", "twice the width")
 WORSE = block("DEPTH = 4", "DEPTH = 1", "one layer")
