@@ -63,6 +63,7 @@ OVERRUN_SECONDS = 1.0  # nothing shorter is refused: weights may be swapped betw
 PROBES = 6  # replaced copies of the probe batch that look for a leak from the future
 LEAK_NATS, LEAK_SIGMAS = 0.005, 4  # what the loss at a position may change by, when only what it mustn't see changed
 WARM_START = 0.9  # times the unigram bits per byte: what starts below has learned before; initial biases don't get there
+LOSS_LOGITS = 2**25  # turned into float32 at a time: all of a batch would need more memory than training did
 SANE_BPB = (0.05, 20)  # no honest model is outside
 LOG_SECONDS = 1.0  # between two lines of run.log
 # Dense bf16 peak, FLOP/s, by a word of the device's name; NVIDIA's data sheets. A device not listed has no MFU.
@@ -536,8 +537,9 @@ class Run:
         logits = model(x)
         if type(logits) is not torch.Tensor or logits.shape != (*x.shape, self.vocab_size):
             refuse(f"model(x) must return logits {(*x.shape, self.vocab_size)}, not {getattr(logits, 'shape', type(logits))}")
-        # Row by row: logits of the whole batch in float32 would need more memory than training did.
-        losses = torch.stack([_cross_entropy(row.float(), targets) for row, targets in zip(logits, y, strict=True)])
+        rows = max(LOSS_LOGITS // (logits.shape[1] * logits.shape[2]), 1)
+        parts = zip(logits.split(rows), y.split(rows), strict=True)
+        losses = torch.cat([_cross_entropy(part.float(), targets) for part, targets in parts])
         if not torch.isfinite(losses).all():
             refuse("the logits are not finite")
         return losses
@@ -668,8 +670,8 @@ def peak_flops(device):
 
 
 def _cross_entropy(logits, targets):
-    """(T, vocab) and (T,) -> nats (T,); not torch's own function, which a train.py could have replaced."""
-    return logits.logsumexp(-1) - logits.gather(-1, targets[:, None])[:, 0]
+    """(B, T, vocab) and (B, T) -> nats (B, T); not torch's own function, which a train.py could have replaced."""
+    return logits.logsumexp(-1) - logits.gather(-1, targets[..., None]).squeeze(-1)
 
 
 def _window_starts(rng, tokens, T):

@@ -387,14 +387,14 @@ def leaks(bigram):
     def dropout(x):
         return nn.functional.dropout(bigram[x], 0.1)
 
-    def learns(x, rate=0.05):
-        logits = bigram[x] + state["seen"][x]
+    def learns(x, rate=0.5):
+        logits = 0.5 * bigram[x] + state["seen"][x].log1p()
         state["calls"] += 1
         state["seen"].index_put_((x[:, :-1].flatten(), x[:, 1:].flatten()), torch.tensor(rate), accumulate=True)
         return logits
 
     def learns_late(x):  # only once the probes are over
-        return learns(x, 0.05 * (state["calls"] >= prepare.PROBES + 6))
+        return learns(x, 0.5 * (state["calls"] >= prepare.PROBES + 6))
 
     return {
         future: "the future", chunk_means: "the future", other_rows: "other rows", row_before: "other rows", first_row: "other rows",
