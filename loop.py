@@ -996,7 +996,8 @@ class Night:
         elif running := self.git.find(self.notebook.running):  # stopped within its baseline
             began = read_trailers(self.git.message(running))
         self.budget = self.facts.budget = self.args.budget or float(began.get("Budget", BUDGET))
-        self.prepare_py = read_text(self.folder / "prepare.py")
+        branch = self.notebook.ref if self.git.find(self.notebook.ref) else "HEAD"
+        self.prepare_py = self.git.blob(branch, "prepare.py")  # kept here: no edit of the file in the night reaches a run
         self.data, self.fingerprint = self.find_data(began.get("Data"))
         ruler = hashlib.sha256(self.prepare_py.encode()).hexdigest()[:12]
         self.ruler = {"Data": self.fingerprint, "Ruler": ruler, "Budget": f"{self.budget:g}", **self.machine()}

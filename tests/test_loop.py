@@ -498,6 +498,17 @@ def test_a_branch_measured_with_another_ruler_is_refused_naming_what_differs(pro
     assert "Ruler was" in out and "Device was cpu, stand-in and is NVIDIA H100" in out
 
 
+def test_a_branch_goes_on_with_its_own_ruler_when_main_has_a_newer_one(project):
+    project.offline("--experiments", 1)
+    project.git("checkout", "--quiet", "main")
+    project.write("prepare.py", project.read("prepare.py") + "# newer\n")
+    project.git("commit", "--quiet", "-am", "newer ruler")
+    project.offline("--experiments", 1)
+    assert len(project.rows()) == 3
+    for folder in project.folder.glob("runs/000*"):
+        assert "# newer" not in (folder / "prepare.py").read_text()
+
+
 def test_a_branch_keeps_its_data_set_when_a_newer_one_is_prepared_and_misses_it_when_it_is_gone(project):
     project.offline("--experiments", 1)
     newer = project.data / "newer-ba9876543210"
