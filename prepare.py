@@ -45,8 +45,7 @@ FORMAT = 1  # of the files written; a new number makes every source be prepared 
 HELD_OUT = 20  # one document in 20 is val and one is test, by content hash
 DOCUMENT_CHARS = 8192  # a longer text file is cut at the next blank line, so that a book has documents to split
 JSON_CHARS = 2**20  # a longer text in a JSON line is cut: bounds memory
-TEXT_SUFFIXES = (".txt", ".md", ".py")
-SUFFIXES = (*TEXT_SUFFIXES, ".jsonl", ".jsonl.gz")
+SUFFIXES = (".txt", ".md", ".py", ".jsonl", ".jsonl.gz")  # of the files that are read in a folder
 VOCABULARY_CHARS = 200_000_000  # the BPE is trained on at most this much of the train split
 BATCH_DOCUMENTS = 64  # tokenized at a time: bounds memory
 # How text is cut before BPE: words with one leading sign, digits by two, punctuation, line ends, spaces (GPT-4's rule).
@@ -94,8 +93,8 @@ def read_meta(folder):
     try:
         meta = json.loads((folder / "meta.json").read_bytes())
         sizes = [((folder / f"{split}.bin").stat().st_size, 2 * facts["tokens"]) for split, facts in meta["splits"].items()]
-        whole = len(read_tokenizer(folder / "tokenizer.tiktoken")) == meta["vocab_size"] - 1
-        return meta if whole and "key" in meta and all(found == written for found, written in sizes) else None
+        sizes.append((len(read_tokenizer(folder / "tokenizer.tiktoken")), meta["vocab_size"] - 1))
+        return meta if "key" in meta and all(found == written for found, written in sizes) else None
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return None
 
@@ -299,8 +298,7 @@ def write_data_set(folder, source, sizes, key, progress):
             yield split, text, size
         progress.update(task, total=1, completed=1)
 
-    vocabulary = documents(f"vocabulary of {sizes['vocab_size']:,}", VOCABULARY_CHARS)
-    ranks = train_tokenizer(vocabulary, sizes)
+    ranks = train_tokenizer(documents(f"vocabulary of {sizes['vocab_size']:,}", VOCABULARY_CHARS), sizes)
     lines = [b"%s %d\n" % (base64.b64encode(token), rank) for token, rank in sorted(ranks.items(), key=lambda i: i[1])]
     (folder / "tokenizer.tiktoken").write_bytes(b"".join(lines))
     splits = write_tokens(folder, documents("tokens"), ranks)
@@ -325,6 +323,7 @@ def prepare(source, root):
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
     name, _, identity = found = source_files(source)
+    root = root.parent if read_meta(root) else root  # AUTORESEARCH_DATA may name one data set
     sizes = machine_sizes()
     key = hashlib.sha256(json.dumps([FORMAT, sizes, PATTERN, name, identity]).encode()).hexdigest()
     root.mkdir(parents=True, exist_ok=True)
@@ -681,11 +680,6 @@ def _window_starts(rng, tokens, T):
         yield from rng.permutation((tokens - 1 - offset) // T) * T + offset
 
 
-def stop(message, code):
-    print(f"prepare.py: {message}", file=sys.stderr)
-    sys.exit(code)
-
-
 def _stop(number, frame):
     """Stops at the next document: an exception raised while rustbpe is at work would make it panic."""
     _stopped.append(number)
@@ -701,13 +695,14 @@ def main():
         signal.signal(number, _stop)
     try:
         folder, was_there = prepare(args.source, data_root())
-    except Problem as problem:
-        stop(problem, 2)
-    except OSError as error:
-        where = error.filename or data_root()
-        stop(f"{error.strerror}: {where}; make room or point AUTORESEARCH_DATA elsewhere (what was prepared is intact)", 2)
-    except KeyboardInterrupt:
-        stop("stopped; nothing is half-written", 130)
+    except (Problem, OSError, KeyboardInterrupt) as error:
+        reason, code = str(error), 2
+        if isinstance(error, OSError):
+            reason = f"{error.strerror}: {error.filename or data_root()}; make room or set AUTORESEARCH_DATA (what was prepared is intact)"
+        if isinstance(error, KeyboardInterrupt):
+            reason, code = "stopped; nothing is half-written", 130
+        print(f"prepare.py: {reason}", file=sys.stderr)
+        sys.exit(code)
     meta = read_meta(folder)
     sizes = ", ".join(f"{split} {facts['tokens'] / 1e6:.2f} M" for split, facts in meta["splits"].items())
     print(f"{'already prepared' if was_there else 'prepared'}: {folder}")
