@@ -286,12 +286,13 @@ def check_tokens(folder, splits, sizes):
 
 def write_data_set(folder, source, sizes, key, progress):
     """Writes the tokenizer, the token files and meta.json into `folder`, to the disk; returns the fingerprint."""
-    name, files, _ = source
+    name, files, identity = source
+    whole = isinstance(identity, str)  # of a release of torch, each file is a document
     total = None if any(path.suffix == ".gz" for path in files) else sum(path.stat().st_size for path in files)
 
     def documents(task, most=math.inf):
         task = progress.add_task(task, total=min(total, most) if total else None)
-        for split, text, size in split_documents(files, whole=name == "pytorch"):
+        for split, text, size in split_documents(files, whole):
             if _stopped:
                 raise KeyboardInterrupt
             progress.advance(task, size)

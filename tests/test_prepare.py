@@ -175,6 +175,12 @@ def test_a_text_that_is_one_long_line_needs_little_memory(tmp_path):
     assert size == 20_000_000 and peak < 2_000_000
 
 
+def test_a_file_of_mine_called_pytorch_is_cut_as_any_other(tiny, tmp_path):
+    (tmp_path / "pytorch.txt").write_text("\n\n".join(words(50, seed) for seed in range(3000)))
+    folder, _ = prepare.prepare(str(tmp_path / "pytorch.txt"), tmp_path / "data")
+    assert prepare.read_meta(folder)["splits"]["train"]["documents"] > 50
+
+
 def test_endoftext_lines_part_documents(tmp_path):
     (tmp_path / "stories.txt").write_text("one\n<|endoftext|>\ntwo\n")
     assert list(prepare.read_documents(tmp_path / "stories.txt", whole=False)) == ["one\n", "two\n"]

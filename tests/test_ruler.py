@@ -203,13 +203,13 @@ def test_batches_that_the_ruler_does_not_have_are_refused(make_run, batch_size, 
 # ---- clock
 
 
-def simulate(make_run, clock, budget, start=0.0, compiling=0.0, step=0.5, evaluation=3.0, slow_step=None, prefetch=0, seed=0):
+def simulate(make_run, clock, budget, start=0.0, compiling=0.0, step=0.5, evaluation=3.0, slow_step=None, prefetch=0, slower=1.0):
     """A train.py that obeys progress(), on the fake clock. slow_step: (number, seconds). Returns what happened, in seconds.
 
-    start: before preflight; compiling: in the first step; evaluation: of all of finish().
+    start: before preflight; compiling: in the first step; evaluation: of all of finish(), which takes `slower` times as long.
     """
     began = clock.now
-    run = make_run(budget=budget, seed=seed)
+    run = make_run(budget=budget)
     pass_seconds = evaluation / EVAL_PASSES
     rows = max(1, round(step / pass_seconds / 4 * SIZES["eval_rows"]))  # a step costs about four passes of as many tokens
 
@@ -233,6 +233,7 @@ def simulate(make_run, clock, budget, start=0.0, compiling=0.0, step=0.5, evalua
             clock.now += slow_step[1]
         training = clock.now if steps == 1 else training
     trained = clock.now - (training or clock.now)
+    pass_seconds *= slower
     run.finish(model)
     return dict(total=clock.now - began, training=trained, steps=steps, progress=seen)
 
@@ -258,6 +259,13 @@ def test_an_obedient_run_prints_in_time_and_trains_its_share(make_run, clock, bu
 def test_one_long_step_is_neither_refused_nor_late(make_run, clock, capsys, slow_step, prefetch):
     done = simulate(make_run, clock, 300, start=5, compiling=10, step=0.2, evaluation=6, slow_step=slow_step, prefetch=prefetch)
     assert done["total"] <= 300
+
+
+@pytest.mark.parametrize("budget", [60, 300])
+def test_an_evaluation_half_as_slow_again_as_measured_is_in_time(make_run, clock, budget):
+    assert (
+        simulate(make_run, clock, budget, start=budget / 10, compiling=budget / 10, evaluation=budget / 10, slower=1.5)["total"] <= budget
+    )
 
 
 def test_a_last_step_longer_than_the_budget_is_not_refused(make_run, clock):
