@@ -56,7 +56,7 @@ TRAINING_SHARE = 5 / 6  # of the budget, for training; the rest pays start-up, c
 EXIT_SECONDS = 1.0  # kept free at the end, to print and exit
 EVAL_RESERVE = 1.5  # times the measured evaluation time is kept free
 STEP_PASSES = 6  # evaluation passes of as many tokens that a training step may take: forward, backward, and as much again
-FORGET = 0.05  # seconds by which a slow step's memory fades in each second of training
+FORGET = 0.02  # seconds by which the memory of a slow step fades in each second of training
 OVERRUN = 0.02  # of the training time, or one step: more training than that is refused
 OVERRUN_SECONDS = 1.0  # nothing shorter is refused: weights may be swapped between the last step and finish()
 PROBES = 6  # replaced copies of the probe batch that look for a leak from the future
@@ -101,7 +101,7 @@ def read_meta(folder):
 
 def data_sets(root):
     """{folder: meta} of the complete data sets below `root`."""
-    found = {path.parent: read_meta(path.parent) for path in root.glob("[!.]*/meta.json")}  # [!.]: not a half-made one
+    found = {path.parent: read_meta(path.parent) for path in root.glob("*/meta.json")}
     return {folder: meta for folder, meta in found.items() if meta}
 
 

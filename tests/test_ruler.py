@@ -152,8 +152,7 @@ def test_evaluation_windows_do_not_overlap_and_no_row_continues_the_one_before(m
     starts = make_run()._eval_starts("val")
     assert starts.shape == (8, 16)
     assert (np.diff(np.sort(starts.flatten())) >= SIZES["seq_len"]).all()
-    neighbours = np.diff(starts, axis=1)
-    assert ((neighbours >= 0) & (neighbours <= 2 * SIZES["seq_len"])).mean() < 0.1
+    assert (np.diff(starts, axis=1) > 0).mean() < 0.7  # in the text's own order all would be
 
 
 # ---- text
@@ -272,14 +271,20 @@ def test_a_last_step_longer_than_the_budget_is_not_refused(make_run, clock):
     assert simulate(make_run, clock, 60, step=1, slow_step=(40, 500))["steps"] == 40
 
 
-def test_slow_steps_that_come_again_are_expected(make_run, clock):
+@pytest.mark.parametrize("start", range(40, 80, 5))
+def test_slow_steps_that_come_again_are_expected(make_run, clock, start):
     run = make_run(budget=300)
+    clock.now += start
     run.preflight(Model())
     steps = 0
     while run.progress() < 1:
         steps += 1
         clock.now += 20 if steps % 10 == 0 else 3
-    assert clock.now - 1000 <= 299
+    assert clock.now - 1000 < 300
+
+
+def test_a_slow_compile_that_counts_as_training_is_not_refused(make_run, clock):
+    assert simulate(make_run, clock, 300, start=5, compiling=270, evaluation=3, prefetch=5)["steps"] == 2
 
 
 def test_compiling_is_not_training(make_run, clock):
@@ -313,19 +318,16 @@ def test_progress_stays_at_1(make_run, clock):
     assert [run.progress() for _ in range(3)] == [1, 1, 1]
 
 
-@pytest.mark.parametrize("told", [True, False])
-def test_training_on_after_its_time_is_refused(make_run, clock, told):
+@pytest.mark.parametrize("how", ["after being told", "without asking", "whatever it is told"])
+def test_training_on_after_its_time_is_refused(make_run, clock, how):
     run = make_run(budget=300)
     run.preflight(Model())
     batches = run.batches(4)
-    while run.progress() < 1:
+    for step in range(550):  # of half a second: 275 s
+        told = how != "without asking" and (how != "after being told" or step < 502) and run.progress() == 1
         next(batches)
         clock.now += 0.5
-        if not told and run._calls == 100:
-            break
-    for _ in range(300 - 60):
-        next(batches)
-        clock.now += 1
+    assert told == (how == "whatever it is told")
     with pytest.raises(SystemExit, match="stop when run.progress"):
         run.finish(Model())
 
