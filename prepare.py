@@ -41,11 +41,13 @@ if __name__ != "__main__":  # only the ruler needs torch; `python prepare.py` an
 GPU_SIZES = dict(seq_len=2048, vocab_size=8192, eval_tokens=2**23, eval_rows=32)
 CPU_SIZES = dict(seq_len=256, vocab_size=2048, eval_tokens=2**17, eval_rows=16)  # evaluates in about 3 s on two cores
 
-FORMAT = 1  # of the files written; a new number makes every source be prepared again
+FORMAT = 2  # of the files written; a new number makes every source be prepared again
 HELD_OUT = 20  # one document in 20 is val and one is test, by content hash
 DOCUMENT_CHARS = 8192  # a longer text file is cut at the next blank line, so that a book has documents to split
 JSON_CHARS = 2**20  # a longer text in a JSON line is cut: bounds memory
 SUFFIXES = (".txt", ".md", ".py", ".jsonl", ".jsonl.gz")  # of the files that are read in a folder
+# Of torch's sources: the first names the build, the second is a table of numbers that would be a third of all val tokens.
+LEFT_OUT = ("version.py", "sparse/_triton_ops_meta.py")
 VOCABULARY_CHARS = 200_000_000  # the BPE is trained on at most this much of the train split
 BATCH_DOCUMENTS = 64  # tokenized at a time: bounds memory
 # How text is cut before BPE: words with one leading sign, digits by two, punctuation, line ends, spaces (GPT-4's rule).
@@ -136,7 +138,7 @@ def source_files(source):
     """(name, files, what identifies them) of --source: `pytorch`, or the path of a text file or a folder."""
     if source == "pytorch":
         folder = torch_package()
-        files = sorted(path for path in folder.rglob("*.py") if path != folder / "version.py")  # it names the build
+        files = sorted(path for path in folder.rglob("*.py") if str(path.relative_to(folder)) not in LEFT_OUT)
         return "pytorch", files, importlib.metadata.version("torch").partition("+")[0]
     path = Path(source).expanduser()
     if not path.exists():
