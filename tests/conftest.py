@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 STAND_IN = Path(__file__).resolve().parent / "stand_in"
+SIZES = dict(seq_len=16, vocab_size=300, eval_tokens=2048, eval_rows=16)  # of the tiny data set
 sys.path.insert(0, str(ROOT))  # loop.py and prepare.py are scripts: no installed package to import
 
 
@@ -139,6 +141,21 @@ class Project:
                     return
             time.sleep(0.02)
         raise AssertionError("never happened")
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    """A tiny data set for the real ruler: made-up words in a made-up order, as bytes that need several tokens each."""
+    import prepare
+
+    folder = tmp_path_factory.mktemp("ruler")
+    generator = random.Random(0)
+    dictionary = ["".join(generator.choices("abcdeé🙂", k=generator.randint(1, 6))) for _ in range(50)]
+    texts = [" ".join(generator.choices(dictionary, k=80)) for _ in range(400)]
+    (folder / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepare, "machine_sizes", lambda: SIZES)
+        return prepare.prepare(str(folder / "text.jsonl"), folder / "data")[0]
 
 
 @pytest.fixture

@@ -12,25 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import SIZES
 from torch import nn
 
 import prepare
 
-SIZES = dict(seq_len=16, vocab_size=300, eval_tokens=2048, eval_rows=16)
 EVAL_PASSES = 2048 // 16 // 16 + 1 + prepare.PROBES + 6  # of the model, in finish()
-
-
-@pytest.fixture(scope="session")
-def data(tmp_path_factory):
-    """A tiny data set: made-up words in a made-up order, as bytes that need several tokens each."""
-    folder = tmp_path_factory.mktemp("ruler")
-    generator = random.Random(0)
-    dictionary = ["".join(generator.choices("abcdeé🙂", k=generator.randint(1, 6))) for _ in range(50)]
-    texts = [" ".join(generator.choices(dictionary, k=80)) for _ in range(400)]
-    (folder / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prepare, "machine_sizes", lambda: SIZES)
-        return prepare.prepare(str(folder / "text.jsonl"), folder / "data")[0]
 
 
 class Clock:
