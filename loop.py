@@ -733,6 +733,11 @@ def failure(text, code):
 # ------------------------------------------------------------------------------------------------------------- the model
 
 
+def as_unicode(text):
+    """Text that can be sent and stored as UTF-8: bytes that weren't, and halves of surrogate pairs, become question marks."""
+    return text.encode("utf-8", "replace").decode()
+
+
 class Model:
     """An OpenAI-compatible chat model. The first call must work; later faults are waited out for as long as it takes."""
 
@@ -757,14 +762,16 @@ class Model:
             raise Stop(f"{self.client.base_url} refuses the key in OPENAI_API_KEY; set another one, or go without: --offline") from None
         except openai.NotFoundError:
             raise Stop(f"{self.client.base_url} knows no model {name or self.name!r}; name another one: --model NAME") from None
-        except openai.APIError as error:
+        except (openai.APIError, ValueError) as error:
             raise Stop(f"{self.client.base_url} failed at the first call: {one_line(str(error))}") from None
 
     def call(self, chat):
         """One request: (the reply's text, tokens used)."""
+        chat = [message | {"content": as_unicode(message["content"])} for message in chat]
         answer = self.client.chat.completions.create(model=self.name, messages=chat)
-        text = (answer.choices[0].message.content or "") if answer.choices else ""
-        return text, answer.usage.total_tokens if answer.usage else 0
+        choices, usage = getattr(answer, "choices", None), getattr(answer, "usage", None)  # of a page of HTML: none
+        text = (choices[0].message.content or "") if choices else ""
+        return as_unicode(text), usage.total_tokens if usage else 0
 
     def ask(self, chat):
         """As call(), through every fault of the provider."""
@@ -772,7 +779,7 @@ class Model:
         while True:
             try:
                 return self.call(chat)
-            except self.openai.APIError as error:
+            except (self.openai.APIError, ValueError) as error:  # ValueError: a body that isn't JSON
                 after = getattr(getattr(error, "response", None), "headers", {}).get("retry-after", "")
                 seconds = min(float(after) if after.isdigit() else wait, WAITS[1])
                 self.facts.say(f"the model's server failed ({one_line(str(error), 120)}); asking again in {seconds:.0f} s")

@@ -536,6 +536,20 @@ def test_a_server_that_fails_later_is_asked_again(project, server):
     assert "asking again" in out and project.rows()[1]["status"] == "keep"
 
 
+def test_a_reply_without_an_edit_in_it_of_whatever_form_is_survived(project, server):
+    server.replies += [(200, "<html>busy</html>", {"Content-Type": "text/html"}), (200, {"choices": []}), "\ud800 half a pair", BETTER]
+    project.online(server, "--experiments", 2)
+    assert [row["status"] for row in project.rows()] == ["keep", "crash", "keep"]
+
+
+def test_a_program_md_that_is_not_utf8_is_sent_as_far_as_it_can_be_read(project, server):
+    (project.folder / "program.md").write_bytes("# größer\n".encode("latin-1"))
+    server.replies += [BETTER]
+    project.online(server, "--experiments", 1)
+    assert "# gr" in server.requests[0]["messages"][1]["content"] and project.rows()[1]["status"] == "keep"
+    assert project.status() == ""
+
+
 @pytest.mark.parametrize("args", [["--budget", "0"], ["--experiments", "-1"], ["--hours", "x"], ["--nonsense"]])
 def test_a_wrong_call_exits_2(project, args):
     project.run("--offline", *args, code=2)
