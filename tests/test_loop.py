@@ -111,6 +111,7 @@ def test_the_prompt_begins_with_what_never_changes_and_holds_program_code_and_hi
     first, *_, last = server.requests
     assert first["messages"][0] == last["messages"][0] and first["messages"][0]["role"] == "system"
     text = last["messages"][1]["content"]
+    assert text.startswith("A run has 20 s on this device: cpu, stand-in.")
     assert text.index("Lower val_bpb.") < text.index("WIDTH = 128") < text.index("Results so far") < text.index("one layer")
     assert "twice the width" in text and "RuntimeError: shapes" in text
 
