@@ -40,7 +40,7 @@ class Sizes:
     short_window: int  # tokens that a layer with a short window looks back
     long_every: int  # every n-th layer and the last one look back over the whole sequence
     rope_base: float  # radians: about the longest rotary wavelength, in tokens
-    micro_batch: int  # sequences in one forward pass
+    micro_batch: int  # sequences in one forward pass; on a CPU few, so that their logits stay in its caches
     accumulation: int  # forward passes in one optimizer step
     matrix_lr: float  # Muon: the spectral norm of one update
     embed_lr: float  # AdamW: token and value embeddings
@@ -76,7 +76,7 @@ CPU = Sizes(
     long_every=1,
     rope_base=10_000.0,
     micro_batch=4,
-    accumulation=1,
+    accumulation=2,
     matrix_lr=0.02,
     embed_lr=0.3,
     ngram_lr=1.0,
@@ -193,7 +193,7 @@ class GPT(nn.Module):
         for block, mask in zip(self.blocks, self.masks, strict=True):
             x = block(x, x0, ids, self.rotary, mask)
         x = norm(x + self.shortcut.to(x.dtype) * x0)
-        return LOGIT_CAP * torch.tanh(self.head(x).float() / LOGIT_CAP)  # (B, T, vocab)
+        return LOGIT_CAP * torch.tanh(self.head(x / LOGIT_CAP).float())  # (B, T, vocab)
 
     def flops_per_token(self):
         """Forward and backward: 6 a weight of a matrix product, and 12 x width a token that attention looks back."""
