@@ -45,6 +45,8 @@ class ChatServer:
                 self.wfile.write(data)
 
             def do_GET(self):
+                if self.path != "/v1/models":
+                    return self.send(404, {"error": "not found"})
                 self.send(200, {"object": "list", "data": [{"id": "local-model", "object": "model", "created": 0, "owned_by": "me"}]})
 
             def do_POST(self):

@@ -146,6 +146,19 @@ def test_tabs_for_spaces_are_refused():
         ("<<<<<<< SEARCH\nWIDTH = 64\n=======\nW\n=======\nX\n>>>>>>> REPLACE", "more than one ======="),
         ("<<<<<<< SEARCH\nWIDTH = 64\n<<<<<<< SEARCH\nDEPTH = 4\n=======\nX\n>>>>>>> REPLACE", "inside another"),
         ("prepare.py\n<<<<<<< SEARCH\nWIDTH = 64\n=======\nWIDTH = 1\n>>>>>>> REPLACE", "only train.py"),
+        *(
+            (
+                block("WIDTH = 64", "WIDTH = 1") + other.replace("|", "\nDEPTH = 4\n", 1).replace("|", "\nDEPTH = 5\n", 1),
+                "looks like a block's marker",
+            )
+            for other in (
+                "<<<<<<< search:|=======|>>>>>>> replace:",
+                "<<<<<<< ORIGINAL|=======|>>>>>>> UPDATED",
+                "------- SEARCH|=======|+++++++ REPLACE",
+            )
+        ),
+        ("<<<<<<< HEAD\nWIDTH = 64\n=======\nWIDTH = 1\n>>>>>>> branch", "no edit"),
+        ("<think>\n" + block("WIDTH = 64", "WIDTH = 1") + "\nor perhaps", "no edit"),
         ("### `loop.py`\n```python\n<<<<<<< SEARCH\nWIDTH = 64\n=======\nWIDTH = 1\n>>>>>>> REPLACE\n```", "only train.py"),
     ],
 )
@@ -158,8 +171,18 @@ def test_a_change_of_comments_is_the_same_tree_and_a_change_of_code_is_not():
     assert loop.syntax_tree(SOURCE) != loop.syntax_tree(SOURCE.replace("64", "65"))
 
 
-def test_two_hundred_kilobytes_of_noise_are_refused_and_not_stored():
-    assert len(refused("word " * 40_000)) < 1000
+@pytest.mark.parametrize(
+    "noise",
+    ["word ", "<think>", "```python\n", "IDEA: x" + " " * 99, "#" * 99, "=======\n", "<<<<<<< SEARCH\n"],
+)
+@pytest.mark.parametrize("size", [190_000, 300_000])
+def test_a_reply_of_hundreds_of_kilobytes_is_refused_in_few_words(noise, size):
+    assert len(refused(noise * (size // len(noise)))) < 3000
+    assert len(refused(f"```python\n{SOURCE}{noise * (size // len(noise))}```")) < 3000
+
+
+def test_a_search_of_hundreds_of_kilobytes_is_refused_in_few_words():
+    assert len(refused(block("x = 1" * 30_000, "y"))) < 6000 and len(refused(block("x = 1\n" * 25_000, "y"))) < 6000
 
 
 # ---- random search

@@ -128,6 +128,18 @@ def test_program_md_is_read_anew_before_every_proposal_and_committed_with_the_ex
     assert project.status() == ""
 
 
+def test_a_program_md_that_the_person_commits_in_mid_run_stays(project, server):
+    commits = f"""def main():
+    import pathlib, subprocess
+    pathlib.Path({str(project.folder)!r}, 'program.md').write_text('# The goal' + chr(10) + 'Try heads.' + chr(10))
+    who = ['-c', 'user.name=a', '-c', 'user.email=b']
+    subprocess.run(['git', *who, 'commit', '-qam', 'newer'], cwd={str(project.folder)!r}, check=True)"""
+    server.replies += [block("def main():", commits, "in mid-run"), WORSE]
+    project.online(server, "--experiments", 2)
+    assert "Try heads." in project.git("show", "autoresearch/t:program.md") and project.status() == ""
+    assert "Try heads." in server.requests[1]["messages"][1]["content"]
+
+
 def test_a_program_md_deleted_in_the_night_stops_nothing(project, server):
     def delete(request):
         (project.folder / "program.md").unlink()
@@ -192,10 +204,16 @@ def test_the_history_in_the_prompt_is_as_long_at_ten_thousand_rows_as_at_two_hun
 def test_a_run_sees_no_key_and_no_home_of_the_persons(project, server):
     snoop = block("def main():", "def main():\n    import os\n    print('SEEN', sorted(os.environ), os.environ['HOME'])", "look around")
     server.replies += [snoop]
-    project.online(server, "--experiments", 1, OPENAI_API_KEY="sk-secret", AWS_SECRET="x", HF_TOKEN="y")
+    project.online(server, "--experiments", 1, OPENAI_API_KEY="sk-secret", AWS_SECRET="x", HF_TOKEN="y", NVIDIA_API_KEY="z")
     log = next(project.folder.glob("runs/0001-*/run.log")).read_text()
     seen = log[log.index("SEEN") :]
-    assert "OPENAI" not in seen and "AWS" not in seen and "HF_" not in seen and "TOKEN" not in seen.replace("AUTORESEARCH_TOKEN", "")
+    assert (
+        "OPENAI" not in seen
+        and "NVIDIA" not in seen
+        and "AWS" not in seen
+        and "HF_" not in seen
+        and "TOKEN" not in seen.replace("AUTORESEARCH_TOKEN", "")
+    )
     assert "/runs/0001-" in seen and project.rows()[1]["val_bpb"] == "1.065625"
 
 
@@ -276,7 +294,7 @@ def running(project):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_ends_the_loop_tidily_and_the_next_start_runs_the_same_experiment_again(project, server, number):
-    hang = block("SECONDS = 0.0", "SECONDS = 15.0", "slow one")
+    hang = block("SECONDS = 0.0", "SECONDS = 4.0", "slow one")
     server.replies += [hang]
     process = project.start("--budget", "20", "--tag", "t", OPENAI_BASE_URL=server.url)
     project.wait_for(lambda: running(project) == 2 and "loss" in next(project.folder.glob("runs/0001-*/run.log")).read_text())
@@ -311,14 +329,14 @@ def test_killed_at_any_time_it_goes_on_where_it_was(project, delay):
 
 
 def test_a_killed_loops_run_does_not_share_the_device_with_the_next(project):
-    slow(project, 15)
+    slow(project, 4)
     process = project.start("--offline", "--budget", "20", "--tag", "t")
     project.wait_for(lambda: loop.find_runs(project.folder / "runs"))
     process.kill()
     process.communicate()
     orphans = loop.find_runs(project.folder / "runs")
     assert orphans
-    project.write("train.py", project.read("train.py").replace("SECONDS = 15", "SECONDS = 0.0"))
+    project.write("train.py", project.read("train.py").replace("SECONDS = 4", "SECONDS = 0.0"))
     project.offline("--experiments", 1)
     for pid in orphans:
         with pytest.raises(ProcessLookupError):
@@ -340,6 +358,28 @@ def test_a_keep_that_was_killed_half_way_is_finished(project):
     project.offline("--experiments", 1)
     assert len(project.rows()) == 4 and "your edit" not in project.rows()[-1]["description"]
     assert project.status() == ""
+
+
+def test_what_a_deleted_branch_was_running_is_not_the_baseline_of_a_new_one(project):
+    project.offline("--experiments", 1)
+    project.git("update-ref", "refs/autoresearch/t/running", project.git("rev-parse", "autoresearch/t^2").strip())
+    project.git("checkout", "--quiet", "main")
+    project.git("branch", "-D", "autoresearch/t")
+    project.run("--offline", "--budget", "7", "--tag", "t", "--experiments", "1")
+    assert [row["description"] for row in project.rows()][0] == "baseline"
+    assert "Budget: 7" in project.git("show", "-s", "--format=%B", project.rows()[0]["commit"])
+
+
+def test_a_new_branch_killed_before_its_results_tsv_was_emptied_goes_on(project):
+    project.offline("--experiments", 1)
+    old = project.read("results.tsv")
+    project.run("--offline", "--tag", "u", "--hours", "0.000001")
+    start = project.git("rev-parse", "autoresearch/u~1").strip()
+    project.git("update-ref", "refs/heads/autoresearch/u", start)
+    project.git("read-tree", f"{start}~1")
+    project.write("results.tsv", old)
+    project.run("--offline", "--experiments", "1")
+    assert len(project.rows("autoresearch/u")) == 2 and project.status() == ""
 
 
 def test_a_second_loop_in_the_same_checkout_is_turned_away(project):
@@ -402,6 +442,28 @@ def test_a_branch_switched_in_mid_run_gets_nothing_and_the_runs_branch_gets_the_
     assert "on another branch now; the row went to autoresearch/t" in out
     assert project.rows()[1]["status"] == "keep" and "WIDTH = 64" in project.read("train.py")
     assert project.status() == "" and project.git("log", "--oneline", "main").count("\n") == 1
+
+
+def test_an_executable_train_py_stays_one(project, server):
+    (project.folder / "train.py").chmod(0o755)
+    project.commit("executable")
+    server.replies += [BETTER]
+    project.online(server, "--experiments", 1)
+    assert project.status() == "" and os.access(project.folder / "train.py", os.X_OK)
+
+
+def test_a_branch_renamed_in_mid_run_ends_the_loop_in_words(project, server):
+    def rename(request):
+        project.git("branch", "-m", "autoresearch/t", "autoresearch/renamed")
+        return BETTER
+
+    server.replies += [rename]
+    assert "autoresearch/t is gone" in project.run("--tag", "t", code=1, OPENAI_BASE_URL=server.url)
+
+
+def test_a_terminal_that_is_not_utf8_does_not_end_the_night(project):
+    project.offline("--experiments", 1, PYTHONIOENCODING="ascii")
+    assert len(project.rows()) == 2
 
 
 def test_staged_changes_a_failing_hook_and_signing_are_survived(project):
@@ -499,6 +561,22 @@ def test_a_branch_measured_with_another_ruler_is_refused_naming_what_differs(pro
     assert "Ruler was" in out and "Device was cpu, stand-in and is NVIDIA H100" in out
 
 
+def test_half_a_data_set_is_none(project):
+    (project.data / "toy-0123456789ab" / "meta.json").write_text("{")
+    assert "no complete data set" in refusal(project, "--offline", "--tag", "t")
+
+
+def test_a_broken_committed_train_py_is_said_before_anything_is_made(project):
+    project.write("train.py", "WIDTH = = 1\n")
+    project.commit("broken")
+    assert "mend and commit it" in refusal(project, "--offline", "--tag", "t")
+
+
+def test_a_branch_that_git_cannot_make_is_said(project):
+    project.git("branch", "autoresearch")
+    assert "can't make autoresearch/t" in refusal(project, "--offline", "--tag", "t")
+
+
 def test_a_branch_goes_on_with_its_own_ruler_when_main_has_a_newer_one(project):
     project.offline("--experiments", 1)
     project.git("checkout", "--quiet", "main")
@@ -524,10 +602,16 @@ def test_a_branch_keeps_its_data_set_when_a_newer_one_is_prepared_and_misses_it_
 def test_an_unknown_model_and_a_refused_key_end_the_loop_at_the_first_call(project, server):
     error = {"error": {"message": "no", "type": "invalid_request_error"}}
     server.ready = (404, error)
-    assert "knows no model 'nonsense'" in refusal(project, "--tag", "t", "--model", "nonsense", OPENAI_BASE_URL=server.url)
+    assert "has no model nonsense" in refusal(project, "--tag", "t", "--model", "nonsense", OPENAI_BASE_URL=server.url)
     server.ready = (401, error)
     assert "refuses the key" in refusal(project, "--tag", "t", OPENAI_BASE_URL=server.url, OPENAI_API_KEY="sk-wrong")
     assert "is the server running?" in refusal(project, "--tag", "t", OPENAI_BASE_URL="http://127.0.0.1:9/v1")
+
+
+@pytest.mark.parametrize("url", ["{}/nothing/there", "http://[::1/v1"])
+def test_a_wrong_url_ends_the_loop_at_the_first_call_and_prints_no_key(project, server, url):
+    out = refusal(project, "--tag", "t", OPENAI_BASE_URL=url.format(server.url), OPENAI_API_KEY="sk-very\tsecret")
+    assert "sk-very" not in out
 
 
 def test_a_server_that_fails_later_is_asked_again(project, server):
@@ -538,9 +622,29 @@ def test_a_server_that_fails_later_is_asked_again(project, server):
 
 
 def test_a_reply_without_an_edit_in_it_of_whatever_form_is_survived(project, server):
-    server.replies += [(200, "<html>busy</html>", {"Content-Type": "text/html"}), (200, {"choices": []}), "\ud800 half a pair", BETTER]
-    project.online(server, "--experiments", 2)
-    assert [row["status"] for row in project.rows()] == ["keep", "crash", "keep"]
+    odd = [
+        {},
+        {"choices": []},
+        {"choices": [None]},
+        {"choices": {"0": 1}},
+        {"choices": [{"message": None}], "usage": {"total_tokens": None}},
+    ]
+    odd += [{"choices": [{"message": {"content": [{"type": "text", "text": "x"}]}}], "usage": {}}]
+    server.replies += [
+        (200, "<html>busy</html>", {"Content-Type": "text/html"}),
+        "\ud800 half a pair",
+        *((200, reply) for reply in odd),
+        BETTER,
+    ]
+    project.online(server, "--experiments", 3)
+    assert [row["status"] for row in project.rows()] == ["keep", "crash", "crash", "keep"]
+
+
+def test_a_reply_that_the_server_cut_off_is_not_applied(project, server):
+    cut = {"choices": [{"index": 0, "message": {"role": "assistant", "content": BETTER}, "finish_reason": "length"}]}
+    server.replies += [(200, cut), WORSE]
+    project.online(server, "--experiments", 1)
+    assert "cut off" in server.requests[1]["messages"][-1]["content"] and project.rows()[1]["description"] == "one layer"
 
 
 def test_a_program_md_that_is_not_utf8_is_sent_as_far_as_it_can_be_read(project, server):
