@@ -220,8 +220,8 @@ def nearest_lines(lines, search):
     search = [line[:200] for line in search[:20]]
 
     def likeness(start):
-        pairs = zip(lines[start:], search, strict=False)
-        return sum(difflib.SequenceMatcher(None, real.strip(), wanted.strip()).quick_ratio() for real, wanted in pairs)
+        pairs = [(real.strip(), wanted.strip()) for real, wanted in zip(lines[start:], search, strict=False)]
+        return sum(difflib.SequenceMatcher(None, real, wanted).quick_ratio() for real, wanted in pairs if wanted)
 
     best = max(range(max(len(lines) - len(search), 0) + 1), key=likeness)
     return "\n".join(lines[max(best - 1, 0) : best + len(search) + 1])

@@ -109,6 +109,10 @@ def test_a_search_that_is_not_there_is_refused_with_the_nearest_real_lines():
     assert "not in train.py" in message and "    for layer in range(DEPTH):\n        x = layer" in message
 
 
+def test_blank_lines_are_not_what_makes_lines_near():
+    assert "    run = prepare.Run()" in refused(block("    run = prepare.Run()\n", "    run = 1"))
+
+
 def test_a_second_match_is_refused():
     assert "2 times" in refused(block("x = 1", "x = 2"), "x = 1\ny = 1\nx = 1\n")
 
