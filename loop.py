@@ -1109,7 +1109,8 @@ class Night:
         facts, most = self.facts, f"{self.budget:g} s" if self.budget < 120 else f"{self.budget / 60:.3g} min"
         facts.title = f"{self.notebook.name}  ·  {self.data.name}  ·  {self.ruler['Device']}  ·  {who}"
         facts.rows = self.notebook.rows
-        facts.say(facts.title)
+        if not facts.live:
+            facts.say(facts.title)
         first = "going on with" if self.notebook.incumbent else f"first the baseline (at most {most}), then"
         facts.say(
             f"{first} experiments of at most {most} each, {3600 / self.budget:.0f} or more an hour; Ctrl-C stops, the same command goes on"
