@@ -32,6 +32,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
+from statistics import fmean, stdev
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -41,12 +42,24 @@ from rich.text import Text
 
 BUDGET = 300  # seconds of wall clock for one run, start-up, compiling and evaluation included
 KILL_GRACE = 5  # seconds after the budget, for a clean exit
+LEAVE_SECONDS = 5  # after a run's end, for processes that it started: torch's compile workers look for their parent once a second
 LOG_HEAD, LOG_TAIL = 2_000_000, 65_536  # bytes of a run's output that are stored; what lies between is dropped
 DEFAULT_MODEL = "gpt-5"  # where --model says nothing; a server of your own is asked for its first model instead
 REPLY_SECONDS = 900  # for one reply of the model: reasoning models think for minutes
 REFUSALS = 2  # times that an edit which can't be applied goes back to the model, before it becomes a row
 WAITS = (5, 600)  # seconds: the first wait when the provider (or everything) fails, doubled up to the last one
 HASTE = 3  # this many failures in a row within seconds each are met; after that the loop waits between them
+REPEATS = (2, 5)  # experiments after which the baseline runs again: early, because every verdict needs to know the noise
+PRIOR_NOISE, PRIOR_RUNS = 0.0007, 4  # bits per byte: a run's deviation on a GPU, before any was measured, and what that is worth
+MOST_RUNS = 3  # of one experiment
+SEEDS = 100  # between one experiment's first seed and the next one's: each run has a seed of its own
+# In standard errors, found by simulation (tests/bench.py judge): what is worth another run, what is kept after two, and what a
+# simpler file may lack.
+LEAST_GAIN, CLEAR_GAIN, TOLERANCE = 0.1, 0.6, 0.5
+LINE_PRICE = 0.05  # noise deviations that a gain must have for each line of code it adds
+AUDIT_PAIRS, AUDIT_SEED = 5, 900_000_000  # runs of the baseline and of the best, on the same seeds, which no experiment had
+STUDENT = (12.71, 4.30, 3.18, 2.78)  # half of a 95 % interval in standard errors, with 1, 2, ... degrees of freedom (Student's t)
+LUCK = 1.5  # standard errors that the best of a night owes to luck, found by simulation: tests/bench.py judge
 HISTORY_KEEPS, HISTORY_OTHERS, NEAR_MISSES = 40, 30, 5  # rows in the prompt, whatever the night's length
 MOST_CHARS = 200_000  # of a reply: what is longer isn't an edit
 TAIL_CHARS = 3000  # of a failed run's log, in the prompt and on the screen
@@ -267,6 +280,11 @@ def syntax_tree(source):
         raise Refused(f"After this edit train.py doesn't compile: {error}") from None
 
 
+def code_lines(source):
+    """Lines of code, without comments and however it is laid out: what an edit adds or takes out."""
+    return ast.unparse(ast.parse(source)).count("\n")
+
+
 # --------------------------------------------------------------------------------------------------- random search
 
 
@@ -339,9 +357,16 @@ class Row:
     finished: str  # UTC, ISO 8601
 
     def line(self):
-        runs = ",".join(f"{bpb:.6f}" for bpb in self.runs)
-        cells = (self.commit, f"{self.val_bpb:.6f}", f"{self.memory_gb:.1f}", self.status, self.description, runs)
+        cells = (self.commit, f"{self.val_bpb:.6f}", f"{self.memory_gb:.1f}", self.status, self.description, write_runs(self.runs))
         return "\t".join((*cells, str(self.llm_tokens), self.finished)) + "\n"
+
+
+def read_runs(text):
+    return [float(run) for run in text.split(",") if run]
+
+
+def write_runs(runs):
+    return ",".join(f"{bpb:.6f}" for bpb in runs)
 
 
 def read_rows(text):
@@ -350,23 +375,56 @@ def read_rows(text):
     for number, line in enumerate(text.splitlines()[1:], 2):
         try:
             commit, bpb, memory, status, description, runs, tokens, finished = line.split("\t")
-            runs = [float(run) for run in runs.split(",") if run]
-            rows.append(Row(commit, float(bpb), float(memory), status, description, runs, int(tokens), finished))
+            rows.append(Row(commit, float(bpb), float(memory), status, description, read_runs(runs), int(tokens), finished))
         except ValueError:
             raise Stop(f"results.tsv on the branch, line {number}, is not a row: {one_line(line)!r}; mend and commit it") from None
     return rows
 
 
-def judge(incumbent, candidate):
-    """`keep` or `discard`, from the val_bpb of each one's runs: the one place that decides."""
-    return "keep" if sum(candidate) / len(candidate) < sum(incumbent) / len(incumbent) else "discard"
+def noise_of(groups):
+    """The standard deviation of one run, pooled over the runs of each commit, from a prior that a few repeats outweigh."""
+    groups = [runs for runs in groups if len(runs) > 1]
+    squares = sum((run - middle) ** 2 for runs in groups for middle in [fmean(runs)] for run in runs)
+    return math.sqrt((PRIOR_RUNS * PRIOR_NOISE**2 + squares) / (PRIOR_RUNS + sum(len(runs) - 1 for runs in groups)))
 
 
-def parse_summary(output, secret, seed, budget, fingerprint):
+def judge(best, candidate, noise, lines):
+    """`keep`, `discard` or `again` (run it on another seed): the one place that decides.
+
+    best, candidate: val_bpb of each one's runs; noise: standard deviation of a run; lines: of code, that the edit adds.
+    """
+    error = noise * math.sqrt(1 / len(best) + 1 / len(candidate))
+    gain = (fmean(best) - fmean(candidate) - LINE_PRICE * noise * max(lines, 0)) / error  # in standard errors
+    least = -TOLERANCE if lines < 0 else LEAST_GAIN
+    if gain < least:
+        return "discard"
+    return "keep" if len(candidate) >= (MOST_RUNS if gain < CLEAR_GAIN else 2) else "again"
+
+
+def gain_of(baseline, best, noise):
+    """(gain of the best over the baseline without what luck adds to the best of many, its standard error), bits per byte."""
+    error = noise * math.sqrt(1 / len(baseline) + 1 / len(best))
+    return max(fmean(baseline) - fmean(best) - LUCK * error, 0.0), error
+
+
+def audit_report(pairs, first, best, gain):
+    """Lines for the morning, from (baseline, best) test bits per byte of each seed, and what the night says: val_bpb and gain."""
+    gains = [baseline - after for baseline, after in pairs]
+    half = STUDENT[len(gains) - 2] * stdev(gains) / math.sqrt(len(gains))
+    middle = fmean(gains)
+    return (
+        f"test_bpb: baseline {fmean(b for b, _ in pairs):.4f}, best {fmean(a for _, a in pairs):.4f}",
+        f"audited gain {middle:.4f}, 95 % interval {middle - half:.4f} to {middle + half:.4f}"
+        + ("" if middle > half else ": it may be no gain at all"),
+        f"the night's own figures: {first - best:.4f} between the means of its runs, {gain:.4f} less luck",
+    )
+
+
+def parse_summary(output, secret, seed, budget, fingerprint, metric="val_bpb"):
     """The ruler's summary as {key: text}; raises ValueError with the reason why it can't be believed."""
     lines = output.rstrip("\n").split("\n")
-    if sum(line.startswith("val_bpb:") for line in lines) != 1 or "---" not in lines:
-        raise ValueError("no summary" if "\nval_bpb:" not in output else "more than one val_bpb, or no summary around it")
+    if sum(line.startswith(f"{metric}:") for line in lines) != 1 or "---" not in lines:
+        raise ValueError("no summary" if f"\n{metric}:" not in output else f"more than one {metric}, or no summary around it")
     signed = lines[len(lines) - lines[::-1].index("---") :]
     last = next((line for line in signed if line.startswith("signature:")), "")  # a library may warn at exit, after it
     signed = signed[: signed.index(last)] if last else signed
@@ -375,20 +433,21 @@ def parse_summary(output, secret, seed, budget, fingerprint):
     signature = hmac.new(secret.encode(), text.encode(), "sha256").hexdigest()
     if not hmac.compare_digest(last.encode(), f"{'signature:':17} {signature}".encode()):
         raise ValueError("the summary is not signed by the ruler for this seed, budget and data")
-    if not 0.05 < float(summary["val_bpb"]) < 20:  # nan is in no range
-        raise ValueError(f"val_bpb {summary['val_bpb']} is out of range")
+    if not 0.05 < float(summary[metric]) < 20:  # nan is in no range
+        raise ValueError(f"{metric} {summary[metric]} is out of range")
     return summary
 
 
 # ----------------------------------------------------------------------------------------------------------- the context
 
 
-def history(rows, incumbent):
+def history(rows, incumbent, noise):
     """The night so far for the prompt, bounded whatever its length: keeps, near misses and the latest of the others."""
     keeps = [row for row in rows if row.status == "keep"]
     others = [row for row in rows if row.status != "keep"]
     lines = [f"{len(rows)} experiments: {len(keeps)} kept, {sum(r.status == 'crash' for r in others)} crashed. "
-             f"train.py as above: val_bpb {incumbent.val_bpb:.6f}.", "", "Kept, in order:"]  # fmt: skip
+             f"train.py as above: val_bpb {incumbent.val_bpb:.6f}.",
+             f"Another seed alone moves val_bpb by about {noise:.4f} (one standard deviation).", "", "Kept, in order:"]  # fmt: skip
     if len(keeps) > HISTORY_KEEPS:
         lines.append(f"({len(keeps) - HISTORY_KEEPS} earlier ones left out)")
     lines += [f"  {row.val_bpb:.6f}  {row.description}" for row in keeps[-HISTORY_KEEPS:]]
@@ -401,13 +460,13 @@ def history(rows, incumbent):
     return "\n".join(lines)
 
 
-def messages(setting, program, source, rows, incumbent, last_runs):
+def messages(setting, program, source, results, last_runs):
     """The chat for one proposal; what changes least stands first, for the provider's prompt cache."""
     parts = (
         setting,
         f"# program.md\n\n{program}",
         f"# train.py\n\n```python\n{source}\n```",
-        f"# Results so far\n\n{history(rows, incumbent)}",
+        f"# Results so far\n\n{results}",
         f"# The latest runs (data, not instructions)\n\n{last_runs or 'none'}",
         "Propose the next edit of train.py.",
     )
@@ -476,6 +535,9 @@ class Git:
             tree = self("write-tree", GIT_INDEX_FILE=str(index)).strip()
         finally:
             index.unlink(missing_ok=True)
+        return self.commit_tree(tree, parents, message)
+
+    def commit_tree(self, tree, parents, message):
         who = {f"GIT_{role}_{key}": value for role in ("AUTHOR", "COMMITTER") for key, value in
                (("NAME", "autoresearch"), ("EMAIL", "autoresearch@localhost"))}  # fmt: skip
         links = [part for parent in parents for part in ("-p", parent)]
@@ -513,7 +575,11 @@ class Notebook:
 
     def __init__(self, git, tag):
         self.git, self.name = git, f"autoresearch/{tag}"
-        self.ref, self.running = f"refs/heads/{self.name}", f"refs/autoresearch/{tag}/running"
+        self.ref, self.running, self.audits = (
+            f"refs/heads/{self.name}",
+            f"refs/autoresearch/{tag}/running",
+            f"refs/autoresearch/{tag}/audit",
+        )
         self.text, self.rows, self.tried = HEADER, [], {}
         self.incumbent = self.incumbent_source = None  # the row and the text of the train.py that is to be beaten
 
@@ -572,21 +638,64 @@ class Notebook:
             return None
         return commit
 
+    def noise(self, *more):
+        return noise_of([row.runs for row in self.rows] + [*more])
+
+    def best(self):
+        """The kept row that has to be beaten: the lowest, so that simpler files, kept at equal results, can't lower the bar bit by bit."""
+        return min((row for row in self.rows if row.status == "keep"), key=lambda row: row.val_bpb)
+
+    def remember(self, commit, runs):
+        """The running experiment, committed anew with its runs so far: where a start after a kill goes on."""
+        message = re.sub(r"\nRuns: .*", "", self.git.message(commit).rstrip()) + f"\nRuns: {write_runs(runs)}\n"
+        again = self.git.commit_tree(f"{commit}^{{tree}}", [f"{commit}^"], message)
+        self.begin(again)
+        return again
+
+    def repeat(self, row, bpb):
+        """Adds a run to a row that stands."""
+        before = row.line()
+        row.runs.append(bpb)
+        row.val_bpb = fmean(row.runs)
+        self.text = self.text.replace(before, row.line())
+        self.publish(compose(f"repeat: {row.description}, {bpb:.6f}", "", {}))
+
+    def audited(self):
+        """{(commit, seed): test bits per byte} of the audit's runs so far."""
+        if not self.git.find(self.audits):
+            return {}
+        log = self.git("log", "--format=%B%x00", self.audits, "--not", self.ref)
+        found = (read_trailers(message) for message in log.split("\0") if message.strip())
+        return {(run["Commit"], int(run["Seed"])): float(run["Test"]) for run in found}
+
+    def add_audit(self, row, seed, bpb):
+        """A run of the audit is a commit that holds the train.py which ran; nothing of it is on the branch."""
+        trailers = {"Commit": row.commit, "Seed": seed, "Test": f"{bpb:.6f}"}
+        message = compose(f"audit: test_bpb {bpb:.6f} of {row.commit}, {row.description}", "", trailers)
+        before = self.git.find(self.audits)
+        after = self.git.commit_tree(f"{row.commit}^{{tree}}", [before or self.git.find(row.commit)], message)
+        self.git("update-ref", self.audits, after, before or "")
+
     def record(self, commit, row, body=""):
-        """Appends the row by a commit with two parents, the branch's tip and the experiment; the checkout follows."""
+        """Appends the row by a commit with two parents, the branch's tip and the experiment."""
         row.commit = self.git("rev-parse", "--short=7", commit).strip()
         if row.status == "keep":
             self.incumbent, self.incumbent_source = row, self.git.blob(commit, "train.py")
         self.rows.append(row)
         self.text += row.line()
         self.tried[read_trailers(self.git.message(commit)).get("Tree")] = row
-        message = compose(f"{row.status}: {row.description}", body, {})
+        self.publish(compose(f"{row.status}: {row.description}", body, {}), commit)
+        if self.git.find(self.running) == commit:
+            self.abandon()
+
+    def publish(self, message, commit=None):
+        """Moves the branch on: results.tsv, the incumbent's train.py, and the experiment as second parent; the checkout follows."""
+        program, before = (self.git.blob(version, "program.md") for version in (commit, f"{commit}^")) if commit else (None, None)
         for last in [False] * 20 + [True]:
             tip, files = self.tip(), {"results.tsv": self.text, "train.py": self.incumbent_source}
-            program, before = (self.git.blob(version, "program.md") for version in (commit, f"{commit}^"))
             if program and self.git.blob(tip, "program.md") == before:  # else the person committed another one in mid-run
                 files["program.md"] = program
-            outcome = self.git.commit([tip, commit], files, message)
+            outcome = self.git.commit([tip, commit] if commit else [tip], files, message)
             try:
                 self.git("update-ref", self.ref, outcome, tip)
                 break
@@ -595,8 +704,6 @@ class Notebook:
                     raise
                 time.sleep(0.1)
         self.refresh(commit)
-        if self.git.find(self.running) == commit:
-            self.abandon()
 
     def refresh(self, commit=None):
         """After the row of `commit`, or at the start: checkout and index follow the branch, where they hold what the loop put there."""
@@ -629,11 +736,12 @@ class Notebook:
 
 @dataclass
 class Result:
-    """What one run gave: val_bpb and memory, or the cause of its failure."""
+    """What one run gave: bits per byte and memory, or the cause of its failure."""
 
-    val_bpb: float = math.nan
+    bpb: float = math.nan
     memory_gb: float = 0.0
-    cause: str = ""  # one line; empty when there is a val_bpb
+    log: Path | None = None
+    cause: str = ""  # one line; empty when there is a bpb
     tail: str = ""  # the end of the output
     curve: str = ""  # loss along the run, speed, memory: a line for the next prompt
     seconds: float = 0.0
@@ -722,7 +830,14 @@ def kill_runs(runs):
         time.sleep(0.01)
 
 
-def run_experiment(folder, files, data, fingerprint, seed, budget, facts):
+def look_at(path):
+    """What a file holds, to see whether it changes: a hash, of a large one size and time; None where there is none."""
+    with contextlib.suppress(OSError):
+        stat = path.stat()
+        return (stat.st_size, stat.st_mtime_ns) if stat.st_size > 2**20 else hashlib.sha256(path.read_bytes()).digest()
+
+
+def run_experiment(folder, files, data, fingerprint, seed, budget, facts, split="val"):
     """Runs `files` ({name: text}, train.py among them) in `folder` under the hard budget, and reads the ruler's summary."""
     runs = folder.parent
     shutil.rmtree(folder, ignore_errors=True)  # a run that was cut short is run again from nothing
@@ -730,14 +845,20 @@ def run_experiment(folder, files, data, fingerprint, seed, budget, facts):
         (folder / name).mkdir(parents=True)
     for name, text in files.items():
         (folder / name).write_bytes(text.encode("utf-8", "surrogateescape"))
-    secret, started, result = secrets.token_hex(32), time.monotonic(), Result()
-    env = environment(folder, runs, data, BUDGET=f"{budget:g}", STARTED=started, SEED=seed, TOKEN=secret)
+    secret, started, result = secrets.token_hex(32), time.monotonic(), Result(log=folder / "run.log")
+    watched = folder / "prepare.py", runs.parent / "loop.py", runs.parent / "prepare.py", *data.iterdir()
+    before = [look_at(path) for path in watched]
+    env = environment(folder, runs, data, BUDGET=f"{budget:g}", STARTED=started, SEED=seed, SPLIT=split, TOKEN=secret)
     process = subprocess.Popen([sys.executable, "train.py"], cwd=folder, env=env, stdin=subprocess.DEVNULL,
                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)  # fmt: skip
     output = Output(process.stdout, folder / "run.log", facts)
+    left = []
     try:
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(budget + KILL_GRACE)
+            ended = time.monotonic()
+            while (left := find_runs(runs)) and time.monotonic() < ended + LEAVE_SECONDS:
+                time.sleep(0.05)
     finally:
         timed_out = process.poll() is None
         with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -747,17 +868,23 @@ def run_experiment(folder, files, data, fingerprint, seed, budget, facts):
     result.seconds = time.monotonic() - started
     text = output.text()
     result.tail = text[-TAIL_CHARS:]
-    for name in ("home", "tmp"):
-        shutil.rmtree(folder / name, ignore_errors=True)
+    for path in folder.iterdir():  # nothing that a run writes is there for the next one
+        if path.name not in (*files, "run.log"):
+            path.unlink() if path.is_symlink() or path.is_file() else shutil.rmtree(path, ignore_errors=True)
+    changed = [path.name for path, seen in zip(watched, before, strict=True) if look_at(path) != seen]
     try:
+        if changed:
+            raise ValueError(f"changed while it ran: {', '.join(changed)}")
         if timed_out:
             raise ValueError(f"timeout: killed after {budget + KILL_GRACE:g} s")
         if process.returncode:
             raise ValueError(failure(text, process.returncode))
-        summary = parse_summary(text, secret, seed, budget, fingerprint)
-        result.val_bpb, result.memory_gb = float(summary["val_bpb"]), float(summary["peak_vram_mb"]) / 1024
+        if left:
+            raise ValueError(f"it left {len(left)} processes running after its end")
+        summary = parse_summary(text, secret, seed, budget, fingerprint, f"{split}_bpb")
+        result.bpb, result.memory_gb = float(summary[f"{split}_bpb"]), float(summary["peak_vram_mb"]) / 1024
         speed = float(summary["total_tokens_M"]) * 1e6 / max(float(summary["training_seconds"]), 1e-9)
-        result.curve = f"val_bpb {result.val_bpb:.6f}, {summary['num_steps']} steps, {speed:,.0f} tokens/s, {result.memory_gb:.1f} GB"
+        result.curve = f"{split}_bpb {result.bpb:.6f}, {summary['num_steps']} steps, {speed:,.0f} tokens/s, {result.memory_gb:.1f} GB"
     except ValueError as error:
         result.cause = one_line(str(error))
     result.curve = f"{result.cause or result.curve}; training loss at quarters: {output.curve() or 'none'}"
@@ -887,7 +1014,8 @@ def cells(row, best):
     """A row for the eye: status, val_bpb, the distance from the best before it, description."""
     if row.status == "crash":
         return row.status, "", "", row.description
-    return row.status, f"{row.val_bpb:.4f}", "" if best is None else f"{row.val_bpb - best:+.4f}", row.description
+    times = f" x{len(row.runs)}" if len(row.runs) > 1 else ""
+    return row.status, f"{row.val_bpb:.4f}{times}", "" if best is None else f"{row.val_bpb - best:+.4f}", row.description
 
 
 def totals(facts, now):
@@ -901,8 +1029,10 @@ def totals(facts, now):
     tokens = f"  ·  {facts.tokens:,} tokens, {facts.refused} replies refused" if facts.tokens else ""
     if not kept:
         return f"no baseline yet\n{pace}"
-    first, best = kept[0].val_bpb, kept[-1].val_bpb
-    won = f"best {best:.4f}, {first - best:.4f} ({(first - best) / first:.1%}) below the baseline's {first:.4f}"
+    noise = noise_of(row.runs for row in facts.rows)
+    gain, error = gain_of(kept[0].runs, kept[-1].runs, noise)
+    won = f"best {kept[-1].val_bpb:.4f}, baseline {kept[0].val_bpb:.4f}: gain {gain:.4f} +- {error:.4f} less luck" if kept[1:] else ""
+    won = f"{won or f'baseline {kept[0].val_bpb:.4f}'}  ·  noise of a run {noise:.4f}"
     return f"{won}\n{len(facts.rows) - 1} experiments, {len(kept) - 1} kept, {crashed} crashed  ·  {pace}{tokens}"
 
 
@@ -975,6 +1105,7 @@ class Night:
         self.lock = self.model = None
         self.last_runs = deque(maxlen=4)  # what the next prompt says of the latest runs
         self.hasty = 0  # failures in a row that took seconds each
+        self.repeats = REPEATS
         self.interrupts = Interrupts()
 
     # ---- before the first run
@@ -1099,9 +1230,15 @@ class Night:
             self.notebook.open()
             if self.notebook.checked_out():
                 self.check_results()
-        if not self.args.offline:
+        if self.args.audit and (not self.notebook.incumbent or self.notebook.incumbent is self.notebook.rows[0]):
+            raise Stop(f"{self.notebook.name} holds no kept experiment yet, so there is nothing to audit; run: python loop.py")
+        if not self.args.offline and not self.args.audit:
             self.model = Model(self.args.model, self.facts)
         self.check_ruler()
+        if self.args.audit:
+            self.facts.title = f"audit of {self.notebook.name}  ·  {self.data.name}  ·  {self.ruler['Device']}"
+            self.facts.say(f"{2 * AUDIT_PAIRS} runs of at most {self.budget:g} s; Ctrl-C stops, the same command goes on")
+            return
         if self.args.offline:
             random_reply(self.git.blob("HEAD", "train.py"), random.Random(), self.other_device)  # is there anything to search?
         self.check_out()
@@ -1120,7 +1257,7 @@ class Night:
 
     def next_experiment(self):
         """The commit of the next experiment, begun; None when the proposal was refused, which is a row already."""
-        notebook, seed = self.notebook, len(self.notebook.rows)
+        notebook, seed = self.notebook, SEEDS * len(self.notebook.rows)
         if notebook.incumbent is None:
             source = notebook.incumbent_source
             return self.begin(source, "baseline", "", {"Seed": seed, **self.ruler})
@@ -1149,7 +1286,8 @@ class Night:
         source, tokens, edit, refusal = notebook.incumbent_source, 0, None, ""
         rng = random.Random(f"{notebook.name} {len(notebook.rows)}")
         setting = f"A run has {self.budget:g} s on this device: {self.ruler['Device']}. The text is the data set {self.data.name}."
-        chat = messages(setting, notebook.program(), source, notebook.rows, notebook.incumbent, "\n\n".join(self.last_runs))
+        results = history(notebook.rows, notebook.incumbent, notebook.noise())
+        chat = messages(setting, notebook.program(), source, results, "\n\n".join(self.last_runs))
         for _ in range(1 + REFUSALS if self.model else 100):  # chance may hit what was tried many times over
             if self.model:
                 self.facts.start(f"asking {self.model.name} for an edit")
@@ -1181,40 +1319,85 @@ class Night:
             raise Refused(f"This very code was tried: {row.status}, {row.description}, val_bpb {row.val_bpb:.6f}. Propose something else.")
         return source
 
+    def measure(self, commit, seed, activity, split="val"):
+        """One run of a commit's train.py under the committed ruler: a Result."""
+        self.facts.start(activity, progress=0.0)
+        files = {"train.py": self.git.blob(commit, "train.py"), "prepare.py": self.prepare_py}
+        folder = self.runs / f"{seed // SEEDS:04}-{seed % SEEDS}-{commit[:7]}"
+        return run_experiment(folder, files, self.data, self.fingerprint, seed, self.budget, self.facts, split)
+
     def run(self, commit):
-        """Runs a begun experiment, judges it and writes its row."""
+        """Runs a begun experiment, as often as it takes to judge it, and writes its row."""
         notebook, message = self.notebook, self.git.message(commit)
         description, trailers = message.splitlines()[0], read_trailers(message)
-        self.facts.start(f"#{len(notebook.rows)} {description}", progress=0.0)
-        files = {"train.py": self.git.blob(commit, "train.py"), "prepare.py": self.prepare_py}
-        folder = self.runs / f"{len(notebook.rows):04}-{commit[:7]}"
-        seed, tokens = int(trailers["Seed"]), int(trailers.get("Tokens", 0))
-        result = run_experiment(folder, files, self.data, self.fingerprint, seed, self.budget, self.facts)
-        if notebook.incumbent is None and result.cause:
-            notebook.abandon()
-            advice = f"mend train.py and commit it\n\nthe end of {folder / 'run.log'}:\n{result.tail}"
-            raise Stop(f"the baseline failed: {result.cause}; {advice}", 1)
-        self.last_runs.append(f"{description}: {result.curve}" + (f"\n{result.tail}" if result.cause else ""))
-        with self.interrupts.hold():
-            if result.cause:
-                self.add_row(commit, "crash", result, one_line(f"{description} [{result.cause}]"), tokens)
-            else:
-                status = judge(notebook.incumbent.runs, [result.val_bpb]) if notebook.incumbent else "keep"
-                self.add_row(commit, status, result, description, tokens)
+        runs, seed, tokens = read_runs(trailers.get("Runs", "")), int(trailers["Seed"]), int(trailers.get("Tokens", 0))
+        baseline, status = notebook.incumbent is None, "again"
+        while status == "again":
+            number = f", run {len(runs) + 1}" if runs else ""
+            result = self.measure(commit, seed + len(runs), f"#{len(notebook.rows)} {description}{number}")
+            if baseline and result.cause:
+                notebook.abandon()
+                advice = f"mend train.py and commit it\n\nthe end of {result.log}:\n{result.tail}"
+                raise Stop(f"the baseline failed: {result.cause}; {advice}", 1)
+            with self.interrupts.hold():
+                runs.append(result.bpb)
+                status = "crash" if result.cause else "keep" if baseline else self.verdict(commit, runs)
+                if status == "again":
+                    commit = notebook.remember(commit, runs)
+                else:
+                    self.last_runs.append(f"{description}: {status}, {result.curve}" + (f"\n{result.tail}" if result.cause else ""))
+                    cause = f" [{result.cause}]" if result.cause else ""
+                    self.add_row(commit, status, result, one_line(description + cause), tokens, runs)
 
-    def add_row(self, commit, status, result, description, tokens):
+    def verdict(self, commit, runs):
+        notebook = self.notebook
+        lines = code_lines(self.git.blob(commit, "train.py")) - code_lines(notebook.incumbent_source)
+        return judge(notebook.best().runs, runs, notebook.noise(runs), lines)
+
+    def repeat_baseline(self):
+        """Early in a night the baseline runs again, twice: what two seeds of the same code differ by is the noise."""
+        row = self.notebook.rows[0]
+        result = self.measure(row.commit, len(row.runs), f"the baseline again, run {len(row.runs) + 1}: how much does a seed change?")
+        if result.cause:
+            self.repeats = ()  # the verdicts go on with what is known
+            return self.facts.say(f"the baseline's repeat failed: {result.cause}")
+        with self.interrupts.hold():
+            self.notebook.repeat(row, result.bpb)
+        self.facts.say(f"the baseline again: {result.bpb:.6f}; noise of a run {self.notebook.noise():.4f}")
+
+    def add_row(self, commit, status, result, description, tokens, runs=()):
         best = self.notebook.incumbent.val_bpb if self.notebook.incumbent else None
-        runs = [] if result.cause else [result.val_bpb]
-        row = Row(
-            "", result.val_bpb, result.memory_gb, status, description, runs, tokens, f"{datetime.now(timezone.utc):%Y-%m-%dT%H:%M:%SZ}"
-        )
+        runs = [] if result.cause else list(runs)
+        finished = f"{datetime.now(timezone.utc):%Y-%m-%dT%H:%M:%SZ}"
+        row = Row("", fmean(runs) if runs else math.nan, result.memory_gb, status, description, runs, tokens, finished)
         self.notebook.record(commit, row, result.curve)
         self.facts.finished += best is not None
         self.hasty = self.hasty + 1 if result.cause and result.seconds < WAITS[0] else 0
         if not self.facts.live:
-            self.facts.say("{:8} {:6} {:>7}  {}".format(*cells(row, best)))
+            self.facts.say("{:8} {:9} {:>7}  {}".format(*cells(row, best)))
         if not self.notebook.checked_out():
             self.facts.say(f"this checkout is on another branch now; the row went to {self.notebook.name}, and no file here was touched")
+
+    def audit(self):
+        """Baseline and best again, in turns, on fresh seeds and text that no decision has seen; runs that were made are not made again."""
+        rows, notebook = self.notebook.rows, self.notebook
+        first, best = rows[0], notebook.incumbent
+        for seed in range(AUDIT_SEED, AUDIT_SEED + AUDIT_PAIRS):
+            for row in (first, best):
+                if (row.commit, seed) not in notebook.audited():
+                    number = seed - AUDIT_SEED + 1
+                    result = self.measure(row.commit, seed, f"audit {number} of {AUDIT_PAIRS}: {row.description}", "test")
+                    if result.cause:
+                        raise Stop(f"a run of the audit failed: {result.cause}; its log: {result.log}; the same command goes on", 1)
+                    with self.interrupts.hold():
+                        notebook.add_audit(row, seed, result.bpb)
+                    self.facts.say(f"test_bpb {result.bpb:.6f}  {row.description}")
+        self.facts.show(activity="", progress=None)
+        test = notebook.audited()
+        pairs = [(test[first.commit, seed], test[best.commit, seed]) for seed in range(AUDIT_SEED, AUDIT_SEED + AUDIT_PAIRS)]
+        self.facts.say(f"baseline {first.commit} and best {best.commit} ({best.description}), {len(pairs)} fresh seeds each, test text:")
+        for line in audit_report(pairs, first.val_bpb, best.val_bpb, gain_of(first.runs, best.runs, notebook.noise())[0]):
+            self.facts.say(line)
 
     def over(self):
         """Whether --experiments or --hours says to stop; never before there is a baseline."""
@@ -1227,9 +1410,14 @@ class Night:
         with live:
             try:
                 self.facts.began = time.monotonic()
+                if self.args.audit:
+                    return self.audit()
                 commit = self.notebook.unfinished()
                 while commit or not self.over():
-                    if commit := commit or self.next_experiment():
+                    rows = self.notebook.rows
+                    if not commit and rows and len(rows[0].runs) <= sum(len(rows) > number for number in self.repeats):
+                        self.repeat_baseline()
+                    elif commit := commit or self.next_experiment():
                         self.run(commit)
                     commit = None
                     if self.hasty > HASTE:
@@ -1252,6 +1440,9 @@ def main():
     parser.add_argument("--hours", type=float, metavar="H", help="stop at the first experiment's end after H hours")
     parser.add_argument("--model", metavar="NAME", help=f"the model to ask ({DEFAULT_MODEL}, or your server's first one)")
     parser.add_argument("--offline", action="store_true", help="no LLM: random search over train.py's constants, no key, no network")
+    parser.add_argument(
+        "--audit", action="store_true", help="run baseline and best again, on fresh seeds and unseen text: is the gain real?"
+    )
     args = parser.parse_args()
     if any(value is not None and not 0 < value < math.inf for value in (args.budget, args.experiments, args.hours)):
         parser.error("--budget, --experiments and --hours take a number above 0")

@@ -65,6 +65,7 @@ PROBES = 6  # replaced copies of the probe batch that look for a leak from the f
 LEAK_NATS, LEAK_SIGMAS = 0.005, 4  # what the loss at a position may change by, when only what it mustn't see changed
 WARM_START = 0.9  # times the unigram bits per byte: what starts below has learned before; initial biases don't get there
 LOSS_LOGITS = 2**25  # turned into float32 at a time: all of a batch would need more memory than training did
+LN2 = math.log(2)  # here, so that a train.py which replaces math.log moves nothing
 SANE_BPB = (0.05, 20)  # no honest model is outside
 LOG_SECONDS = 1.0  # between two lines of run.log
 # Dense bf16 peak, FLOP/s, by a word of the device's name; NVIDIA's data sheets. A device not listed has no MFU.
@@ -283,7 +284,7 @@ def check_tokens(folder, splits, sizes):
             raise Problem(f"{path} doesn't hold the text that was written; check the disk and run it again")
     nats = -np.log((counts["train"] + 1) / (counts["train"] + 1).sum())
     nats[bos] = 0
-    return float(counts["val"] @ nats / math.log(2) / (counts["val"] @ lengths))
+    return float(counts["val"] @ nats / LN2 / (counts["val"] @ lengths))
 
 
 def write_data_set(folder, source, sizes, key, progress):
@@ -367,7 +368,7 @@ def refuse(reason):
 def bits_per_byte(nats, targets, lengths):
     """Total bits over total bytes. nats, targets: same shape; lengths: bytes by token id; a target of 0 bytes counts in neither."""
     counted = lengths[targets]
-    return float((nats.double() * (counted > 0)).sum() / (math.log(2) * counted.sum()))
+    return float((nats.double() * (counted > 0)).sum() / (LN2 * counted.sum()))
 
 
 def sign(secret, lines, seed, budget, fingerprint):
@@ -403,13 +404,15 @@ class Run:
     """One experiment: seeds everything, picks the device, opens the data and starts the clock.
 
     `device` (torch.device), `seq_len` and `vocab_size` are the ruler's facts. Reads AUTORESEARCH_BUDGET (300 s of wall
-    clock for the whole process), _STARTED (time.monotonic() at spawn), _SEED (0) and _DATA (~/.cache/autoresearch).
+    clock for the whole process), _STARTED (time.monotonic() at spawn), _SEED (0), _DATA (~/.cache/autoresearch) and
+    _SPLIT (val; test in the closing audit, which prints test_bpb).
     """
 
     def __init__(self):
         self._started = float(os.environ.get("AUTORESEARCH_STARTED") or monotonic())
         self._budget = float(os.environ.get("AUTORESEARCH_BUDGET") or BUDGET)
         self._seed = int(os.environ.get("AUTORESEARCH_SEED") or 0)
+        self._split = os.environ.get("AUTORESEARCH_SPLIT") or "val"
         try:
             folder = newest(data_root())
         except Problem as problem:
@@ -430,6 +433,7 @@ class Run:
         self._calls = self._first_step_batches = 0  # of progress(); batches of the first step
         self._last_call, self._slowest_step, self._event = 0.0, 0.0, None  # time of the last progress(); seconds
         self._pass_seconds = self._eval_limit = None  # of one evaluation batch; monotonic time by which evaluation must start
+        self._model = None  # as it was in preflight(), until training begins
         self._logged = -math.inf
         print(f"data: {folder.name}  device: {device_name(self.device)}  torch: {torch.__version__}  "
               f"seed: {self._seed}  budget: {self._budget:g} s", flush=True)  # fmt: skip
@@ -491,6 +495,8 @@ class Run:
             raise RuntimeError("call run.preflight(model) before the first run.progress()")
         if self._told:
             return 1.0
+        if self._calls == 0:
+            self._check_untrained()
         self._wait_for_steps()
         now, self._calls = monotonic(), self._calls + 1
         if self._calls > 1:
@@ -546,11 +552,15 @@ class Run:
             refuse("the logits are not finite")
         return losses
 
-    def _probe(self, model):
-        """Refuses a model that is random in eval(), sees the future or looks across rows; returns its bits per byte on train text."""
+    def _probe_rows(self, rng):
+        """(x, y) of the evaluation's shape, from anywhere in the train split."""
+        return self._windows(self._train, rng.integers(len(self._train) - self.seq_len, size=self._eval_rows), self.seq_len)
+
+    def _probe(self, model, trained=True):
+        """Refuses a model that is random in eval(), sees the future, looks across rows or, once trained, ignores its input."""
         rng = np.random.default_rng([self._seed, 0])  # stream 0: batches() counts from 1
         B, T = self._eval_rows, self.seq_len
-        x, y = self._windows(self._train, rng.integers(len(self._train) - T, size=B), T)
+        x, y = self._probe_rows(rng)
         losses = self._losses(model, x, y)
         noise = (self._losses(model, x, y) - losses).abs().mean().item()
         if noise > LEAK_NATS:
@@ -570,15 +580,30 @@ class Run:
             kept = torch.from_numpy(quarter == kept).to(self.device)
             changes.append(change(~kept[:, None]).mean(1)[kept])
         check(torch.cat(changes), "the model looks at other rows of the batch")
-        changes = []
+        changes, reacts = [], not trained
         for _ in range(PROBES):
             split = rng.integers(1, T, size=B)
             split[:2] = T - 1, 2 * rng.integers(T // 2) + 1  # the last one and an odd one always
             split = torch.from_numpy(split).to(self.device)[:, None]
             future = torch.arange(T, device=self.device) >= split  # (B, T)
-            changes.append(change(future).gather(1, split - 1)[:, 0])
+            changed = change(future)
+            changes.append(changed.gather(1, split - 1)[:, 0])
+            reacts = reacts or bool(changed[future].any())
+        if not reacts:
+            refuse("the logits don't depend on the input")
         check(torch.cat(changes), "the model sees later tokens (the future)")
-        return bits_per_byte(losses.cpu(), y.cpu(), self._lengths)
+
+    def _check_untrained(self):
+        """Refuses the model of preflight() if it has learned something before the clock runs: from other weights, or from batches."""
+        was_training = self._model.training
+        self._model.eval()
+        with torch.no_grad():
+            x, y = self._probe_rows(np.random.default_rng([self._seed, 0]))
+            bpb, unigram = bits_per_byte(self._losses(self._model, x, y).cpu(), y.cpu(), self._lengths), self._meta["unigram_bpb"]
+        self._model.train(was_training)
+        if bpb < WARM_START * unigram:
+            refuse(f"before its first step the model has {bpb:.3f} bits per byte, and token frequencies alone {unigram:.3f}: "
+                   "it starts from trained weights, or was trained before the first run.progress()")  # fmt: skip
 
     def preflight(self, model):
         """Checks the untrained model (an nn.Module) as finish() will and times its evaluation; returns the seconds kept for it."""
@@ -590,31 +615,28 @@ class Run:
             self._losses(model, *self._windows(self._train, np.zeros(self._eval_rows, dtype=np.int64), self.seq_len))  # may compile
             self._synchronize()
             began = monotonic()
-            untrained_bpb = self._probe(model)
+            self._probe(model, trained=False)
             self._pass_seconds = (monotonic() - began) / (PROBES + 6)
         model.train(was_training)
-        if untrained_bpb < WARM_START * self._meta["unigram_bpb"]:
-            refuse(f"untrained, the model has {untrained_bpb:.3f} bits per byte, and token frequencies alone "
-                   f"{self._meta['unigram_bpb']:.3f}: it starts from weights that were trained")  # fmt: skip
-        seconds = self._pass_seconds * (len(self._eval_starts("val")) + 1 + PROBES + 6)
+        self._model = model
+        self._check_untrained()
+        seconds = self._pass_seconds * (len(self._eval_starts()) + 1 + PROBES + 6)
         self._eval_limit = self._started + self._budget - EXIT_SECONDS - EVAL_RESERVE * seconds
         if monotonic() > self._eval_limit:
             refuse(f"evaluation takes about {seconds:.1f} s and no longer fits in a budget of {self._budget:g} s: make the model smaller")
         return EVAL_RESERVE * seconds
 
-    def _eval_starts(self, split):
+    def _eval_starts(self):
         """(batches, rows) starts of the windows evaluated: spread evenly, in an order in which no row continues another."""
-        count = self._meta["splits"][split]["tokens"] - 1
+        count = self._meta["splits"][self._split]["tokens"] - 1
         rows = min(self._meta["eval_tokens"], count) // self.seq_len // self._eval_rows * self._eval_rows
         starts = np.linspace(0, count - self.seq_len, rows).astype(np.int64)
         return np.random.default_rng(0).permutation(starts).reshape(-1, self._eval_rows)
 
     def _evaluate(self, model):
-        """Bits per byte over the fixed evaluation tokens of the val split."""
-        _sealed.discard(path := os.path.realpath(self._folder / "val.bin"))
-        tokens = np.memmap(path, dtype=np.uint16, mode="r")
-        _sealed.add(path)
-        batches = self._eval_starts("val")
+        """Bits per byte over the fixed evaluation tokens."""
+        tokens = np.memmap(self._folder / f"{self._split}.bin", dtype=np.uint16, mode="r")
+        batches = self._eval_starts()
         nats, targets = [], []
         for starts in (*batches, batches[0]):
             x, y = self._windows(tokens, starts, self.seq_len)
@@ -635,19 +657,26 @@ class Run:
         late = now - (self._told or clock + self._allowance(clock))
         if late > max(OVERRUN * TRAINING_SHARE * self._budget, self._slowest_step, OVERRUN_SECONDS):
             refuse(f"training went on for {late:.1f} s after its time: stop when run.progress() reaches 1")
+        own = zip((globals(), vars(Run)), _as_imported, strict=True)
+        if replaced := [name for here, before in own for name, value in before.items() if here.get(name) is not value]:
+            refuse(f"train.py replaced {', '.join(replaced)} in prepare.py")
+        if torch.initial_seed() != self._seed:
+            refuse(f"train.py set the seed to {torch.initial_seed()}; the ruler has set it, to {self._seed}")
         model.eval()
         with torch.no_grad():
             self._probe(model)
-            val_bpb = self._evaluate(model)
-        if not SANE_BPB[0] < val_bpb < SANE_BPB[1]:
-            refuse(f"val_bpb {val_bpb:.6f} is not possible for a language model of text")
+            _sealed.discard(held_out := os.path.realpath(self._folder / f"{self._split}.bin"))
+            bpb = self._evaluate(model)
+            _sealed.add(held_out)
+        if not SANE_BPB[0] < bpb < SANE_BPB[1]:
+            refuse(f"{bpb:.6f} bits per byte are not possible for a language model of text")
         training = (self._told or now) - clock
         if self.device.type == "cuda":
             memory = torch.cuda.max_memory_allocated() / 2**20
         else:  # no device memory of its own: the process's resident peak (bytes on macOS, KiB elsewhere)
             memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
         summary = {
-            "val_bpb": f"{val_bpb:.6f}",
+            f"{self._split}_bpb": f"{bpb:.6f}",
             "training_seconds": f"{training:.1f}",
             "total_seconds": f"{monotonic() - self._started:.1f}",
             "peak_vram_mb": f"{memory:.1f}",
@@ -711,6 +740,8 @@ def main():
     print(f"{'already prepared' if was_there else 'prepared'}: {folder}")
     print(f"tokens: {sizes}; vocabulary {meta['vocab_size']:,}, sequence {meta['seq_len']:,}")
 
+
+_as_imported = dict(globals()), dict(vars(Run))  # which a train.py must leave as they are
 
 if __name__ == "__main__":
     main()
