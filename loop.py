@@ -73,7 +73,9 @@ ALLOWED = re.compile(
 RULES = """\
 You are a researcher who improves a language model's training script, one experiment at a time. You propose ONE edit of
 train.py. A program applies it, trains for a fixed wall-clock time on one device, measures validation bits per byte
-(val_bpb, lower is better), and keeps the edit or reverts it. Nobody answers questions; every reply must hold an edit.
+(val_bpb, lower is better), and keeps the edit or reverts it. What looks better is run again on other seeds: a gain that a seed
+explains isn't kept, nor a tiny one that adds many lines; an equal result with fewer lines is. Nobody answers questions; every
+reply must hold an edit.
 
 train.py is the only file you can change. It must go on using the ruler, prepare.py, which you can't change:
   run = prepare.Run()                      # seed, device, data, clock; run.device, run.seq_len, run.vocab_size
@@ -84,8 +86,8 @@ train.py is the only file you can change. It must go on using the ruler, prepare
   run.finish(model, ...)                   # evaluates, checks again and prints the result
 model(x) returns logits (B, T, vocab_size); the ruler computes the loss from them, in eval() and without gradients.
 The ruler refuses a model that sees later tokens or other rows, is random in eval(), changes during evaluation, starts from
-trained weights, or trains after progress reaches 1. The whole run has a hard limit, and start-up counts. No other packages,
-no other data, no files, no network. The seed isn't yours to choose.
+trained weights, or trains before the first progress() or after it reached 1. The whole run has a hard limit, and start-up
+counts. No other packages, no other data, no files, no processes that outlive the run, no network. The seed is the ruler's.
 
 Answer in this form, with nothing after the last block:
 
@@ -830,15 +832,21 @@ def kill_runs(runs):
         time.sleep(0.01)
 
 
-def look_at(path):
-    """What a file holds, to see whether it changes: a hash, of a large one size and time; None where there is none."""
-    with contextlib.suppress(OSError):
-        stat = path.stat()
-        return (stat.st_size, stat.st_mtime_ns) if stat.st_size > 2**20 else hashlib.sha256(path.read_bytes()).digest()
+def contents(paths):
+    """{path: what is in it}, to see whether it changes: of a large file size and time, else a hash."""
+    found = {}
+    for path in paths:
+        with contextlib.suppress(OSError):
+            stat = path.stat()
+            found[path] = (stat.st_size, stat.st_mtime_ns) if stat.st_size > 2**20 else hashlib.sha256(path.read_bytes()).digest()
+    return found
 
 
-def run_experiment(folder, files, data, fingerprint, seed, budget, facts, split="val"):
-    """Runs `files` ({name: text}, train.py among them) in `folder` under the hard budget, and reads the ruler's summary."""
+def run_experiment(folder, files, data, fingerprint, seed, budget, facts, split="val", watch=list):
+    """Runs `files` ({name: text}, train.py among them) in `folder` under the hard budget, and reads the ruler's summary.
+
+    What changes prepare.py, the data or a file that watch() lists, before and after, has no result.
+    """
     runs = folder.parent
     shutil.rmtree(folder, ignore_errors=True)  # a run that was cut short is run again from nothing
     for name in ("home", "tmp"):
@@ -846,8 +854,7 @@ def run_experiment(folder, files, data, fingerprint, seed, budget, facts, split=
     for name, text in files.items():
         (folder / name).write_bytes(text.encode("utf-8", "surrogateescape"))
     secret, started, result = secrets.token_hex(32), time.monotonic(), Result(log=folder / "run.log")
-    watched = folder / "prepare.py", runs.parent / "loop.py", runs.parent / "prepare.py", *data.iterdir()
-    before = [look_at(path) for path in watched]
+    before = contents([folder / "prepare.py", *data.iterdir(), *watch()])
     env = environment(folder, runs, data, BUDGET=f"{budget:g}", STARTED=started, SEED=seed, SPLIT=split, TOKEN=secret)
     process = subprocess.Popen([sys.executable, "train.py"], cwd=folder, env=env, stdin=subprocess.DEVNULL,
                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)  # fmt: skip
@@ -871,7 +878,8 @@ def run_experiment(folder, files, data, fingerprint, seed, budget, facts, split=
     for path in folder.iterdir():  # nothing that a run writes is there for the next one
         if path.name not in (*files, "run.log"):
             path.unlink() if path.is_symlink() or path.is_file() else shutil.rmtree(path, ignore_errors=True)
-    changed = [path.name for path, seen in zip(watched, before, strict=True) if look_at(path) != seen]
+    after = contents([folder / "prepare.py", *data.iterdir(), *watch()])
+    changed = [path.name for path, content in after.items() if before.get(path, content) != content]
     try:
         if changed:
             raise ValueError(f"changed while it ran: {', '.join(changed)}")
@@ -1031,7 +1039,7 @@ def totals(facts, now):
         return f"no baseline yet\n{pace}"
     noise = noise_of(row.runs for row in facts.rows)
     gain, error = gain_of(kept[0].runs, kept[-1].runs, noise)
-    won = f"best {kept[-1].val_bpb:.4f}, baseline {kept[0].val_bpb:.4f}: gain {gain:.4f} +- {error:.4f} less luck" if kept[1:] else ""
+    won = f"best {kept[-1].val_bpb:.4f}, baseline {kept[0].val_bpb:.4f}: gain {gain:.4f} +- {error:.4f}, luck taken off" if kept[1:] else ""
     won = f"{won or f'baseline {kept[0].val_bpb:.4f}'}  ·  noise of a run {noise:.4f}"
     return f"{won}\n{len(facts.rows) - 1} experiments, {len(kept) - 1} kept, {crashed} crashed  ·  {pace}{tokens}"
 
@@ -1235,6 +1243,7 @@ class Night:
         if not self.args.offline and not self.args.audit:
             self.model = Model(self.args.model, self.facts)
         self.check_ruler()
+        self.facts.rows = self.notebook.rows
         if self.args.audit:
             self.facts.title = f"audit of {self.notebook.name}  ·  {self.data.name}  ·  {self.ruler['Device']}"
             self.facts.say(f"{2 * AUDIT_PAIRS} runs of at most {self.budget:g} s; Ctrl-C stops, the same command goes on")
@@ -1245,7 +1254,7 @@ class Night:
         who = self.model.name if self.model else "offline random search"
         facts, most = self.facts, f"{self.budget:g} s" if self.budget < 120 else f"{self.budget / 60:.3g} min"
         facts.title = f"{self.notebook.name}  ·  {self.data.name}  ·  {self.ruler['Device']}  ·  {who}"
-        facts.rows = self.notebook.rows
+        facts.rows = self.notebook.rows  # read again, if the branch was made only now
         if not facts.live:
             facts.say(facts.title)
         first = "going on with" if self.notebook.incumbent else f"first the baseline (at most {most}), then"
@@ -1324,7 +1333,11 @@ class Night:
         self.facts.start(activity, progress=0.0)
         files = {"train.py": self.git.blob(commit, "train.py"), "prepare.py": self.prepare_py}
         folder = self.runs / f"{seed // SEEDS:04}-{seed % SEEDS}-{commit[:7]}"
-        return run_experiment(folder, files, self.data, self.fingerprint, seed, self.budget, self.facts, split)
+        return run_experiment(folder, files, self.data, self.fingerprint, seed, self.budget, self.facts, split, self.watch)
+
+    def watch(self):
+        """The files of the checkout that no run may change: none while the person has another branch there."""
+        return [self.folder / name for name in ("prepare.py", "loop.py")] if self.notebook.checked_out() else []
 
     def run(self, commit):
         """Runs a begun experiment, as often as it takes to judge it, and writes its row."""

@@ -254,7 +254,8 @@ class Attempts:
                 (project / path.name).write_bytes(path.read_bytes())
         files = {"train.py": source, "prepare.py": (ROOT / "prepare.py").read_text()}
         facts = loop.Facts(Console(quiet=True), live=True)
-        return loop.run_experiment(project / "runs" / str(seed), files, data, self.fingerprint, seed, budget, facts)
+        watch = lambda: [project / "loop.py", project / "prepare.py"]  # noqa: E731
+        return loop.run_experiment(project / "runs" / str(seed), files, data, self.fingerprint, seed, budget, facts, watch=watch)
 
 
 @pytest.fixture(scope="module")

@@ -445,6 +445,17 @@ def test_a_branch_switched_in_mid_run_gets_nothing_and_the_runs_branch_gets_the_
     assert project.status() == "" and project.git("log", "--oneline", "main").count("\n") == 1
 
 
+def test_switching_in_mid_run_to_a_branch_with_another_loop_py_costs_no_result(project, server):
+    project.git("checkout", "--quiet", "-b", "dev")
+    project.write("loop.py", project.read("loop.py") + "# newer\n")
+    project.commit("newer")
+    project.git("checkout", "--quiet", "main")
+    switch = f"import subprocess\nsubprocess.run(['git', 'checkout', '--quiet', 'dev'], cwd={str(project.folder)!r}, check=True)\nWIDTH = 128"
+    server.replies += [block("WIDTH = 64", switch, "in mid-run")]
+    project.online(server, "--experiments", 1)
+    assert project.rows()[1]["status"] == "keep" and project.status() == ""
+
+
 def test_an_executable_train_py_stays_one(project, server):
     (project.folder / "train.py").chmod(0o755)
     project.commit("executable")
