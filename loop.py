@@ -649,17 +649,19 @@ class Notebook:
 
     def remember(self, commit, runs):
         """The running experiment, committed anew with its runs so far: where a start after a kill goes on."""
-        message = re.sub(r"\nRuns: .*", "", self.git.message(commit).rstrip()) + f"\nRuns: {write_runs(runs)}\n"
+        message = self.git.message(commit)
+        message = compose(message.rstrip().rpartition("\n\n")[0], "", read_trailers(message) | {"Runs": write_runs(runs)})
         again = self.git.commit_tree(f"{commit}^{{tree}}", [f"{commit}^"], message)
         self.begin(again)
         return again
 
     def repeat(self, row, bpb):
         """Adds a run to a row that stands."""
-        before = row.line()
         row.runs.append(bpb)
         row.val_bpb = fmean(row.runs)
-        self.text = self.text.replace(before, row.line())
+        lines = self.text.splitlines(keepends=True)
+        lines[1 + self.rows.index(row)] = row.line()
+        self.text = "".join(lines)
         self.publish(compose(f"repeat: {row.description}, {bpb:.6f}", "", {}))
 
     def audited(self):
@@ -668,7 +670,7 @@ class Notebook:
             return {}
         log = self.git("log", "--format=%B%x00", self.audits, "--not", self.ref)
         found = (read_trailers(message) for message in log.split("\0") if message.strip())
-        return {(run["Commit"], int(run["Seed"])): float(run["Test"]) for run in found}
+        return {(run["Commit"], int(run["Seed"])): float(run["Test"]) for run in found if "Test" in run}  # not of a deleted branch's rest
 
     def add_audit(self, row, seed, bpb):
         """A run of the audit is a commit that holds the train.py which ran; nothing of it is on the branch."""
@@ -1200,6 +1202,7 @@ class Night:
         branch = self.notebook.ref if self.git.find(self.notebook.ref) else "HEAD"
         self.prepare_py = self.git.blob(branch, "prepare.py")  # kept here: no edit of the file in the night reaches a run
         self.data, self.fingerprint = self.find_data(began.get("Data"))
+        self.data_was = contents(self.data.iterdir())
         ruler = hashlib.sha256(self.prepare_py.encode()).hexdigest()[:12]
         self.ruler = {"Data": self.fingerprint, "Ruler": ruler, "Budget": f"{self.budget:g}", **self.machine()}
         differ = [f"{name} was {began[name]} and is {value}" for name, value in self.ruler.items() if began.get(name, value) != value]
@@ -1330,6 +1333,8 @@ class Night:
 
     def measure(self, commit, seed, activity, split="val"):
         """One run of a commit's train.py under the committed ruler: a Result."""
+        if contents(self.data.iterdir()) != self.data_was:
+            raise Stop(f"the data changed since the start; remove {self.data} and make it anew: python prepare.py", 1)
         self.facts.start(activity, progress=0.0)
         files = {"train.py": self.git.blob(commit, "train.py"), "prepare.py": self.prepare_py}
         folder = self.runs / f"{seed // SEEDS:04}-{seed % SEEDS}-{commit[:7]}"

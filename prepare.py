@@ -317,6 +317,7 @@ def write_data_set(folder, source, sizes, key, progress):
     meta = dict(source=name, fingerprint=fingerprint, **sizes, unigram_bpb=unigram_bpb, splits=splits, key=key)
     (folder / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
     for path in folder.iterdir():
+        path.chmod(0o444)  # a train.py that opens one to write gets an error
         with open(path, "rb") as file:
             os.fsync(file.fileno())
     return fingerprint

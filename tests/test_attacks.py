@@ -319,3 +319,11 @@ def test_a_refused_attack_is_a_crash_row_with_its_reason_and_the_night_goes_on(p
     assert [row["status"] for row in rows] == ["keep", "crash", "keep"]
     assert "changed while it ran" in rows[1]["description"] and "loop.py" in rows[1]["description"]
     assert "uncommitted changes" in project.run("--offline", code=2)  # the person decides about the loop.py that is there now
+
+
+def test_data_that_a_run_changed_measures_nothing_more(project, server):
+    rewrites = "def main():\n    import os, pathlib\n    path = pathlib.Path(os.environ['AUTORESEARCH_DATA'], 'meta.json')\n    path.write_text(path.read_text() + ' ')"
+    server.replies += [block("def main():", rewrites, "other data"), block("WIDTH = 64", "WIDTH = 128", "twice the width")]
+    out = project.run("--budget", "20", "--tag", "t", OPENAI_BASE_URL=server.url, code=1)
+    assert "changed while it ran: meta.json" in project.rows()[1]["description"] and len(project.rows()) == 2
+    assert "the data changed since the start" in out and "python prepare.py" in out

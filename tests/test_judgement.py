@@ -137,6 +137,13 @@ def test_killed_between_two_runs_of_an_experiment_it_goes_on_with_the_second(pro
     assert list(seeds(project).values()).count(("100", "val")) == 1
 
 
+def test_what_the_model_wrote_about_runs_is_left_as_it_was(seeded, server):
+    server.replies += [block("WIDTH = 64", "WIDTH = 1000", "wide").replace("Because.", "Because.\nRuns: faster.")]
+    seeded.online(server, "--experiments", 1)
+    message = seeded.git("show", "-s", "--format=%B", seeded.rows()[1]["commit"])
+    assert "\nRuns: faster.\n" in message and message.rstrip().splitlines()[-1].startswith("Runs: 1.003")
+
+
 def test_an_edit_that_crashes_on_its_second_seed_is_a_crash(seeded, server):
     fails = block("STRANGE = 0", "STRANGE = 0\nassert os.environ['AUTORESEARCH_SEED'] != '101', 'unlucky'\nWIDTH = 1000", "brittle")
     server.replies += [fails]
@@ -208,6 +215,16 @@ def test_an_audit_before_anything_is_kept_says_so(seeded):
     assert "holds no kept experiment yet" in seeded.run("--audit", code=2)
     seeded.offline("--hours", "0.00001")
     assert "holds no kept experiment yet" in seeded.run("--audit", code=2)
+
+
+def test_an_audit_of_a_deleted_branch_of_this_name_is_not_counted(improved, server):
+    improved.run("--audit")
+    improved.git("checkout", "--quiet", "main")
+    improved.git("branch", "-D", "autoresearch/t")
+    server.replies += [block("WIDTH = 64", "WIDTH = 500", "wide")]
+    improved.online(server, "--experiments", 1)
+    out = improved.run("--audit")
+    assert out.count("  audit ") == 2 * loop.AUDIT_PAIRS and "audited gain 0.0136" in out
 
 
 def test_a_run_of_the_audit_that_fails_names_its_log(seeded, server):

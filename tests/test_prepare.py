@@ -107,6 +107,7 @@ def test_meta_json_says_what_was_written(tiny, source, tmp_path):
     assert sum(facts["bytes"] for facts in meta["splits"].values()) == sum(len(text.encode()) for text in documents())
     assert meta["splits"]["val"]["tokens"] * 2 == (folder / "val.bin").stat().st_size
     assert 1 < meta["unigram_bpb"] < 8
+    assert not any(path.stat().st_mode & 0o222 for path in folder.iterdir())  # read-only
 
 
 def test_the_tokenizer_is_in_the_rank_format_that_tiktoken_reads(tiny, source, tmp_path):
@@ -231,6 +232,7 @@ def test_preparing_anything_never_rewrites_the_files_of_another_data_set(tiny, s
 def test_a_damaged_data_set_is_made_again(tiny, source, tmp_path, name):
     folder, _ = prepare.prepare(str(source), tmp_path / "data")
     sound = (folder / name).read_bytes()
+    (folder / name).unlink()
     (folder / name).write_bytes(sound[: len(sound) // 2])
     with pytest.raises(prepare.Problem, match="run: python prepare.py"):
         prepare.newest(tmp_path / "data")
