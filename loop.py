@@ -42,7 +42,7 @@ from rich.text import Text
 
 BUDGET = 300  # seconds of wall clock for one run, start-up, compiling and evaluation included
 KILL_GRACE = 5  # seconds after the budget, for a clean exit
-LEAVE_SECONDS = 5  # after a run's end, for processes that it started: torch's compile workers look for their parent once a second
+LEAVE_SECONDS = 7  # after a run's end, for processes that it started: torch's loaders look for their parent every 5 s
 LOG_HEAD, LOG_TAIL = 2_000_000, 65_536  # bytes of a run's output that are stored; what lies between is dropped
 DEFAULT_MODEL = "gpt-5"  # where --model says nothing; a server of your own is asked for its first model instead
 REPLY_SECONDS = 900  # for one reply of the model: reasoning models think for minutes
@@ -56,7 +56,7 @@ SEEDS = 100  # between one experiment's first seed and the next one's: each run 
 # In standard errors, found by simulation (tests/bench.py judge): what is worth another run, what is kept after two, and what a
 # simpler file may lack.
 LEAST_GAIN, CLEAR_GAIN, TOLERANCE = 0.1, 0.6, 0.5
-LINE_PRICE = 0.05  # noise deviations that a gain must have for each line of code it adds
+LINE_PRICE = 0.05  # noise deviations that a gain must have for each statement it adds
 AUDIT_PAIRS, AUDIT_SEED = 5, 900_000_000  # runs of the baseline and of the best, on the same seeds, which no experiment had
 STUDENT = (12.71, 4.30, 3.18, 2.78)  # half of a 95 % interval in standard errors, with 1, 2, ... degrees of freedom (Student's t)
 LUCK = 1.5  # standard errors that the best of a night owes to luck, found by simulation: tests/bench.py judge
@@ -282,9 +282,10 @@ def syntax_tree(source):
         raise Refused(f"After this edit train.py doesn't compile: {error}") from None
 
 
-def code_lines(source):
-    """Lines of code, without comments and however it is laid out: what an edit adds or takes out."""
-    return ast.unparse(ast.parse(source)).count("\n")
+def statements(source):
+    """How much code there is, however it is laid out: statements without docstrings, for what an edit adds or takes out."""
+    found = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.stmt)]
+    return sum(not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)) for node in found)
 
 
 # --------------------------------------------------------------------------------------------------- random search
@@ -393,7 +394,7 @@ def noise_of(groups):
 def judge(best, candidate, noise, lines):
     """`keep`, `discard` or `again` (run it on another seed): the one place that decides.
 
-    best, candidate: val_bpb of each one's runs; noise: standard deviation of a run; lines: of code, that the edit adds.
+    best, candidate: val_bpb of each one's runs; noise: standard deviation of a run; lines: statements that the edit adds.
     """
     error = noise * math.sqrt(1 / len(best) + 1 / len(candidate))
     gain = (fmean(best) - fmean(candidate) - LINE_PRICE * noise * max(lines, 0)) / error  # in standard errors
@@ -417,13 +418,14 @@ def audit_report(pairs, first, best, gain):
     return (
         f"test_bpb: baseline {fmean(b for b, _ in pairs):.4f}, best {fmean(a for _, a in pairs):.4f}",
         f"audited gain {middle:.4f}, 95 % interval {middle - half:.4f} to {middle + half:.4f}"
-        + ("" if middle > half else ": it may be no gain at all"),
+        + ("" if middle > half else ": it is worse" if middle < -half else ": it may be no gain at all"),
         f"the night's own figures: {first - best:.4f} between the means of its runs, {gain:.4f} less luck",
     )
 
 
-def parse_summary(output, secret, seed, budget, fingerprint, metric="val_bpb"):
-    """The ruler's summary as {key: text}; raises ValueError with the reason why it can't be believed."""
+def parse_summary(output, secret, seed, budget, fingerprint, split="val"):
+    """The ruler's summary as {key: text}, bits per byte as `bpb`; raises ValueError with the reason why it can't be believed."""
+    metric = f"{split}_bpb"
     lines = output.rstrip("\n").split("\n")
     if sum(line.startswith(f"{metric}:") for line in lines) != 1 or "---" not in lines:
         raise ValueError("no summary" if f"\n{metric}:" not in output else f"more than one {metric}, or no summary around it")
@@ -437,7 +439,7 @@ def parse_summary(output, secret, seed, budget, fingerprint, metric="val_bpb"):
         raise ValueError("the summary is not signed by the ruler for this seed, budget and data")
     if not 0.05 < float(summary[metric]) < 20:  # nan is in no range
         raise ValueError(f"{metric} {summary[metric]} is out of range")
-    return summary
+    return summary | {"bpb": summary[metric]}
 
 
 # ----------------------------------------------------------------------------------------------------------- the context
@@ -659,9 +661,7 @@ class Notebook:
         """Adds a run to a row that stands."""
         row.runs.append(bpb)
         row.val_bpb = fmean(row.runs)
-        lines = self.text.splitlines(keepends=True)
-        lines[1 + self.rows.index(row)] = row.line()
-        self.text = "".join(lines)
+        self.text = HEADER + "".join(row.line() for row in self.rows)
         self.publish(compose(f"repeat: {row.description}, {bpb:.6f}", "", {}))
 
     def audited(self):
@@ -877,9 +877,10 @@ def run_experiment(folder, files, data, fingerprint, seed, budget, facts, split=
     result.seconds = time.monotonic() - started
     text = output.text()
     result.tail = text[-TAIL_CHARS:]
-    for path in folder.iterdir():  # nothing that a run writes is there for the next one
+    for path in folder.glob("*"):  # nothing that a run writes is there for the next one
         if path.name not in (*files, "run.log"):
-            path.unlink() if path.is_symlink() or path.is_file() else shutil.rmtree(path, ignore_errors=True)
+            with contextlib.suppress(OSError):  # it may be gone, or come back
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     after = contents([folder / "prepare.py", *data.iterdir(), *watch()])
     changed = [path.name for path, content in after.items() if before.get(path, content) != content]
     try:
@@ -891,8 +892,8 @@ def run_experiment(folder, files, data, fingerprint, seed, budget, facts, split=
             raise ValueError(failure(text, process.returncode))
         if left:
             raise ValueError(f"it left {len(left)} processes running after its end")
-        summary = parse_summary(text, secret, seed, budget, fingerprint, f"{split}_bpb")
-        result.bpb, result.memory_gb = float(summary[f"{split}_bpb"]), float(summary["peak_vram_mb"]) / 1024
+        summary = parse_summary(text, secret, seed, budget, fingerprint, split)
+        result.bpb, result.memory_gb = float(summary["bpb"]), float(summary["peak_vram_mb"]) / 1024
         speed = float(summary["total_tokens_M"]) * 1e6 / max(float(summary["training_seconds"]), 1e-9)
         result.curve = f"{split}_bpb {result.bpb:.6f}, {summary['num_steps']} steps, {speed:,.0f} tokens/s, {result.memory_gb:.1f} GB"
     except ValueError as error:
@@ -1157,7 +1158,8 @@ class Night:
     def check_results(self):
         """On a branch that goes on: whatever results.tsv holds beyond the branch's own rows is a person's."""
         here = read_text(self.folder / "results.tsv")
-        ours = self.notebook.text, self.git.blob(f"{self.notebook.ref}~1", "results.tsv") or ""  # the latter after a kill
+        before = (self.git.blob(f"{self.notebook.ref}~{n}", "results.tsv") for n in (1, 2, 3))  # left there by a kill
+        ours = [self.notebook.text, *filter(None, before)]
         if here is not None and not any(text.startswith(here) for text in ours):
             raise Stop("results.tsv has uncommitted changes; commit them, or drop them: git checkout -- results.tsv")
 
@@ -1334,11 +1336,15 @@ class Night:
     def measure(self, commit, seed, activity, split="val"):
         """One run of a commit's train.py under the committed ruler: a Result."""
         if contents(self.data.iterdir()) != self.data_was:
-            raise Stop(f"the data changed since the start; remove {self.data} and make it anew: python prepare.py", 1)
+            raise Stop(f"{self.data} was changed, so what follows would be measured on other data; make it anew: python prepare.py", 1)
         self.facts.start(activity, progress=0.0)
         files = {"train.py": self.git.blob(commit, "train.py"), "prepare.py": self.prepare_py}
         folder = self.runs / f"{seed // SEEDS:04}-{seed % SEEDS}-{commit[:7]}"
-        return run_experiment(folder, files, self.data, self.fingerprint, seed, self.budget, self.facts, split, self.watch)
+        result = run_experiment(folder, files, self.data, self.fingerprint, seed, self.budget, self.facts, split, self.watch)
+        if contents(self.data.iterdir()) != self.data_was:
+            with contextlib.suppress(FileNotFoundError):  # no start takes this folder for a data set any more
+                (self.data / "meta.json").replace(self.data / "meta.json.changed")
+        return result
 
     def watch(self):
         """The files of the checkout that no run may change: none while the person has another branch there."""
@@ -1369,7 +1375,7 @@ class Night:
 
     def verdict(self, commit, runs):
         notebook = self.notebook
-        lines = code_lines(self.git.blob(commit, "train.py")) - code_lines(notebook.incumbent_source)
+        lines = statements(self.git.blob(commit, "train.py")) - statements(notebook.incumbent_source)
         return judge(notebook.best().runs, runs, notebook.noise(runs), lines)
 
     def repeat_baseline(self):
@@ -1398,22 +1404,27 @@ class Night:
 
     def audit(self):
         """Baseline and best again, in turns, on fresh seeds and text that no decision has seen; runs that were made are not made again."""
-        rows, notebook = self.notebook.rows, self.notebook
-        first, best = rows[0], notebook.incumbent
-        for seed in range(AUDIT_SEED, AUDIT_SEED + AUDIT_PAIRS):
+        notebook, test = self.notebook, self.notebook.audited()
+        first, best = notebook.rows[0], notebook.incumbent
+        seeds = range(AUDIT_SEED, AUDIT_SEED + AUDIT_PAIRS)
+        for number, seed in enumerate(seeds, 1):
             for row in (first, best):
-                if (row.commit, seed) not in notebook.audited():
-                    number = seed - AUDIT_SEED + 1
+                if (row.commit, seed) not in test:
                     result = self.measure(row.commit, seed, f"audit {number} of {AUDIT_PAIRS}: {row.description}", "test")
                     if result.cause:
-                        raise Stop(f"a run of the audit failed: {result.cause}; its log: {result.log}; the same command goes on", 1)
+                        self.facts.say(f"failed: {result.cause}; its log: {result.log}")
+                        continue
                     with self.interrupts.hold():
                         notebook.add_audit(row, seed, result.bpb)
+                    test[row.commit, seed] = result.bpb
                     self.facts.say(f"test_bpb {result.bpb:.6f}  {row.description}")
-        self.facts.show(activity="", progress=None)
-        test = notebook.audited()
-        pairs = [(test[first.commit, seed], test[best.commit, seed]) for seed in range(AUDIT_SEED, AUDIT_SEED + AUDIT_PAIRS)]
-        self.facts.say(f"baseline {first.commit} and best {best.commit} ({best.description}), {len(pairs)} fresh seeds each, test text:")
+        pairs = [(test.get((first.commit, seed)), test.get((best.commit, seed))) for seed in seeds]
+        pairs = [pair for pair in pairs if None not in pair]
+        if len(pairs) < 2:
+            raise Stop("too many runs of the audit failed, see above; the same command tries them again", 1)
+        self.facts.say(
+            f"baseline {first.commit} and best {best.commit} ({best.description}), the same {len(pairs)} fresh seeds, test text:"
+        )
         for line in audit_report(pairs, first.val_bpb, best.val_bpb, gain_of(first.runs, best.runs, notebook.noise())[0]):
             self.facts.say(line)
 

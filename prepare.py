@@ -10,6 +10,7 @@ $AUTORESEARCH_DATA): train.bin, val.bin and test.bin (uint16 tokens, a BOS befor
 
 import argparse
 import base64
+import contextlib
 import ctypes
 import fcntl
 import gzip
@@ -57,7 +58,7 @@ BUDGET = 300  # seconds of wall clock for the whole process, when the loop doesn
 TRAINING_SHARE = 5 / 6  # of the budget, for training; the rest pays start-up, compiling and evaluation
 EXIT_SECONDS = 1.0  # kept free at the end, to print and exit
 EVAL_RESERVE = 1.5  # times the measured evaluation time is kept free
-STEP_PASSES = 6  # evaluation passes of as many tokens that a training step may take: forward, backward, and as much again
+USUAL_PASSES, MOST_PASSES = 4, 6  # evaluation passes of as many tokens that a training step takes, and that it may take
 FORGET = 0.02  # seconds by which the memory of a slow step fades in each second of training
 OVERRUN = 0.02  # of the training time, or one step: more training than that is refused
 OVERRUN_SECONDS = 1.0  # nothing shorter is refused: weights may be swapped between the last step and finish()
@@ -77,7 +78,7 @@ PEAK_FLOPS = {
 # The one thing read at import: the loop's one-time secret, taken away before train.py's own lines can see it.
 _secret = os.environ.pop("AUTORESEARCH_TOKEN", None)
 _stopped = []  # the signals that asked prepare.py to stop
-_sealed = set()  # real paths of the held-out files, while they may not be opened
+_sealed = set()  # real paths of the token files, while they may not be opened
 
 
 class Problem(Exception):
@@ -398,7 +399,9 @@ def facts():
 def _guard(event, args):
     if event == "open" and _sealed and isinstance(args[0], (str, bytes, os.PathLike)):
         if os.path.realpath(os.fsdecode(args[0])) in _sealed:
-            refuse(f"train.py opened {os.path.basename(os.fsdecode(args[0]))}, which is held out")
+            refuse(
+                f"train.py opened {os.path.basename(os.fsdecode(args[0]))}: val and test are held out, train comes from one Run's batches()"
+            )
 
 
 class Run:
@@ -428,13 +431,13 @@ class Run:
         self._train = np.memmap(folder / "train.bin", dtype=np.uint16, mode="r")
         if not _sealed:
             sys.addaudithook(_guard)
-        _sealed.update(os.path.realpath(folder / name) for name in ("val.bin", "test.bin"))
-        self._iterators = self._batches = self._tokens = 0  # iterators made, batches and tokens drawn from them
+        _sealed.update(os.path.realpath(folder / f"{split}.bin") for split in self._meta["splits"])
+        self._iterators = self._tokens = 0  # made by batches(), drawn from them
         self._first_batch = self._clock = self._told = None  # monotonic times: first batch, training's start, progress() said 1
-        self._calls = self._first_step_batches = 0  # of progress(); batches of the first step
+        self._calls = self._first_step_tokens = 0  # of progress(); drawn in the first step
         self._last_call, self._slowest_step, self._event = 0.0, 0.0, None  # time of the last progress(); seconds
         self._pass_seconds = self._eval_limit = None  # of one evaluation batch; monotonic time by which evaluation must start
-        self._model = None  # as it was in preflight(), until training begins
+        self._model = None  # from preflight() until training begins
         self._logged = -math.inf
         print(f"data: {folder.name}  device: {device_name(self.device)}  torch: {torch.__version__}  "
               f"seed: {self._seed}  budget: {self._budget:g} s", flush=True)  # fmt: skip
@@ -457,7 +460,6 @@ class Run:
         while True:
             x, y = self._windows(self._train, np.fromiter(itertools.islice(starts, B), dtype=np.int64, count=B), T)
             self._first_batch = self._first_batch or monotonic()
-            self._batches += 1
             self._tokens += B * T
             yield x, y
 
@@ -489,29 +491,35 @@ class Run:
     def progress(self):
         """Where training stands, 0 to 1, called once before each step; at 1 (or when evaluation would no longer fit), stop.
 
-        The clock starts when the first step ends, so that compiling isn't training; it starts at the first batch if that
-        step drew more batches than the second one did (one more is a prefetch).
+        The clock starts when the first step ends, less what such a step takes without compiling; it starts at the first batch
+        if that step drew more than twice the tokens of the second one (twice is a prefetch).
         """
         if self._eval_limit is None:
             raise RuntimeError("call run.preflight(model) before the first run.progress()")
         if self._told:
             return 1.0
-        if self._calls == 0:
-            self._check_untrained()
+        if self._model:
+            self._check_untrained(self._model)
+            self._model = None
         self._wait_for_steps()
         now, self._calls = monotonic(), self._calls + 1
         if self._calls > 1:
             step = now - self._last_call
             if self._calls == 2:
-                self._clock, self._first_step_batches = now, self._batches
                 # The first step may have compiled: what the next ones take follows from the tokens that it drew.
-                step = min(step, STEP_PASSES * self._pass_seconds * self._tokens / (self._eval_rows * self.seq_len))
-            if self._calls == 3 and 2 * self._first_step_batches > self._batches + 1:
+                passes = self._pass_seconds * self._tokens / (self._eval_rows * self.seq_len)
+                self._clock, self._first_step_tokens = now - min(step, USUAL_PASSES * passes), self._tokens
+                step = min(step, MOST_PASSES * passes)
+            if self._calls == 3 and 3 * self._first_step_tokens > 2 * self._tokens:
                 self._clock = self._first_batch
             faded = self._slowest_step - FORGET * step if self._calls != 4 else 0.0  # two steps are known: nothing is guessed
             self._slowest_step = max(step, faded)
         self._last_call = now
-        done = (now - self._clock) / self._allowance(self._clock) if self._clock else 0.0
+        done = 0.0
+        if self._clock:
+            allowance = self._allowance(self._clock)
+            done = (now - self._clock) / allowance
+            done = done if done + step / allowance < 1 + OVERRUN else 1.0  # one more step would be too much
         # The next step must end before evaluation has to start, and the one in flight before it.
         ahead = self._slowest_step * (2 if self.device.type == "cuda" else 1)
         if done >= 1 or now + ahead > self._eval_limit:
@@ -594,14 +602,13 @@ class Run:
             refuse("the logits don't depend on the input")
         check(torch.cat(changes), "the model sees later tokens (the future)")
 
-    def _check_untrained(self):
-        """Refuses the model of preflight() if it has learned something before the clock runs: from other weights, or from batches."""
-        was_training = self._model.training
-        self._model.eval()
-        with torch.no_grad():
+    def _check_untrained(self, model):
+        """Refuses a model that has learned something before the clock runs: from other weights, from batches, from a lucky seed."""
+        if torch.initial_seed() != self._seed:
+            refuse(f"train.py set the seed to {torch.initial_seed()}; the ruler has set it, to {self._seed}")
+        with _evaluating(model):
             x, y = self._probe_rows(np.random.default_rng([self._seed, 0]))
-            bpb, unigram = bits_per_byte(self._losses(self._model, x, y).cpu(), y.cpu(), self._lengths), self._meta["unigram_bpb"]
-        self._model.train(was_training)
+            bpb, unigram = bits_per_byte(self._losses(model, x, y).cpu(), y.cpu(), self._lengths), self._meta["unigram_bpb"]
         if bpb < WARM_START * unigram:
             refuse(f"before its first step the model has {bpb:.3f} bits per byte, and token frequencies alone {unigram:.3f}: "
                    "it starts from trained weights, or was trained before the first run.progress()")  # fmt: skip
@@ -610,17 +617,14 @@ class Run:
         """Checks the untrained model (an nn.Module) as finish() will and times its evaluation; returns the seconds kept for it."""
         if not isinstance(model, torch.nn.Module):
             refuse(f"the model must be a torch.nn.Module, not {type(model)}")
-        was_training = model.training
-        model.eval()
-        with torch.no_grad():
+        with _evaluating(model):
             self._losses(model, *self._windows(self._train, np.zeros(self._eval_rows, dtype=np.int64), self.seq_len))  # may compile
             self._synchronize()
             began = monotonic()
             self._probe(model, trained=False)
             self._pass_seconds = (monotonic() - began) / (PROBES + 6)
-        model.train(was_training)
-        self._model = model
-        self._check_untrained()
+        self._check_untrained(model)
+        self._model = model  # to be looked at once more when training begins
         seconds = self._pass_seconds * (len(self._eval_starts()) + 1 + PROBES + 6)
         self._eval_limit = self._started + self._budget - EXIT_SECONDS - EVAL_RESERVE * seconds
         if monotonic() > self._eval_limit:
@@ -634,9 +638,8 @@ class Run:
         starts = np.linspace(0, count - self.seq_len, rows).astype(np.int64)
         return np.random.default_rng(0).permutation(starts).reshape(-1, self._eval_rows)
 
-    def _evaluate(self, model):
-        """Bits per byte over the fixed evaluation tokens."""
-        tokens = np.memmap(self._folder / f"{self._split}.bin", dtype=np.uint16, mode="r")
+    def _evaluate(self, model, tokens):
+        """Bits per byte over the fixed windows of the held-out `tokens`."""
         batches = self._eval_starts()
         nats, targets = [], []
         for starts in (*batches, batches[0]):
@@ -652,6 +655,7 @@ class Run:
         """Evaluates, probes again and prints the summary. flops_per_token: of forward and backward, for the MFU."""
         if self._eval_limit is None:
             raise RuntimeError("call run.preflight(model) before training")
+        model.eval()
         self._synchronize()
         now = monotonic()
         clock = self._clock or self._first_batch or now
@@ -661,14 +665,12 @@ class Run:
         own = zip((globals(), vars(Run)), _as_imported, strict=True)
         if replaced := [name for here, before in own for name, value in before.items() if here.get(name) is not value]:
             refuse(f"train.py replaced {', '.join(replaced)} in prepare.py")
-        if torch.initial_seed() != self._seed:
-            refuse(f"train.py set the seed to {torch.initial_seed()}; the ruler has set it, to {self._seed}")
-        model.eval()
         with torch.no_grad():
             self._probe(model)
-            _sealed.discard(held_out := os.path.realpath(self._folder / f"{self._split}.bin"))
-            bpb = self._evaluate(model)
-            _sealed.add(held_out)
+            _sealed.discard(path := os.path.realpath(self._folder / f"{self._split}.bin"))
+            tokens = np.memmap(path, dtype=np.uint16, mode="r")
+            _sealed.add(path)
+            bpb = self._evaluate(model, tokens)
         if not SANE_BPB[0] < bpb < SANE_BPB[1]:
             refuse(f"{bpb:.6f} bits per byte are not possible for a language model of text")
         training = (self._told or now) - clock
@@ -699,6 +701,17 @@ class Run:
 def peak_flops(device):
     """Dense bf16 FLOP/s of the device of this name, None where it isn't known."""
     return next((flops for name, flops in PEAK_FLOPS.items() if re.search(rf"\b{name}\b(?! (Ti|D|Laptop))", device)), None)
+
+
+@contextlib.contextmanager
+def _evaluating(model):
+    """In eval() and without gradients; then every module is in the mode that it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    with torch.no_grad():
+        yield
+    for module, training in modes:
+        module.training = training
 
 
 def _cross_entropy(logits, targets):

@@ -111,17 +111,23 @@ ATTACKS = {
     "trains on the val file": (
         "    step = 0",
         f"    step = 0\n    import numpy\n    val = torch.from_numpy(numpy.fromfile({VAL}, dtype=numpy.uint16).astype('int64'))",
-        "held out",
+        "opened val.bin",
     ),
+    "reads the training file itself": (
+        "    step = 0",
+        f"    step = 0\n    import numpy\n    tokens = numpy.memmap({VAL.replace('val', 'train')}, dtype=numpy.uint16)",
+        "opened train.bin.*batches",
+    ),
+    "begins a second run": ("    step = 0", "    step = 0\n    run = prepare.Run()\n    run.preflight(Model(run.vocab_size))", "opened train.bin"),
     "maps the test file": (
         "    step = 0",
         f"    step = 0\n    import numpy\n    numpy.memmap({VAL.replace('val', 'test')}, dtype=numpy.uint16)",
-        "test.bin, which is held out",
+        "opened test.bin",
     ),
     "stops early by the val text": (
         "        step += 1",
-        "        step += 1\n        if step % 50 == 0:\n            with torch.no_grad():\n                print(run._evaluate(model))",
-        "held out",
+        "        step += 1\n        if step % 50 == 0:\n            with torch.no_grad():\n                print(run._evaluate(model, __import__('numpy').memmap(" + VAL + ", dtype='uint16')))",
+        "opened val.bin",
     ),
     "rewrites its copy of prepare.py": (FINISH, f"    open(prepare.__file__, 'a').write('# mine')\n{FINISH}", "changed while it ran.*prepare.py"),
     "rewrites the checkout's prepare.py": (FINISH, f"    open('../../prepare.py', 'a').write('# mine')\n{FINISH}", "changed while it ran.*prepare.py"),
@@ -303,6 +309,13 @@ def test_weights_that_one_run_saves_are_no_start_for_the_next(attempts, tmp_path
     assert "starts from trained weights" in attempts.run("loads late", late).cause
 
 
+def test_a_run_that_takes_its_own_folder_away_or_leaves_a_pipe_there_harms_nothing(attempts):
+    leave = "    os.mkfifo('pipe')\n    os.symlink('/', 'root')\n"
+    assert attempts.run("a pipe", edited("", (FINISH, leave + FINISH))).cause == ""
+    gone = "    import shutil\n    shutil.rmtree(os.getcwd())\n"
+    assert attempts.run("gone", edited("", (FINISH, FINISH + chr(10) + gone))).cause == ""
+
+
 def test_what_a_run_leaves_in_its_folder_is_gone_before_the_next(attempts):
     leave = "    for name in ('weights.pt', os.path.expanduser('~/w.pt'), 'deep/er'):\n        os.makedirs(os.path.dirname(name) or '.', exist_ok=True)\n        open(name, 'w').write('x')\n"
     result = attempts.run("leaves", edited("", (FINISH, leave + FINISH)))
@@ -326,4 +339,5 @@ def test_data_that_a_run_changed_measures_nothing_more(project, server):
     server.replies += [block("def main():", rewrites, "other data"), block("WIDTH = 64", "WIDTH = 128", "twice the width")]
     out = project.run("--budget", "20", "--tag", "t", OPENAI_BASE_URL=server.url, code=1)
     assert "changed while it ran: meta.json" in project.rows()[1]["description"] and len(project.rows()) == 2
-    assert "the data changed since the start" in out and "python prepare.py" in out
+    assert "was changed, so what follows would be measured on other data" in out and "python prepare.py" in out
+    assert "0123456789ab, which is not in" in project.run("--offline", code=2)  # nor does the next start take it

@@ -85,8 +85,8 @@ def test_the_reported_gain_is_less_than_the_means_say_and_never_below_nothing():
     assert loop.gain_of([1.0], [0.999], noise=0.01)[0] == 0
 
 
-def test_lines_are_counted_without_comments_and_layout():
-    assert loop.code_lines("a = 1\n\n# b\nc = f(\n    1,\n    2,\n)\n") == loop.code_lines("a = 1\nc = f(1, 2)")
+def test_code_is_counted_without_comments_and_layout():
+    assert loop.statements("'''doc'''\na = 1\n\n# b\nc = f(\n    1,\n    2,\n)\n") == loop.statements("a = 1; c = f(1, 2)") == 2
 
 
 # ---- in a night
@@ -158,6 +158,13 @@ def test_a_baseline_that_fails_when_it_is_repeated_does_not_end_the_night(seeded
     out = seeded.offline("--experiments", 6)
     assert "the baseline's repeat failed: AssertionError: unlucky" in out and len(seeded.rows()) == 7
     assert seeded.rows()[0]["runs"] == "1.015625"
+
+
+@pytest.mark.parametrize("value", ["1" + " + 1" * 400, "[]" + ".copy()" * 190])
+def test_an_edit_nested_deeper_than_python_likes_is_judged(project, server, value):
+    server.replies += [block("WIDTH = 64", f"WIDTH = 128\nDEEP = {value}", "deep")]
+    project.online(server, "--experiments", 1)
+    assert project.rows()[1]["status"] in ("keep", "crash") and project.status() == ""
 
 
 def test_a_simpler_file_is_kept_at_an_equal_result_and_a_longer_one_is_not(project, server):
@@ -232,7 +239,15 @@ def test_a_run_of_the_audit_that_fails_names_its_log(seeded, server):
     server.replies += [block("STRANGE = 0", fails, "brittle")]
     seeded.online(server, "--experiments", 1)
     out = seeded.run("--audit", code=1)
-    assert "a run of the audit failed: AssertionError: only val" in out and "run.log" in out and "the same command goes on" in out
+    assert "failed: AssertionError: only val" in out and "run.log" in out and "the same command tries them again" in out
+
+
+def test_an_audit_with_a_failed_run_reports_the_other_pairs(seeded, server):
+    unlucky = f"STRANGE = 0\nassert os.environ['AUTORESEARCH_SEED'] != '{loop.AUDIT_SEED + 1}', 'unlucky'\nWIDTH = 1000"
+    server.replies += [block("STRANGE = 0", unlucky, "brittle")]
+    seeded.online(server, "--experiments", 1)
+    out = seeded.run("--audit")
+    assert "failed: AssertionError: unlucky" in out and "the same 4 fresh seeds" in out and "audited gain 0.0146" in out
 
 
 def test_the_interval_of_the_audit_is_students():
@@ -241,4 +256,5 @@ def test_the_interval_of_the_audit_is_students():
     assert "baseline 1.0800, best 1.0600" in report
     assert "audited gain 0.0200, 95 % interval 0.0112 to 0.0288" in report  # 2.78 x 0.00707 / sqrt(5)
     assert "0.0300 between the means of its runs, 0.0250 less luck" in report
+    assert "it is worse" in " ".join(loop.audit_report([(a, b + 0.1) for a, b in pairs], 1, 1, 0))
     assert "no gain at all" in " ".join(loop.audit_report([(1.0, 1.1), (1.1, 1.0), (1, 1), (1, 1), (1, 1)], 1, 1, 0))

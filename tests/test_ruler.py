@@ -29,6 +29,10 @@ class Clock:
     def __call__(self):
         return self.now
 
+    def tick(self, seconds):
+        self.now += seconds
+        return 0.0
+
 
 @pytest.fixture
 def clock(monkeypatch):
@@ -46,7 +50,8 @@ def make_run(data, monkeypatch):
         monkeypatch.setenv("AUTORESEARCH_SEED", str(seed))
         monkeypatch.setenv("AUTORESEARCH_STARTED", str(prepare.monotonic() if started is None else started))
         monkeypatch.setattr(prepare, "pick_device", lambda: torch.device("cpu"))
-        monkeypatch.setattr(prepare, "_as_imported", ({}, {}))  # tests replace parts of the ruler, which a train.py mustn't
+        monkeypatch.setattr(prepare, "_as_imported", ({}, {}))  # tests replace parts of the ruler and make many runs,
+        prepare._sealed.clear()  # which a train.py mustn't
         return prepare.Run()
 
     threads = torch.get_num_threads()
@@ -293,6 +298,34 @@ def test_a_first_step_of_many_batches_is_training(make_run, clock):
     assert clock.now - 1000 == pytest.approx(250, abs=2)
 
 
+def test_a_first_step_of_one_large_batch_is_training(make_run, clock):
+    run = make_run(budget=300)
+    run.preflight(Model())
+    large, small = run.batches(640), run.batches(1)
+    next(large)
+    clock.now += 100  # as many updates from one batch
+    run.progress()
+    while run.progress() < 1:
+        next(small)
+        clock.now += 1
+    assert clock.now - 1000 == pytest.approx(250, abs=3)
+
+
+@pytest.mark.parametrize("every", [1, 5, 15, 20, 30])
+def test_a_train_py_that_asks_for_the_progress_every_so_many_seconds_trains_no_longer(make_run, clock, every):
+    run = make_run(budget=300)
+    batches, rows = run.batches(16), 0
+    model = Model(lambda x: clock.tick(0.01) + 1e-4 * nn.functional.one_hot(x, SIZES["vocab_size"]).float())  # a pass of 16 rows
+    run.preflight(model)
+    began = clock.now
+    while run.progress() < 1:
+        for _ in range(round(every / 0.04)):  # of 16 rows each, four passes long
+            next(batches)
+            clock.now += 0.04
+            rows += 16
+    assert 0.85 * 250 <= clock.now - began <= 1.02 * 250 + 0.1
+
+
 def test_a_start_so_slow_that_evaluation_no_longer_fits_is_refused_at_once(make_run, clock):
     run = make_run(budget=60, started=clock.now - 59.5)
     with pytest.raises(SystemExit, match="no longer fits"):
@@ -484,6 +517,35 @@ def test_what_is_not_a_module_is_refused(make_run):
         make_run().preflight(lambda x: x)
 
 
+def test_a_part_of_the_model_that_was_in_eval_stays_there(make_run):
+    model = Model()
+    model.part, model.other = nn.Dropout().eval(), nn.Dropout()
+    run = make_run()
+    run.preflight(model)
+    run.progress()
+    assert model.training and model.other.training and not model.part.training
+
+
+def test_training_within_eval_is_training_after_its_time(make_run, clock):
+    run = make_run(budget=60)
+    model = Model()
+    run.preflight(model)
+    while run.progress() < 1:
+        clock.now += 1
+    model.eval = lambda: clock.tick(10)
+    with pytest.raises(SystemExit, match="after its time"):
+        run.finish(model)
+
+
+def test_the_held_out_text_is_shut_while_the_model_is_evaluated(finish, data, bigram):
+    def reads(x):
+        np.fromfile(data / "val.bin", dtype=np.uint16)
+        return bigram[x]
+
+    with pytest.raises(SystemExit, match="opened val.bin"):
+        finish(reads)
+
+
 def test_preflight_leaves_the_training_mode_as_it_was(make_run):
     model, seen = Model(), []
     model.function = lambda x: seen.append((model.training, torch.is_grad_enabled())) or torch.zeros(*x.shape, SIZES["vocab_size"])
@@ -491,19 +553,19 @@ def test_preflight_leaves_the_training_mode_as_it_was(make_run):
     assert model.training and set(seen) == {(False, False)}
 
 
-@pytest.mark.parametrize("name", ["val.bin", "test.bin"])
+@pytest.mark.parametrize("name", ["val.bin", "test.bin", "train.bin"])
 @pytest.mark.parametrize(
     "opener", [open, lambda path: open(str(path), "rb"), lambda path: os.open(path, os.O_RDONLY), np.memmap, np.fromfile, Path.read_bytes]
 )
 def test_held_out_files_stay_shut(make_run, data, name, opener, finish):
     make_run()
-    with pytest.raises(SystemExit, match=f"{name}, which is held out"):
+    with pytest.raises(SystemExit, match=f"opened {name}"):
         opener(data / "meta.json" / ".." / name if opener is open else data / name)
 
 
 def test_held_out_files_are_shut_again_after_finish(finish, data):
     finish(None)
-    with pytest.raises(SystemExit, match="held out"):
+    with pytest.raises(SystemExit, match="opened val.bin"):
         open(data / "val.bin")
 
 
