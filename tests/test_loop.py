@@ -295,7 +295,7 @@ def running(project):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_ends_the_loop_tidily_and_the_next_start_runs_the_same_experiment_again(project, server, number):
-    hang = block("SECONDS = 0.0", "SECONDS = 4.0", "slow one")
+    hang = block("SECONDS = 0.0", "SECONDS = 2.0", "slow one")
     server.replies += [hang]
     process = project.start("--budget", "20", "--tag", "t", OPENAI_BASE_URL=server.url)
     project.wait_for(lambda: running(project) == 2 and "loss" in next(project.folder.glob("runs/0001-*/run.log")).read_text())
