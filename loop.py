@@ -958,24 +958,39 @@ class Model:
         choice = choices[0] if isinstance(choices, list) and choices else None
         text = getattr(getattr(choice, "message", None), "content", None)
         text = as_unicode(text) if isinstance(text, str) else ""
-        if getattr(choice, "finish_reason", None) == "length":
+        if getattr(choice, "finish_reason", None) in ("length", "content_filter"):
             text += "\n<<<<<<< SEARCH"  # as what it is: a reply cut off, of which nothing may be applied
         return text, getattr(getattr(answer, "usage", None), "total_tokens", None) or 0
 
     def ask(self, chat):
-        """As call(), through every fault of the provider."""
+        """As call(), through every fault of the provider: a request that is too long loses its history, the rest is waited out."""
         wait = WAITS[0]
         while True:
             try:
                 return self.call(chat)
             except (self.openai.APIError, ValueError) as error:  # ValueError: a body that isn't JSON
-                after = getattr(getattr(error, "response", None), "headers", {}).get("retry-after", "")
-                seconds = min(max(int(after), 1) if after.isdigit() else wait, WAITS[1])
-                if isinstance(error, self.openai.BadRequestError):
-                    del chat[2:]  # refused replies may have made it too long for this model
-                self.facts.say(f"the model's server failed ({one_line(str(error), 120)}); asking again in {seconds:.0f} s")
+                reason = one_line(str(error).replace(self.client.api_key, "***"), 120)
+                if getattr(error, "status_code", None) in (400, 413, 422) and shorten(chat):
+                    self.facts.say(f"the model's server refused the request ({reason}); asking again with less of it")
+                    continue
+                seconds = wait
+                with contextlib.suppress(AttributeError, TypeError, ValueError):  # no response, no header, a date in it
+                    seconds = min(max(float(error.response.headers.get("retry-after")), 1), WAITS[1])
+                self.facts.say(f"the model's server failed ({reason}); asking again in {seconds:.0f} s")
+                self.facts.show(activity=f"waiting {seconds:.0f} s for the model's server: {reason}", since=time.monotonic())
                 time.sleep(seconds)
+                self.facts.show(activity=f"asking {self.name} for an edit", since=time.monotonic())
                 wait = min(2 * wait, WAITS[1])
+
+
+def shorten(chat):
+    """Takes out what a request can do without, refused replies, then the history; False if there is nothing left of it."""
+    head, history, _ = chat[1]["content"].partition("# Results so far")
+    if refused := chat[2:]:
+        del chat[2:]
+    else:
+        chat[1] = chat[1] | {"content": f"{head}Propose the next edit of train.py."}
+    return bool(refused or history)
 
 
 # ------------------------------------------------------------------------------------------------------------ the screen

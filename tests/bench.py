@@ -112,7 +112,7 @@ def judge(args):
                 reported, null[2] = plain, null[1]
             print(f"{name:6}  {noise:.4f}  {true:.5f}  {true / strict_true:5.2f}   {reported:.5f}  {reported / true:6.2f}   "
                   f"{false:8.2f}  {false / strict_false:7.2f}  {tried:9.0f}  {null[3]:8.2f}  {null[2]:.5f}", flush=True)  # fmt: skip
-    print("\nsimpler files: every edit takes out five statements and makes it worse by so many noise deviations; where the night ends, in deviations")
+    print("\nsimpler files: every edit takes out five statements and is worse by so many noise deviations; where the night ends, in them")
     for worse in (0, 0.1, 0.3, 1):
         true, _, _, _, keeps, _ = night(loop.judge, loop.REPEATS, 0.0007, [worse * 0.0007], lines=-5)
         print(f"  each worse by {worse:3}: {keeps:4.1f} kept, {-true / 0.0007:5.2f} worse at the end", flush=True)

@@ -24,7 +24,8 @@ sys.path.insert(0, str(ROOT))  # loop.py and prepare.py are scripts: no installe
 class ChatServer:
     """Speaks the chat-completions protocol: sends queued replies, records requests.
 
-    A reply is a text, an HTTP status with a body and headers, or a function of the request; with the queue empty, `default`.
+    A reply is a text, an HTTP status with a body and headers, bytes (sent as they are, then the connection ends), a choice as
+    a dictionary, or a function of the request; with the queue empty, `default`.
     The loop's first call (is the model there?) is answered by `ready`, and not recorded.
     """
 
@@ -57,10 +58,13 @@ class ChatServer:
                     chat.requests.append(request)
                     reply = chat.replies.popleft() if chat.replies else chat.default
                 reply = reply(request) if callable(reply) else reply
+                if isinstance(reply, bytes):
+                    self.close_connection = True
+                    return self.wfile.write(reply)
                 if isinstance(reply, tuple):
                     return self.send(*reply)
-                message = {"role": "assistant", "content": reply}
-                choice = {"index": 0, "message": message, "finish_reason": "stop"}
+                choice = {"index": 0, "message": {"role": "assistant", "content": reply}, "finish_reason": "stop"}
+                choice = choice | reply if isinstance(reply, dict) else choice
                 usage = {"prompt_tokens": 90, "completion_tokens": 10, "total_tokens": 100}
                 self.send(200, dict(id="1", object="chat.completion", created=0, model=request["model"], choices=[choice], usage=usage))
 
