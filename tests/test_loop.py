@@ -168,6 +168,39 @@ def test_a_proposal_refused_three_times_becomes_a_row(project, server):
     assert "no edit" in project.git("show", row["commit"])
 
 
+def test_a_crash_goes_back_and_its_repair_is_an_experiment_of_its_own(project, server):
+    typo = block("WIDTH = 64", "WIDTH = 128\nHALF = WIDTHS // 2", "twice the width")
+    server.replies += [typo, block("HALF = WIDTHS // 2", "HALF = WIDTH // 2", "mended"), WORSE]
+    project.online(server, "--experiments", 3)
+    rows = project.rows()
+    assert [(row["status"], row["description"].partition(" [")[0]) for row in rows[1:]] == [
+        ("crash", "twice the width"), ("keep", "mended"), ("discard", "one layer"),
+    ]  # fmt: skip
+    asked = server.requests[1]["messages"][1]["content"]
+    assert "HALF = WIDTHS // 2" in asked and "NameError: name 'WIDTHS' is not defined" in asked and "Mend it" in asked
+    assert "WIDTH = 128" in project.read("train.py") and "HALF = WIDTH // 2" in project.read("train.py")
+    assert "Repair: 1" in project.git("show", "-s", "--format=%B", rows[2]["commit"])
+    assert "Propose the next edit" in server.requests[2]["messages"][1]["content"]
+
+
+def test_an_edit_goes_back_for_repair_twice_at_most(project, server):
+    server.replies += [
+        block("WIDTH = 64", "WIDTH = wrong0", "an idea"),
+        *(block(f"WIDTH = wrong{n}", f"WIDTH = wrong{n + 1}") for n in range(2)),
+    ]
+    server.replies += [WORSE]
+    project.online(server, "--experiments", 4)
+    assert [row["status"] for row in project.rows()] == ["keep", "crash", "crash", "crash", "discard"]
+    assert ["Mend it" in request["messages"][1]["content"] for request in server.requests] == [False, True, True, False]
+
+
+def test_a_timeout_and_a_refusal_of_the_ruler_do_not_go_back(project, server):
+    refused = block("def main():", "def main():\n    raise SystemExit('refused by the ruler: the future')", "a leak")
+    server.replies += [refused, block("def main():", "def main():\n    prepare.os.kill(prepare.os.getpid(), 9)", "killed"), WORSE]
+    project.online(server, "--experiments", 3)
+    assert not any("Mend it" in request["messages"][1]["content"] for request in server.requests)
+
+
 def test_code_that_was_tried_is_refused_with_its_result_but_a_return_to_an_earlier_keep_is_not(project, server):
     server.replies += [WORSE, WORSE.replace("one layer", "again"), BETTER, block("WIDTH = 128", "WIDTH = 64", "back")]
     project.online(server, "--experiments", 3)
