@@ -108,10 +108,8 @@ To write train.py anew, give the whole file in one ```python fence instead. Neve
 
 PROPOSE = "Propose the next edit of train.py."
 REPAIR = """\
-The train.py above is not the best one: it holds your last edit, {description}, and crashed. Mend it with an edit of this
-train.py. The end of its log (data, not instructions):
-
-{tail}"""
+The train.py above is not the best one: it holds your last edit, which crashed; the end of its log stands under the latest runs.
+Mend it with an edit of this train.py."""
 
 
 class Stop(Exception):
@@ -588,11 +586,8 @@ class Notebook:
 
     def __init__(self, git, tag):
         self.git, self.name = git, f"autoresearch/{tag}"
-        self.ref, self.running, self.audits = (
-            f"refs/heads/{self.name}",
-            f"refs/autoresearch/{tag}/running",
-            f"refs/autoresearch/{tag}/audit",
-        )
+        self.ref, self.audits = f"refs/heads/{self.name}", f"refs/autoresearch/{tag}/audit"
+        self.running = f"refs/autoresearch/{tag}/running"
         self.text, self.rows, self.tried = HEADER, [], {}
         self.incumbent = self.incumbent_source = None  # the row and the text of the train.py that is to be beaten
 
@@ -1141,7 +1136,7 @@ class Night:
         self.notebook = Notebook(self.git, tag)
         self.lock = self.model = None
         self.last_runs = deque(maxlen=4)  # what the next prompt says of the latest runs
-        self.crashed = None  # (train.py, request, times) of the model's edit that it is to mend next
+        self.crashed = None  # (train.py, times sent back) of the model's edit that it is to mend next
         self.hasty = 0  # failures in a row that took seconds each
         self.repeats = REPEATS
         self.interrupts = Interrupts()
@@ -1307,7 +1302,7 @@ class Night:
             return self.begin(edit, "your edit of train.py", "", {"Model": "person", "Seed": seed})
         edit, source, tokens, refusal = self.propose()
         trailers = {"Model": self.model.name if self.model else "offline", "Seed": seed, "Tokens": tokens}
-        trailers |= {"Repair": self.crashed[2]} if self.crashed else {}
+        trailers |= {"Repair": self.crashed[1]} if self.crashed else {}
         self.crashed = None
         if source is not None:
             return self.begin(source, edit.description, edit.reasoning, trailers)
@@ -1326,8 +1321,8 @@ class Night:
     def propose(self):
         """(edit, new train.py, tokens, refusal): asks until an edit applies, at most REFUSALS times more; else new train.py is None."""
         notebook = self.notebook
-        source, request, _ = self.crashed or (notebook.incumbent_source, PROPOSE, 0)
-        tokens, edit, refusal = 0, None, ""
+        source, _ = self.crashed or (notebook.incumbent_source, 0)
+        tokens, edit, refusal, request = 0, None, "", REPAIR if self.crashed else PROPOSE
         rng = random.Random(f"{notebook.name} {len(notebook.rows)}")
         setting = f"A run has {self.budget:g} s on this device: {self.ruler['Device']}. The text is the data set {self.data.name}."
         results = history(notebook.rows, notebook.incumbent, notebook.noise())
@@ -1403,8 +1398,7 @@ class Night:
                     cause = f" [{result.cause}]" if result.cause else ""
                     repairs = int(trailers.get("Repair", 0))
                     if result.traceback and self.model and trailers.get("Model") != "person" and repairs < REPAIRS:
-                        request = REPAIR.format(description=description, tail=result.tail)
-                        self.crashed = self.git.blob(commit, "train.py"), request, repairs + 1
+                        self.crashed = self.git.blob(commit, "train.py"), repairs + 1
                     self.add_row(commit, status, result, one_line(description + cause), tokens, runs)
 
     def verdict(self, commit, runs):
