@@ -498,7 +498,7 @@ class Run:
             raise RuntimeError("call run.preflight(model) before the first run.progress()")
         if self._told:
             return 1.0
-        if self._model:
+        if self._model is not None:
             self._check_untrained(self._model)
             self._model = None
         self._wait_for_steps()
