@@ -1181,7 +1181,7 @@ class Night:
         """On a branch that goes on: whatever results.tsv holds beyond the branch's own rows is a person's."""
         here = read_text(self.folder / "results.tsv")
         before = (self.git.blob(f"{self.notebook.ref}~{n}", "results.tsv") for n in (1, 2, 3))  # left there by a kill
-        ours = [self.notebook.text, *filter(None, before)]
+        ours = (text for texts in ([self.notebook.text], before) for text in texts if text)  # git is asked only if it must be
         if here is not None and not any(text.startswith(here) for text in ours):
             raise Stop("results.tsv has uncommitted changes; commit them, or drop them: git checkout -- results.tsv")
 

@@ -70,7 +70,7 @@ def simulate(rule, noise, rng, effects, lines=0, runs=100, repeats=loop.REPEATS)
 
     kept, truth, tried, false, used = [[run(0)]], [0.0], [], 0, 1
     while used < runs:
-        if len(tried) in repeats and len(kept[0]) <= repeats.index(len(tried)) + 1:
+        if len(kept[0]) <= sum(len(tried) >= number for number in repeats):
             kept[0].append(run(0))
             used += 1
             continue
