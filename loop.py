@@ -895,7 +895,7 @@ def hidden_places():
 def cage(folder, runs, data):
     """bwrap's arguments before the command of a run: no network, own processes, a read-only system, nothing of the person's, and
     nothing to write to but the run's folder and the compile cache. Empty folders stand where homes were."""
-    seen = {sys.prefix, sys.base_prefix, os.path.dirname(os.path.realpath(sys.executable)), site.getuserbase(), *sys.path[1:], str(data)}
+    seen = {sys.prefix, sys.base_prefix, *sys.path[1:], str(data)}
     devices = [*glob.glob("/dev/nvidia*"), *glob.glob("/dev/dri"), *glob.glob("/dev/kfd"), *glob.glob("/dev/dxg")]
     bound = [("--tmpfs", path) for path in hidden_places()]
     bound += [("--ro-bind-try", path, path) for path in sorted(seen) if path]
