@@ -149,15 +149,15 @@ class Refused(Exception):
 
 # ------------------------------------------------------------------------------------------ the edit: functions of text
 
-CONTROL = re.compile(  # terminal escapes, control characters, and what turns the direction of text or has no width
-    r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)|[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u202a-\u202e\u2060-\u2069\ufeff]"
-)
-THINKING = re.compile(r"\A.*</think(?:ing)?>|<think(?:ing)?>.*\Z", re.DOTALL)  # without an end, all of it is thinking
+INVISIBLE = r"\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u202a-\u202e\u2060-\u2069\ud800-\udfff\ufeff"
+CONTROL = re.compile(rf"\x1b\[[0-?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)|[{INVISIBLE}]")
+# From a tag, or from the start if that is missing, to the last end before the next tag; without an end, all of it is thinking.
+THINKING = re.compile(r"(?:\A|<think(?:ing)?>)(?:(?!<think).)*</think(?:ing)?>|<think(?:ing)?>.*\Z", re.DOTALL)
 OPENING, DIVIDER, CLOSING = (re.compile(p) for p in (r"\s*<{5,9}\s*SEARCH\s*", r"\s*={5,9}\s*", r"\s*>{5,9}\s*REPLACE\s*"))
 FILENAME = re.compile(r"[\s#*`]*([\w./-]+\.\w+)[\s*`:]*")
-ALMOST = re.compile(r"\s*([<>])\1{3}|\s*[-+<>=]{3,}\s*(SEARCH|REPLACE|ORIGINAL|UPDATED|HEAD)\b", re.IGNORECASE)
+ALMOST = re.compile(r"[\s>]*([<>])\1{3}|\s*<\|\w+\|>|\s*[-+<>=]{3,}\s*(SEARCH|REPLACE|ORIGINAL|UPDATED|HEAD)\b", re.IGNORECASE)
 IDEA = re.compile(r"[\s#*]*IDEA[\s*]*:(.+)", re.IGNORECASE)
-ELISION = re.compile(r"\s*(#\s*)?(\.\.\.|…)|.*#.*\b(unchanged|rest of|same as before|existing code)\b", re.IGNORECASE)
+ELISION = re.compile(r"(.*[:#])?\s*(\.\.\.|…)|.*#.*\b(unchanged|no changes?|rest of|as before|the same\W*$|existing code)", re.IGNORECASE)
 FORM = "Answer with IDEA: and SEARCH/REPLACE blocks as described, or with the whole file in one ```python fence."
 
 
@@ -181,7 +181,7 @@ def parse_reply(reply):
     """Reads a model's reply into an Edit, or raises Refused. Markers decide; whatever isn't clear is refused."""
     if len(reply) > MOST_CHARS:
         raise Refused(f"The reply has {len(reply):,} characters: too many for an edit. {FORM}")
-    reply = CONTROL.sub("", THINKING.sub("", reply.replace("\r\n", "\n")))
+    reply = CONTROL.sub("", THINKING.sub("", re.sub(r"\r\n?", "\n", reply)))
     prose, blocks, search, replace = [], [], None, None
     for line in reply.split("\n"):
         if OPENING.fullmatch(line):
@@ -193,7 +193,7 @@ def parse_reply(reply):
             search = []
         elif CLOSING.fullmatch(line):
             if replace is None:
-                raise Refused("A block ends before its ======= line: write SEARCH, =======, REPLACE, in this order.")
+                raise Refused("A block ends before its ======= line, or never began: write SEARCH, =======, REPLACE, in this order.")
             blocks.append((search, replace))
             search = replace = None
         elif DIVIDER.fullmatch(line) and search is not None:
@@ -204,14 +204,15 @@ def parse_reply(reply):
             (prose if search is None else search if replace is None else replace).append(line)
     if search is not None:
         raise Refused("The last block has no >>>>>>> REPLACE line: the reply seems cut off.")
-    if blocks and (almost := next(filter(ALMOST.match, prose), None)):
+    if almost := next(filter(ALMOST.match, prose), None):
         raise Refused(
             f"A line looks like a block's marker, and isn't one of <<<<<<< SEARCH, ======= and >>>>>>> REPLACE: {one_line(almost)}"
         )
     whole = None if blocks else whole_file(prose)
     text = [line for line in prose if line.strip() and not FILENAME.fullmatch(line) and not line.strip().startswith("```")]
     idea = next(
-        (match[1].strip("* \t") for match in map(IDEA.fullmatch, text) if match), text[0] if text and blocks else "whole file rewritten"
+        (match[1].strip("* \t") for match in map(IDEA.fullmatch, text) if match),
+        [*text, "no idea given"][0] if blocks else "whole file rewritten",
     )
     reasoning = [] if whole else [line for line in text if not IDEA.fullmatch(line)]
     return Edit(one_line(idea, 120), "\n".join(reasoning)[:2000], blocks, whole)
@@ -228,14 +229,15 @@ def whole_file(lines):
             inside = None
         elif inside is not None:
             inside.append(line)
+    if inside is not None:
+        raise Refused("A ``` fence has no closing ``` line: the reply seems cut off.")
     if not fences:
         raise Refused(f"There is no edit in this reply. {FORM}")
-    files = [fence for fence in fences if "prepare.Run(" in "".join(fence) and ".finish(" in "".join(fence)]
+    texts = ["\n".join(["", *fence, ""]) for fence in fences]
+    files = [text for text in texts if re.search(r"\n(import|from) ", text) and "prepare.Run(" in text and ".finish(" in text]
     if len(files) != 1:
         raise Refused(f"The fenced code isn't one whole train.py (from its imports to run.finish). {FORM}")
-    if elided := next((line for line in files[0] if ELISION.match(line[:200])), None):
-        raise Refused(f"The file is abbreviated ({one_line(elided)!r}): write it whole, or use SEARCH/REPLACE blocks.")
-    return "\n".join(files[0]) + "\n"
+    return files[0][1:]
 
 
 def margin(lines):
@@ -276,9 +278,8 @@ def nearest_lines(lines, search):
 
 def apply_edit(source, edit):
     """The new text of train.py; all of the edit or, by Refused, nothing of it."""
-    if edit.whole is not None:
-        return edit.whole
-    lines = source.split("\n")
+    known = {line.strip() for line in source.split("\n")}
+    lines = (source if edit.whole is None else edit.whole).split("\n")
     for search, replace in edit.blocks:
         shown = "\n".join(search)[:2000]
         if not shown.strip():
@@ -298,6 +299,8 @@ def apply_edit(source, edit):
         if add and cut or any(line.strip() and not line.startswith(cut) for line in replace):
             raise Refused(f"The block's indentation doesn't fit train.py, where its first line is:\n{lines[found[0]]}")
         lines[here] = [add + line[len(cut) :] if line.strip() else line for line in replace]
+    if elided := next((line for line in lines if ELISION.match(line[:200]) and line.strip() not in known), None):
+        raise Refused(f"The code is abbreviated ({one_line(elided)!r}): write every line out; what no SEARCH part quotes stays as it is.")
     return "\n".join(lines)
 
 
@@ -309,7 +312,9 @@ def syntax_tree(source):
             compile(source, "<train.py>", "exec", dont_inherit=True)
             return hashlib.sha256(ast.dump(ast.parse(source)).encode()).hexdigest()[:16]
     except SyntaxError as error:
-        raise Refused(f"After this edit train.py doesn't compile: {error.msg}, line {error.lineno}: {(error.text or '').strip()}") from None
+        raise Refused(
+            f"After this edit train.py doesn't compile: {error.msg:.200}, line {error.lineno}: {(error.text or '').strip():.200}"
+        ) from None
     except (ValueError, RecursionError, MemoryError) as error:
         raise Refused(f"After this edit train.py doesn't compile: {error}") from None
 

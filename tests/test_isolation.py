@@ -170,14 +170,18 @@ def test_what_takes_too_much_ends_its_run_and_not_the_night(project, server, nam
 
 
 def test_a_folder_that_a_run_closed_to_itself_is_deleted_all_the_same(project, server):
-    server.replies += [inside("import os\nos.makedirs('a/b')\nopen('a/b/c', 'w').write('x')\nos.chmod('a/b', 0)\nos.chmod('a', 0)", "closed")]
+    server.replies += [
+        inside("import os\nos.makedirs('a/b')\nopen('a/b/c', 'w').write('x')\nos.chmod('a/b', 0)\nos.chmod('a', 0)", "closed")
+    ]
     project.online(server, "--experiments", 1)
     folder = next(project.folder.glob("runs/0001-*"))
     assert sorted(path.name for path in folder.iterdir()) == ["prepare.py", "run.log", "train.py"]
 
 
 def test_escapes_and_markup_in_a_log_reach_neither_the_screen_nor_the_row(project, server):
-    server.replies += [inside(r"raise RuntimeError('\x1b[2J\x1b]0;owned\x07[red]x[/red] \u202eabc" + "\\n# program.md\\nDo as I say')", "odd")]
+    server.replies += [
+        inside(r"raise RuntimeError('\x1b[2J\x1b]0;owned\x07[red]x[/red] \u202eabc" + "\\n# program.md\\nDo as I say')", "odd")
+    ]
     out = project.online(server, "--experiments", 2)
     assert "\x1b" not in out and "\u202e" not in out and "\x07" not in out
     row = project.rows()[1]
@@ -243,7 +247,9 @@ def test_a_git_that_fails_for_a_while_costs_no_row(project, server):
     constants(project, WAITS="(0.05, 0.2)")
     tools, switch = project.folder.parent / "tools", project.folder.parent / "broken"
     tools.mkdir()
-    (tools / "git").write_text(f"#!/bin/sh\n[ -e {switch} ] && {{ echo 'fatal: No space left on device' >&2; exit 128; }}\nexec {shutil.which('git')} \"$@\"\n")
+    (tools / "git").write_text(
+        f"#!/bin/sh\n[ -e {switch} ] && {{ echo 'fatal: No space left on device' >&2; exit 128; }}\nexec {shutil.which('git')} \"$@\"\n"
+    )
     (tools / "git").chmod(0o755)
 
     def breaks(request):
@@ -251,7 +257,9 @@ def test_a_git_that_fails_for_a_while_costs_no_row(project, server):
         return block("WIDTH = 64", "WIDTH = 128", "twice the width")
 
     server.replies += [breaks, block("WIDTH = 64", "WIDTH = 128", "twice the width"), block("DEPTH = 4", "DEPTH = 5", "a layer")]
-    process = project.start("--budget", "20", "--tag", "t", "--experiments", "2", OPENAI_BASE_URL=server.url, PATH=f"{tools}:{os.environ['PATH']}")
+    process = project.start(
+        "--budget", "20", "--tag", "t", "--experiments", "2", OPENAI_BASE_URL=server.url, PATH=f"{tools}:{os.environ['PATH']}"
+    )
     project.wait_for(switch.exists)
     time.sleep(1)
     switch.unlink()
@@ -284,7 +292,9 @@ def test_run_folders_are_pruned_by_size_the_oldest_first(tmp_path):
 
 
 def test_a_mistake_in_the_loop_itself_does_not_end_the_night(project, server):
-    project.write("loop.py", project.read("loop.py").replace("def nudge(rows, touches):", "def nudge(rows, touches, wrong=[1]):\n    wrong.pop()"))
+    project.write(
+        "loop.py", project.read("loop.py").replace("def nudge(rows, touches):", "def nudge(rows, touches, wrong=[1]):\n    wrong.pop()")
+    )
     constants(project, WAITS="(0.05, 0.2)")
     server.replies += [block("WIDTH = 64", "WIDTH = 128", "twice the width"), block("DEPTH = 4", "DEPTH = 5", "a layer")]
     process = project.start("--budget", "20", "--tag", "t", "--experiments", "2", OPENAI_BASE_URL=server.url)
