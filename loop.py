@@ -580,15 +580,22 @@ class Git:
                               env={**os.environ, **environment})  # fmt: skip
         return done.stdout.decode("utf-8", "surrogateescape")
 
+    def ask(self, *args):
+        """The answer to a question that may have none: None then, and an error where git itself fails, as on a full disk."""
+        try:
+            return self(*args).strip()
+        except subprocess.CalledProcessError as error:
+            if error.returncode != 1:
+                raise
+
     def find(self, name):
         """The full hash of a commit or ref, or None."""
-        with contextlib.suppress(subprocess.CalledProcessError):
-            return self("rev-parse", "--verify", "--quiet", f"{name}^{{commit}}").strip()
+        return self.ask("rev-parse", "--verify", "--quiet", f"{name}^{{commit}}")
 
     def blob(self, commit, name):
         """The text of a file in a commit, or None."""
-        with contextlib.suppress(subprocess.CalledProcessError):
-            return self("cat-file", "blob", f"{commit}:{self.prefix}{name}")
+        head, _, text = self("cat-file", "--batch", stdin=f"{commit}:{self.prefix}{name}\n").partition("\n")
+        return text[:-1] if " blob " in head else None
 
     def staged(self, *names, **environment):
         """{name: (mode, blob)} of these files in the index."""
@@ -599,8 +606,7 @@ class Git:
         return self("show", "-s", "--format=%B", commit)
 
     def branch(self):
-        with contextlib.suppress(subprocess.CalledProcessError):
-            return self("symbolic-ref", "--quiet", "HEAD").strip().removeprefix("refs/heads/")
+        return (self.ask("symbolic-ref", "--quiet", "HEAD") or "").removeprefix("refs/heads/")
 
     def commit(self, parents, files, message):
         """A commit of the first parent's tree with `files` ({name: text}) in it, made in a private index; returns its hash."""
@@ -1097,7 +1103,7 @@ def run_experiment(folder, files, data, fingerprint, seed, budget, facts, split=
     except ValueError as error:
         result.failure, result.cause = "refused", str(error)
     result.cause = one_line(result.cause)
-    result.curve = f"{result.cause or result.curve}; training loss at quarters: {output.curve() or 'none'}"
+    result.curve = f"{result.curve or 'no result'}; training loss at quarters: {output.curve() or 'none'}"
     return result
 
 
@@ -1331,7 +1337,7 @@ class Night:
         self.args, self.folder, self.runs = args, folder, folder / "runs"
         self.facts = Facts(console, console.is_terminal and not console.is_dumb_terminal)
         self.git = Git(folder)
-        current = self.git.branch() or ""
+        current = self.git.branch()
         tag = (args.tag or (current if current.startswith("autoresearch/") else f"{datetime.now():%Y-%m-%d}")).removeprefix("autoresearch/")
         try:
             self.git("check-ref-format", f"refs/heads/autoresearch/{tag}")

@@ -143,7 +143,7 @@ class Project:
         """Waits until condition() is true; fails when it never becomes so."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
-            with contextlib.suppress(subprocess.CalledProcessError, FileNotFoundError):
+            with contextlib.suppress(subprocess.CalledProcessError, FileNotFoundError, StopIteration):
                 if condition():
                     return
             time.sleep(0.02)
