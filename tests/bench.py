@@ -4,6 +4,7 @@
     python tests/bench.py judge                               the rule that keeps or discards, on thousands of simulated nights
     python tests/bench.py overhead                            the loop's own seconds between runs and its memory, at 10 and 10,000 rows
     python tests/bench.py kills --kills 200                   the loop killed before its steps and at random: is anything lost?
+    python tests/bench.py soak --experiments 1000             a night in which everything fails at random; --real --hours 2 with real runs
 
 Writes only below a temporary folder. Numbers depend on what else the machine does: say which machine, and run them twice.
 """
@@ -21,6 +22,7 @@ from pathlib import Path
 from statistics import fmean
 
 import faults
+import soak
 from conftest import ROOT, ChatServer, Project
 
 import loop
@@ -207,6 +209,13 @@ def main():
     command.add_argument("--kills", type=int, default=200)
     command.add_argument("--seed", type=int, default=0)
     command.set_defaults(run=faults.kills)
+    command = commands.add_parser("soak", help=soak.soak.__doc__)
+    command.add_argument("--experiments", type=int)
+    command.add_argument("--hours", type=float)
+    command.add_argument("--budget", type=float)
+    command.add_argument("--real", action="store_true")
+    command.add_argument("--seed", type=int, default=0)
+    command.set_defaults(run=soak.soak)
     args = parser.parse_args()
     args.run(args)
 

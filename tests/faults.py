@@ -80,7 +80,7 @@ SECONDS = 0.0
 
 def main():
     noise = random.Random(os.environ["AUTORESEARCH_SEED"]).gauss(0, 0.0007)
-    if HEADS % 2:
+    if HEADS == 3:
         raise ValueError(f"{WIDTH} can't be divided by {HEADS}")
     shape = 1 / WIDTH + abs(DEPTH - 6) / 100 + WIDTH / 20000
     prepare.finish(1 + shape + abs(LEARNING_RATE - 0.05) + abs(DECAY - 0.3) / 9 + abs(WARMUP - 0.2) / 9 + noise, min(SECONDS, 0.2))
