@@ -140,7 +140,10 @@ def killed_and_started_again(project, **when):
     events, struck = session(project, **when)
     left, running = rows_of(project), running_of(project)
     untouched = project.read("notes.txt"), project.read("draft.txt"), project.git("diff", "--cached", "--name-only", "--", "notes.txt")
-    again = project.offline("--experiments", 1)
+    try:
+        again = project.offline("--experiments", 1)
+    except AssertionError as error:
+        return events[-1] if struck else None, [f"the next start failed: {error}"]
     rows, found = rows_of(project), problems(project.folder, "t", PERSONS)
     if untouched != ("a staged change\n", "an untracked file\n", "notes.txt\n"):
         found.append(f"a person's files were touched by the killed loop: {untouched}")
