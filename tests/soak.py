@@ -170,10 +170,15 @@ class Soak:
         try:
             self.process.wait(30)
         except subprocess.TimeoutExpired:
-            self.wrong.append(f"the loop went on for 30 s after {name}")
+            self.say(f"the loop went on for 30 s after {name}:\n{self.last_words()}")
             self.process.kill()
         code = self.process.wait()
         self.exits[f"{name}: exit {code}"] += 1
+
+    def say(self, text):
+        """Something wrong: told at once and in the report."""
+        self.wrong.append(text)
+        print("WRONG:", text, flush=True)
 
     def last_words(self):
         return (self.project.folder.parent / "loop.out").read_bytes()[-1500:].decode("utf-8", "replace")
@@ -193,7 +198,7 @@ class Soak:
             if broken.exists() and time.monotonic() > mended:
                 broken.unlink()
             if self.process.poll() is not None:
-                self.wrong.append(f"the loop ended by itself, exit {self.process.returncode}, at {self.rows()} rows:\n{self.last_words()}")
+                self.say(f"the loop ended by itself, exit {self.process.returncode}, at {self.rows()} rows:\n{self.last_words()}")
                 ended += 1
                 if ended > 5:
                     return
@@ -210,6 +215,8 @@ class Soak:
 
 def soak(args):
     """A night with every fault injected at random: the provider's, the replies', the runs', the machine's, and signals to the loop."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores them, and so would the loop
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     folder, started = Path(tempfile.mkdtemp(prefix="soak-")), time.monotonic()
     project = Clone(folder) if args.real else stand_in(folder)
     night = Soak(project, Provider(args.seed, args.real), args)
