@@ -107,7 +107,8 @@ class Project:
 
     def start(self, *args, **environment):
         """The loop as a process."""
-        command = [sys.executable, "loop.py", *map(str, args)]
+        sandbox = () if "--sandbox" in args else ("--sandbox", "off")  # whether this machine has bwrap or not
+        command = [sys.executable, "loop.py", *map(str, args), *sandbox]
         return subprocess.Popen(command, cwd=self.folder, env=self.environment | environment, stdin=subprocess.DEVNULL,
                                 stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)  # fmt: skip
 

@@ -228,7 +228,7 @@ def test_the_history_in_the_prompt_is_as_long_at_ten_thousand_rows_as_at_two_hun
         make = lambda i: loop.Row("abcdef0", 2 - i / 1e5, 1.0, status[i % 4], f"idea {i % 100:03}", [] if i % 4 == 2 else [1.0], 0, "")  # noqa: E731
         return [make(i) for i in range(count)]
 
-    short, long = (loop.history(rows(count), rows(1)[0], 0.001) for count in (200, 10_000))
+    short, long = (loop.history(rows(count), rows(1)[0], 0.001, {}) for count in (200, 10_000))
     assert abs(len(long) - len(short)) < 60
 
 
@@ -335,7 +335,7 @@ def test_a_signal_ends_the_loop_tidily_and_the_next_start_runs_the_same_experime
     process.send_signal(number)
     out, err = process.communicate(timeout=10)
     assert process.returncode == 0 and "Traceback" not in err and "results.tsv on branch" in out
-    assert loop.find_runs(project.folder / "runs") == [] and project.status() == ""
+    assert not loop.marked(project.folder / "runs") and project.status() == ""
     commit = project.git("rev-parse", "refs/autoresearch/t/running").strip()
     assert [row["description"] for row in project.rows()] == ["baseline"]
     server.replies += [WORSE]
@@ -359,16 +359,16 @@ def test_killed_at_any_time_it_goes_on_where_it_was(project, delay):
         project.git("merge-base", "--is-ancestor", row["commit"], "autoresearch/t")
     kept = [row for row in rows if row["status"] == "keep"][-1]
     assert project.read("train.py") == project.git("show", f"{kept['commit']}:train.py")
-    assert project.status() == "M  notes.txt\n" and loop.find_runs(project.folder / "runs") == []
+    assert project.status() == "M  notes.txt\n" and not loop.marked(project.folder / "runs")
 
 
 def test_a_killed_loops_run_does_not_share_the_device_with_the_next(project):
     slow(project, 4)
     process = project.start("--offline", "--budget", "20", "--tag", "t")
-    project.wait_for(lambda: loop.find_runs(project.folder / "runs"))
+    project.wait_for(lambda: loop.marked(project.folder / "runs"))
     process.kill()
     process.communicate()
-    orphans = loop.find_runs(project.folder / "runs")
+    orphans = loop.marked(project.folder / "runs")
     assert orphans
     project.write("train.py", project.read("train.py").replace("SECONDS = 4", "SECONDS = 0.0"))
     project.offline("--experiments", 1)
@@ -665,7 +665,7 @@ def test_a_server_that_fails_later_is_asked_again(project, server):
     server.replies += [(500, {"error": {"message": "oops"}}), (429, {"error": {"message": "slow down"}}, {"Retry-After": "1"}), BETTER]
     server.replies[0] = (503, {"error": {"message": "overloaded"}}, {"Retry-After": "0"})
     out = project.online(server, "--experiments", 1)
-    assert "asking again" in out and project.rows()[1]["status"] == "keep"
+    assert "the model's server failed" in out and project.rows()[1]["status"] == "keep"
 
 
 def test_a_reply_without_an_edit_in_it_of_whatever_form_is_survived(project, server):
