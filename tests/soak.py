@@ -23,7 +23,7 @@ import loop
 
 BUSY = "CUDA error: CUDA-capable device(s) is/are busy or unavailable"
 BROKEN = f"""
-if secret and (Path(os.environ["AUTORESEARCH_DATA"]).parent.parent / "broken").exists():
+if secret and (Path(os.environ["AUTORESEARCH_RUNS"]) / "cache" / "broken").exists():
     raise RuntimeError("{BUSY}")
 """
 # What an edit puts at the beginning of main(): (how often, lines). The rare ones cost seconds each.
@@ -185,13 +185,15 @@ class Soak:
 
     def go(self, over):
         """Until over(); a loop that ends by itself has done wrong."""
-        broken, reported, ended, mended, next_break = self.project.folder.parent / "broken", time.monotonic(), 0, 0, 100
-        began = time.monotonic()
+        broken = self.project.folder / "runs" / "cache" / "broken"  # a caged run sees this folder, too
+        began = reported = time.monotonic()
+        ended, mended, next_break = 0, 0, 100
         self.start()
         while not over():
             time.sleep(0.1)
             if not self.args.real and self.rows() >= next_break:
                 next_break += 100
+                broken.parent.mkdir(exist_ok=True)
                 broken.write_text("")
                 mended = time.monotonic() + self.rng.uniform(5, 20)
                 self.signals["(the machine failed)"] += 1
