@@ -3,6 +3,8 @@
     python tests/bench.py baseline --budget 300 --seeds 3     the shipped train.py, run by run: val_bpb, mean and spread
     python tests/bench.py judge                               the rule that keeps or discards, on thousands of simulated nights
     python tests/bench.py overhead                            the loop's own seconds between runs and its memory, at 10 and 10,000 rows
+    python tests/bench.py kills --kills 200                   the loop killed before its steps and at random: is anything lost?
+    python tests/bench.py soak --experiments 1000             a night in which everything fails at random; --real --hours 2 with real runs
 
 Writes only below a temporary folder. Numbers depend on what else the machine does: say which machine, and run them twice.
 """
@@ -19,6 +21,8 @@ import time
 from pathlib import Path
 from statistics import fmean
 
+import faults
+import soak
 from conftest import ROOT, ChatServer, Project
 
 import loop
@@ -201,6 +205,17 @@ def main():
     command = commands.add_parser("overhead", help=overhead.__doc__)
     command.add_argument("--cycles", type=int, default=20)
     command.set_defaults(run=overhead)
+    command = commands.add_parser("kills", help=faults.kills.__doc__)
+    command.add_argument("--kills", type=int, default=200)
+    command.add_argument("--seed", type=int, default=0)
+    command.set_defaults(run=faults.kills)
+    command = commands.add_parser("soak", help=soak.soak.__doc__)
+    command.add_argument("--experiments", type=int)
+    command.add_argument("--hours", type=float)
+    command.add_argument("--budget", type=float)
+    command.add_argument("--real", action="store_true")
+    command.add_argument("--seed", type=int, default=0)
+    command.set_defaults(run=soak.soak)
     args = parser.parse_args()
     args.run(args)
 

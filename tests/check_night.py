@@ -1,0 +1,238 @@
+"""An independent reader of a night: git and the standard library only, so that it shares no mistake with loop.py.
+
+    python tests/check_night.py [FOLDER [TAG]]     counts, and every broken promise; exit 1 if there is one
+
+Reads a checkout whose loop is stopped (default: here, and the branch checked out); writes nothing.
+"""
+
+import math
+import os
+import re
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from statistics import fmean
+
+COLUMNS = "commit val_bpb memory_gb status description runs llm_tokens finished".split()
+HEADER = "\t".join(COLUMNS).encode() + b"\n"
+
+
+class Repository:
+    """Reads objects of a checkout's repository, all by one git process."""
+
+    def __init__(self, folder):
+        self.folder = Path(folder).resolve()
+        self.prefix = self("rev-parse", "--show-prefix").strip()
+        self.batch = subprocess.Popen(["git", "cat-file", "--batch"], cwd=self.folder, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+
+    def __call__(self, *args):
+        done = subprocess.run(["git", "--no-optional-locks", *args], cwd=self.folder, capture_output=True)
+        return (done.stdout + (done.stderr if done.returncode else b"")).decode("utf-8", "replace")
+
+    def object(self, name):
+        """The bytes of an object, or None."""
+        self.batch.stdin.write(name.encode() + b"\n")
+        self.batch.stdin.flush()
+        head = self.batch.stdout.readline().split()
+        return None if len(head) < 3 or not head[2].isdigit() else self.batch.stdout.read(int(head[2]) + 1)[:-1]
+
+    def file(self, commit, name):
+        return self.object(f"{commit}:{self.prefix}{name}")
+
+    def close(self):
+        self.batch.stdin.close()
+        self.batch.wait()
+
+
+def trailers(message):
+    return dict(line.split(": ", 1) for line in message.strip().rpartition("\n\n")[2].splitlines() if ": " in line)
+
+
+def first_parents(git, ref):
+    """[(hash, parents, subject)] of a branch, the oldest first, from the last commit that holds no row yet."""
+    log = git("log", "--first-parent", "--format=%H%x09%P%x09%s", ref).splitlines()
+    found = []
+    for line in log:
+        commit, parents, subject = line.split("\t", 2)
+        found.append((commit, parents.split(), subject))
+        if git.file(commit, "results.tsv") in (HEADER, None):
+            break
+    return found[::-1]
+
+
+def of_an_outcome(git, before, now, commit, parents, subject, incumbent, chain):
+    """Problems of a commit that adds a row; `incumbent` is the train.py that was to be beaten."""
+    if len(parents) != 2:
+        yield f"{len(parents)} parents"
+        return
+    added = now[len(before) :]
+    if not now.startswith(before) or added.count(b"\n") != 1 or not added.endswith(b"\n"):
+        yield "results.tsv didn't gain exactly one line at its end"
+        return
+    cells = added.decode("utf-8", "replace").rstrip("\n").split("\t")
+    if len(cells) != len(COLUMNS):
+        yield f"its row has {len(cells)} columns"
+        return
+    row = dict(zip(COLUMNS, cells, strict=True))
+    experiment, index = parents[1], before.count(b"\n") - 1
+    if len(row["commit"]) < 7 or not experiment.startswith(row["commit"]):
+        yield f"its row names {row['commit']} and its second parent is {experiment}"
+    if row["status"] != subject.partition(":")[0]:
+        yield f"its row says {row['status']}"
+    expected = git.file(experiment, "train.py") if row["status"] == "keep" else incumbent
+    if git.file(commit, "train.py") != expected:
+        yield "its train.py is not " + ("the experiment's" if row["status"] == "keep" else "the incumbent's")
+    head, _, message = git.object(experiment).decode("utf-8", "replace").partition("\n\n")
+    if not set(re.findall(r"^parent (\w+)", head, re.MULTILINE)) <= chain:
+        yield "its experiment doesn't stand on the branch"
+    named = trailers(message)
+    if named.get("Seed") != str(100 * index):
+        yield f"its experiment's seed is {named.get('Seed')}, not {100 * index}"
+    if "[refused: " not in row["description"] and not named.get("Tree"):
+        yield "its experiment ran and has no Tree"
+
+
+def of_a_repeat(before, now, parents):
+    """Problems of a commit that adds a run to a row."""
+    if len(parents) != 1:
+        yield f"{len(parents)} parents"
+    lines = list(zip(before.splitlines(), now.splitlines(), strict=False))
+    changed = [(old.decode().split("\t"), new.decode().split("\t")) for old, new in lines if old != new]
+    if before.count(b"\n") != now.count(b"\n") or len(changed) != 1:
+        yield f"{len(changed)} lines of results.tsv changed, not one"
+        return
+    old, new = changed[0]
+    if [cell for n, cell in enumerate(old) if n not in (1, 5)] != [cell for n, cell in enumerate(new) if n not in (1, 5)]:
+        yield "it changed more than runs and val_bpb"
+    elif not re.fullmatch(re.escape(old[5]) + r",[\d.]+", new[5]):
+        yield f"runs went from {old[5]} to {new[5]}"
+
+
+def of_a_row(number, cells):
+    if len(cells) != len(COLUMNS):
+        yield f"row {number} has {len(cells)} columns"
+        return
+    row = dict(zip(COLUMNS, cells, strict=True))
+    try:
+        bpb, runs = float(row["val_bpb"]), [float(run) for run in row["runs"].split(",") if run]
+        float(row["memory_gb"]), int(row["llm_tokens"])
+    except ValueError as error:
+        yield f"row {number}: {error}"
+        return
+    if row["status"] not in ("keep", "discard", "crash"):
+        yield f"row {number} has the status {row['status']!r}"
+    elif row["status"] == "crash":
+        if runs or not math.isnan(bpb):
+            yield f"row {number} crashed, and has val_bpb {bpb} and runs {row['runs']!r}"
+    elif not runs or not abs(bpb - fmean(runs)) <= 1.001e-6:
+        yield f"row {number}: val_bpb {bpb} is not the mean of {row['runs']!r}"
+    if row["status"] == "keep" and number and len(runs) < 2:
+        yield f"row {number} was kept after {len(runs)} runs"
+    if not re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", row["finished"]):
+        yield f"row {number} finished at {row['finished']!r}"
+
+
+def of_the_checkout(git, ref, tip, others):
+    if git("symbolic-ref", "--quiet", "HEAD").strip() != ref:
+        return
+    if dirty := [line for line in git("status", "--porcelain").splitlines() if line[3:] not in others]:
+        yield f"git status is not clean: {dirty[:5]}"
+    for name in ("results.tsv", "train.py"):
+        path = git.folder / name
+        if name not in others and (path.read_bytes() if path.exists() else None) != git.file(tip, name):
+            yield f"{name} of the checkout is not the branch's"
+    for path in (*git.folder.glob(".*.new"), *git.folder.glob("runs/index-*")):
+        yield f"left over: {path.relative_to(git.folder)}"
+
+
+def survivors(folder):
+    """[(pid, command)] of live processes that runs of this checkout started: by their environment or their working folder."""
+    runs, found = Path(folder).resolve() / "runs", []
+    mark = f"AUTORESEARCH_RUNS={runs}".encode()
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            here = os.readlink(process / "cwd").removesuffix(" (deleted)")
+            marked = mark in (process / "environ").read_bytes().split(b"\0")
+            if marked or here.startswith(f"{runs}/"):
+                command = (process / "cmdline").read_bytes().replace(b"\0", b" ").decode("utf-8", "replace")
+                found.append((int(process.name), command.strip()))
+        except OSError:  # it ended meanwhile, or is somebody else's
+            continue
+    return found
+
+
+def of_the_run_folders(git):
+    """Each folder of runs/ is of a commit that a ref holds, or that was made anew (same tree, same seed) with the runs made so far."""
+    log = git("log", "--all", "--format=%H %T %(trailers:key=Seed,valueonly,separator=%x2C)").splitlines()
+    held, made = {line.split()[0][:7] for line in log}, {tuple(line.split()[1:]) for line in log}
+    for path in sorted(git.folder.glob("runs/*-*-*")):
+        if not (match := re.fullmatch(r"\d{4,}-\d+-([0-9a-f]{7})", path.name)):
+            yield f"runs/{path.name} is no run's folder"
+        elif match[1] not in held:
+            line = git("show", "-s", "--format=%T %(trailers:key=Seed,valueonly,separator=%x2C)", match[1]).split()
+            if tuple(line) not in made:
+                yield f"runs/{path.name} is of a commit that nothing holds"
+
+
+def check(folder, tag, others=()):
+    """(counts, problems) of a night; `others` are a person's files, whose changes are not the loop's matter."""
+    git, ref, found, counts = Repository(folder), f"refs/heads/autoresearch/{tag}", [], Counter()
+    try:
+        chain = first_parents(git, ref)
+        if not chain or (git.object(chain[-1][0]) is None):
+            return counts, [f"there is no branch autoresearch/{tag}"]
+        start, named, seen = chain[0][0], [], {chain[0][0]}
+        before, incumbent = git.file(start, "results.tsv") or HEADER, git.file(start, "train.py")
+        if before != HEADER:
+            found.append("the branch has no commit that holds just the header")
+        for commit, parents, subject in chain[1:]:
+            now, word = git.file(commit, "results.tsv") or b"", subject.partition(":")[0]
+            told = []
+            if word in ("keep", "discard", "crash"):
+                told = list(of_an_outcome(git, before, now, commit, parents, subject, incumbent, seen))
+                named.append(parents[-1])
+            elif word == "repeat":
+                told = list(of_a_repeat(before, now, parents))
+            incumbent = git.file(commit, "train.py") if word == "keep" else incumbent
+            counts[{"repeat": "repeats"}.get(word, "outcomes" if word in ("keep", "discard", "crash") else "by a person")] += 1
+            found += [f"{commit[:7]} ({subject[:60]}): {text}" for text in told]
+            before = now
+            seen.add(commit)
+        rows = [line.split("\t") for line in before.decode("utf-8", "replace").splitlines()[1:]]
+        counts += Counter(rows=len(rows), commits=len(chain), **Counter(f"{cells[3]}s".replace("hs", "hes") for cells in rows))
+        for number, cells in enumerate(rows):
+            found += of_a_row(number, cells)
+        if double := [commit for commit, times in Counter(cells[0] for cells in rows).items() if times > 1]:
+            found.append(f"rows that name the same commit: {double}")
+        if len(rows) != len(named):
+            found.append(f"{len(rows)} rows, and {len(named)} commits that each added one")
+        running = git("rev-parse", "--verify", "--quiet", f"refs/autoresearch/{tag}/running").strip()
+        if running and running in named:
+            found.append(f"{running[:7]} is still noted as running, and has its row")
+        found += of_the_checkout(git, ref, chain[-1][0], others)
+        found += [f"still alive: process {pid}, {command[:80]}" for pid, command in survivors(git.folder)]
+        found += of_the_run_folders(git)
+        wrong = subprocess.run(["git", "fsck", "--no-dangling", "--no-progress"], cwd=git.folder, capture_output=True, text=True)
+        found += [f"git fsck: {line}" for line in (wrong.stdout + wrong.stderr).splitlines()]
+        return counts, found
+    finally:
+        git.close()
+
+
+def problems(folder, tag, others=()):
+    """Every broken promise of a night, a sentence each; an empty list is a night to believe."""
+    return check(folder, tag, others)[1]
+
+
+def main():
+    folder = Path(sys.argv[1] if len(sys.argv) > 1 else ".")
+    tag = sys.argv[2] if len(sys.argv) > 2 else Repository(folder)("symbolic-ref", "--short", "HEAD").strip().removeprefix("autoresearch/")
+    counts, found = check(folder, tag)
+    print(f"autoresearch/{tag}: " + ", ".join(f"{number} {name}" for name, number in counts.items()))
+    print(*found or ["no problems"], sep="\n")
+    return bool(found)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
