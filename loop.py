@@ -1014,6 +1014,7 @@ def prune(runs, most):
 
 def make_room(runs):
     """When the disk is nearly full, deletes what can be made again; OSError if that isn't enough."""
+    runs.mkdir(exist_ok=True)  # somebody may have tidied up
     if shutil.disk_usage(runs).free < LEAST_FREE:
         prune(runs, 0)
         remove(runs / "cache")
@@ -1308,15 +1309,19 @@ def render(facts, now):
 class Interrupts:
     """Ctrl-C, SIGTERM and SIGHUP stop the loop at once, but for the moments in which a row is written."""
 
+    NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
     def __init__(self):
         self.held = self.pending = False
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        for number in self.NUMBERS:
             if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP: leave it so
                 signal.signal(number, self.handle)
 
     def handle(self, number, frame):
-        first, self.pending = not self.pending, True
-        if first and not self.held:  # a second one must not break the tidying up
+        for number in self.NUMBERS:  # a second one must not break the tidying up, nor Python's own exit
+            signal.signal(number, signal.SIG_IGN)
+        self.pending = True
+        if not self.held:
             raise KeyboardInterrupt
 
     @contextlib.contextmanager
@@ -1679,8 +1684,10 @@ class Night:
         row = self.notebook.rows[0]
         result = self.measure(row.commit, self.seed(row), f"the baseline again, run {len(row.runs) + 1}: how much does a seed change?")
         if result.cause:
-            self.repeats = ()  # the verdicts go on with what is known
-            return self.facts.say(f"the baseline's repeat failed: {result.cause}")
+            self.facts.say(f"the baseline's repeat failed: {result.cause}")
+            if self.to_blame(result):
+                self.repeats = ()  # the verdicts go on with what is known
+            return
         with self.interrupts.hold():
             self.notebook.repeat(row, result.bpb)
         self.facts.say(f"the baseline again: {result.bpb:.6f}; noise of a run {self.notebook.noise():.4f}")

@@ -214,6 +214,7 @@ def main():
     command.add_argument("--hours", type=float)
     command.add_argument("--budget", type=float)
     command.add_argument("--real", action="store_true")
+    command.add_argument("--sandbox", default="auto")
     command.add_argument("--seed", type=int, default=0)
     command.set_defaults(run=soak.soak)
     args = parser.parse_args()

@@ -144,6 +144,7 @@ class Soak:
     def __init__(self, project, provider, args):
         self.project, self.provider, self.args, self.rng = project, provider, args, random.Random(args.seed)
         self.signals, self.exits, self.memory, self.wrong, self.process = Counter(), Counter(), [], [], None
+        self.slowest = {}  # seconds that the loop took to end, by signal
         self.every = 600 if args.real else 10  # seconds between two hits
 
     def rows(self):
@@ -152,7 +153,16 @@ class Soak:
         return 0
 
     def start(self):
-        command = [sys.executable, "loop.py", "--tag", "soak", "--budget", str(self.args.budget or (60 if self.args.real else 2))]
+        command = [
+            sys.executable,
+            "loop.py",
+            "--tag",
+            "soak",
+            "--budget",
+            str(self.args.budget or (60 if self.args.real else 2)),
+            "--sandbox",
+            self.args.sandbox,
+        ]
         out = open(self.project.folder.parent / "loop.out", "ab")
         env = self.project.environment | {"OPENAI_BASE_URL": self.provider.server.url}
         self.process = subprocess.Popen(command, cwd=self.project.folder, env=env, stdin=subprocess.DEVNULL, stdout=out, stderr=out)
@@ -163,6 +173,7 @@ class Soak:
         """Sends a signal (`SIGINT twice` is two of them) and waits for the end."""
         self.memory.append((self.rows(), memory_mb(self.process)))
         self.signals[name] += 1
+        sent = time.monotonic()
         self.process.send_signal(signal.Signals[name.split()[0]])
         if name.endswith("twice"):
             time.sleep(self.rng.uniform(0, 0.1))
@@ -174,6 +185,7 @@ class Soak:
             self.process.kill()
         code = self.process.wait()
         self.exits[f"{name}: exit {code}"] += 1
+        self.slowest[name] = max(self.slowest.get(name, 0), time.monotonic() - sent)
 
     def say(self, text):
         """Something wrong: told at once and in the report."""
@@ -256,6 +268,12 @@ def report(night, seconds):
         print(f"{title}:", *(f"{times:6}  {name}" for name, times in counter.most_common()), sep="\n  ")
     output = (project.folder.parent / "loop.out").read_text(errors="replace")
     print(f"replies refused: {output.count('reply refused: ')}")
+    print("seconds to end, at most:", ", ".join(f"{seconds:.2f} after {name}" for name, seconds in night.slowest.items()))
+    night.wrong += [
+        f"an error of the loop's own: {line}"
+        for line in output.splitlines()
+        if "Traceback" in line or "Error: " in line and "[" not in line
+    ]
     if night.memory:
         print(
             "peak memory of the loop, MB at rows:", ", ".join(f"{mb:.0f} at {rows}" for rows, mb in (*night.memory[:4], *night.memory[-4:]))

@@ -183,6 +183,17 @@ def test_a_crash_goes_back_and_its_repair_is_an_experiment_of_its_own(project, s
     assert "Propose the next edit" in server.requests[2]["messages"][1]["content"]
 
 
+def test_a_crash_goes_back_for_repair_also_when_the_loop_was_stopped_in_between(project, server):
+    server.replies += [block("WIDTH = 64", "WIDTH = wrong", "a typo")]
+    project.online(server, "--experiments", 1)
+    server.replies += [block("WIDTH = wrong", "WIDTH = 128", "mended")]
+    project.online(server, "--experiments", 1)
+    asked = server.requests[1]["messages"][1]["content"]
+    assert "Mend it" in asked and "| NameError: name 'wrong' is not defined" in asked
+    assert project.rows()[2]["status"] == "keep"
+    assert "| NameError" in project.git("log", "--first-parent", "--format=%b", "autoresearch/t")  # for the morning
+
+
 def test_an_edit_goes_back_for_repair_twice_at_most(project, server):
     server.replies += [
         block("WIDTH = 64", "WIDTH = wrong0", "an idea"),
@@ -230,6 +241,52 @@ def test_the_history_in_the_prompt_is_as_long_at_ten_thousand_rows_as_at_two_hun
 
     short, long = (loop.history(rows(count), rows(1)[0], 0.001, {}) for count in (200, 10_000))
     assert abs(len(long) - len(short)) < 60
+
+
+def row(status, number):
+    return loop.Row(f"{number:07x}", 1.0, 1.0, status, f"idea {number}", [], 0, "")
+
+
+def test_the_history_counts_what_was_tried_where():
+    rows = [row("keep", 0), *(row("discard", n) for n in range(1, 6)), row("keep", 6)]
+    text = loop.history(rows, rows[0], 0.001, {f"{n:07x}": "CPU.head_lr" if n % 2 else "Block.forward" for n in range(1, 7)})
+    assert "CPU.head_lr: 3 times, 0 kept" in text and "Block.forward: 3 times, 1 kept" in text
+
+
+def test_a_night_that_is_stuck_is_asked_for_a_structural_change_or_another_place():
+    rows = [row("keep", 0), *(row("discard", n) for n in range(1, 30))]
+    assert loop.nudge(rows[:9], {}) == "" and "The last 10 experiments were not kept" in loop.nudge(rows[:11], {})
+    assert loop.nudge([*rows, row("keep", 30)], {}) == ""
+    same = {row.commit: "CPU.head_lr" for row in rows[2:6]}
+    assert "CPU.head_lr: changed again and again" in loop.nudge(rows[:6], same) and loop.nudge(rows[:5], same) == ""
+
+
+def test_the_places_that_an_edit_changes_are_named(project, server):
+    before = "import prepare\nRATE = 1\nCPU = Sizes(depth=2, width=3)\nclass Block:\n    x: int = 1\n    def forward(self):\n        pass\n"
+    for old, new, place in [
+        ("RATE = 1", "RATE = 2", "RATE"),
+        ("RATE = 1", "# RATE", "RATE"),
+        ("depth=2", "depth=3", "CPU.depth"),
+        ("width=3", "width=3, heads=1", "CPU.heads"),
+        ("pass", "return 1", "Block.forward"),
+        ("x: int", "y: int", "Block.fields"),
+        ("import prepare", "import math, prepare", "top level"),
+    ]:
+        assert loop.touched(before, before.replace(old, new)) == place
+    server.replies += [BETTER, WORSE]
+    project.online(server, "--experiments", 2)
+    assert "Touches: WIDTH" in project.git("show", "-s", "--format=%B", project.rows()[1]["commit"])
+
+
+def test_the_request_of_a_stuck_night_says_so(project, server):
+    server.replies += [block("DEPTH = 4", f"DEPTH = {1 - n}", f"{n} less") for n in range(10)] + [BETTER]
+    project.online(server, "--experiments", 11)
+    asked = server.requests[10]["messages"][1]["content"]
+    assert (
+        "The last 10 experiments were not kept" in asked
+        and "DEPTH: changed again and again" in asked
+        and "DEPTH: 10 times, 0 kept" in asked
+    )
 
 
 # ---- the run
@@ -326,13 +383,18 @@ def running(project):
     return len(list(project.folder.glob("runs/*/run.log")))
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_ends_the_loop_tidily_and_the_next_start_runs_the_same_experiment_again(project, server, number):
+@pytest.mark.parametrize(
+    "number, gap", [(signal.SIGINT, None), (signal.SIGTERM, None), (signal.SIGHUP, None), (signal.SIGINT, 0.02), (signal.SIGINT, 0.1)]
+)
+def test_a_signal_or_two_end_the_loop_tidily_and_the_next_start_runs_the_same_experiment_again(project, server, number, gap):
     hang = block("SECONDS = 0.0", "SECONDS = 2.0", "slow one")
     server.replies += [hang]
     process = project.start("--budget", "20", "--tag", "t", OPENAI_BASE_URL=server.url)
     project.wait_for(lambda: running(project) == 2 and "loss" in next(project.folder.glob("runs/0001-*/run.log")).read_text())
     process.send_signal(number)
+    if gap is not None:
+        time.sleep(gap)
+        process.send_signal(number)
     out, err = process.communicate(timeout=10)
     assert process.returncode == 0 and "Traceback" not in err and "results.tsv on branch" in out
     assert not loop.marked(project.folder / "runs") and project.status() == ""
