@@ -897,66 +897,57 @@ def environment(folder, runs, data, **values):
     return kept | {f"AUTORESEARCH_{name}": str(value) for name, value in {"RUNS": runs, "DATA": data, **values}.items()}
 
 
-def hidden_places():
-    """The folders that hold what is a person's, or other processes' sockets: empty in a cage."""
-    places = map(os.path.realpath, ("/home", "/root", "/tmp", "/var/tmp", "/run", Path.home()))
-    return sorted({place for place in places if place != "/" and os.path.isdir(place)})
-
-
 def cage(folder, runs, data):
-    """bwrap's arguments before the command of a run: no network, own processes, a read-only system, nothing of the person's, and
-    nothing to write to but the run's folder and the compile cache. Empty folders stand where homes were."""
-    seen = {sys.prefix, sys.base_prefix, *sys.path[1:], str(data)}
-    devices = [*glob.glob("/dev/nvidia*"), *glob.glob("/dev/dri"), *glob.glob("/dev/kfd"), *glob.glob("/dev/dxg")]
-    bound = [("--tmpfs", path) for path in hidden_places()]
-    bound += [("--ro-bind-try", path, path) for path in sorted(seen) if path]
+    """bwrap's arguments before the command of a run: no network, its own processes, a read-only system, and nothing to write to but
+    its folder and the compile cache. Where homes and the sockets of services were, there is nothing but the environment and the data."""
+    places = {os.path.realpath(path) for path in ("/home", "/root", "/tmp", "/var/tmp", "/run", Path.home())} - {"/"}
+    hidden = [path for path in sorted(places) if os.path.isdir(path)]
+    devices = [path for name in ("nvidia*", "dri", "kfd", "dxg") for path in glob.glob(f"/dev/{name}")]
+    shown = [path for path in sorted({sys.prefix, sys.base_prefix, *sys.path[1:], str(data)}) if path]
+    first = ("bwrap", "--unshare-all", "--die-with-parent", "--cap-drop", "ALL", "--ro-bind", "/", "/", "--dev", "/dev", "--proc", "/proc")
+    bound = [("--tmpfs", path) for path in hidden]
+    bound += [("--ro-bind-try", path, path) for path in shown]
     bound += [("--bind", str(path), str(path)) for path in (folder, runs / "cache")]
     bound += [("--dev-bind", path, path) for path in devices]
-    bound += [("--remount-ro", path) for path in hidden_places()]
-    first = ("bwrap", "--unshare-all", "--die-with-parent", "--cap-drop", "ALL", "--ro-bind", "/", "/", "--dev", "/dev", "--proc", "/proc")
+    bound += [("--remount-ro", path) for path in hidden]
     return [*first, *(part for parts in bound for part in parts), "--chdir", str(folder)]
 
 
-def processes():
-    """{pid: (parent's pid, resident bytes)} of what runs on this machine."""
-    found = {}
-    if not Path("/proc/self/stat").exists():  # macOS
-        listing = subprocess.run(["ps", "-axo", "pid=,ppid=,rss=,stat="], capture_output=True, text=True).stdout
-        lines = [line.split() for line in listing.splitlines()]
-        return {int(pid): (int(parent), 1024 * int(kilobytes)) for pid, parent, kilobytes, state, *_ in lines if state[0] != "Z"}
-    for path in Path("/proc").glob("[0-9]*/stat"):
+def processes(runs):
+    """{pid: (parent's pid, resident bytes, marked)} of what runs on this machine.
+
+    Marked are those that have this checkout's runs/ in their environment, or are at home below it: also those of a loop that was killed.
+    """
+    mark, found = f"AUTORESEARCH_RUNS={runs}", {}
+    if sys.platform != "linux":
+        listing = subprocess.run(["ps", "-axEww", "-o", "pid=,ppid=,rss=,stat=,command="], capture_output=True, text=True).stdout
+        for pid, parent, kilobytes, state, *command in map(str.split, listing.splitlines()):
+            if state[0] != "Z":
+                found[int(pid)] = int(parent), 1024 * int(kilobytes), mark in command
+        return found
+    for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
-            values = path.read_bytes().rpartition(b")")[2].split()  # from the third on, see proc(5): state, parent, ...
+            values = (folder / "stat").read_bytes().rpartition(b")")[2].split()  # from the third on, see proc(5): state, parent, ...
+            marked = False
+            with contextlib.suppress(OSError):  # another user's
+                marked = mark.encode() in (folder / "environ").read_bytes().split(b"\0")
+                marked = marked or f"{os.readlink(folder / 'cwd')}/".startswith(f"{runs}/")
             if values[0] != b"Z":
-                found[int(path.parent.name)] = int(values[1]), int(values[21]) * os.sysconf("SC_PAGE_SIZE")
-    return found
-
-
-def marked(runs):
-    """The processes with this checkout's mark in their environment, or at home below its runs/: of a loop that was killed, too."""
-    mark = f"AUTORESEARCH_RUNS={runs}"
-    if not Path("/proc/self/environ").exists():  # macOS
-        listing = subprocess.run(["ps", "-axEww", "-o", "pid=,command="], capture_output=True, text=True).stdout
-        return {int(line.split()[0]) for line in listing.splitlines() if f" {mark} " in line + " "}
-    found = set()
-    for path in Path("/proc").glob("[0-9]*/environ"):
-        with contextlib.suppress(OSError):
-            if f"{os.readlink(path.parent / 'cwd')}/".startswith(f"{runs}/") or mark.encode() in path.read_bytes().split(b"\0"):
-                found.add(int(path.parent.name))
+                found[int(folder.name)] = int(values[1]), int(values[21]) * os.sysconf("SC_PAGE_SIZE"), marked
     return found
 
 
 def find_runs(runs):
     """{pid: resident bytes} of the processes that runs of this checkout started.
 
-    The mark is left by setsid and by the death of a loop; a child with a cleaned environment is the loop's descendant, for ever
+    The mark stays through setsid and the death of a loop; a child with a cleaned environment is the loop's descendant, for ever
     where the kernel makes it so (adopt_orphans).
     """
-    alive, mine = processes(), {os.getpid()}
-    found = marked(runs) & alive.keys()
-    while new := {pid for pid, (parent, _) in alive.items() if parent in mine | found} - found - mine:
+    alive = processes(runs)
+    found = {os.getpid()} | {pid for pid, (_, _, marked) in alive.items() if marked}
+    while new := {pid for pid, (parent, _, _) in alive.items() if parent in found} - found:
         found |= new
-    return {pid: alive[pid][1] for pid in found - mine}
+    return {pid: alive[pid][1] for pid in found - {os.getpid()}}
 
 
 def adopt_orphans():

@@ -7,6 +7,7 @@ import subprocess
 import time
 
 import pytest
+from check_night import survivors
 from conftest import block
 
 import loop
@@ -397,7 +398,7 @@ def test_a_signal_or_two_end_the_loop_tidily_and_the_next_start_runs_the_same_ex
         process.send_signal(number)
     out, err = process.communicate(timeout=10)
     assert process.returncode == 0 and "Traceback" not in err and "results.tsv on branch" in out
-    assert not loop.marked(project.folder / "runs") and project.status() == ""
+    assert not survivors(project.folder) and project.status() == ""
     commit = project.git("rev-parse", "refs/autoresearch/t/running").strip()
     assert [row["description"] for row in project.rows()] == ["baseline"]
     server.replies += [WORSE]
@@ -421,22 +422,7 @@ def test_killed_at_any_time_it_goes_on_where_it_was(project, delay):
         project.git("merge-base", "--is-ancestor", row["commit"], "autoresearch/t")
     kept = [row for row in rows if row["status"] == "keep"][-1]
     assert project.read("train.py") == project.git("show", f"{kept['commit']}:train.py")
-    assert project.status() == "M  notes.txt\n" and not loop.marked(project.folder / "runs")
-
-
-def test_a_killed_loops_run_does_not_share_the_device_with_the_next(project):
-    slow(project, 4)
-    process = project.start("--offline", "--budget", "20", "--tag", "t")
-    project.wait_for(lambda: loop.marked(project.folder / "runs"))
-    process.kill()
-    process.communicate()
-    orphans = loop.marked(project.folder / "runs")
-    assert orphans
-    project.write("train.py", project.read("train.py").replace("SECONDS = 4", "SECONDS = 0.0"))
-    project.offline("--experiments", 1)
-    for pid in orphans:
-        with pytest.raises(ProcessLookupError):
-            os.kill(pid, 0)
+    assert project.status() == "M  notes.txt\n" and not survivors(project.folder)
 
 
 def test_a_keep_that_was_killed_half_way_is_finished(project):
