@@ -17,6 +17,7 @@ import fcntl
 import glob
 import hashlib
 import hmac
+import itertools
 import json
 import math
 import os
@@ -1653,17 +1654,20 @@ class Night:
 
     def incumbent_runs(self):
         """Whether the incumbent runs at the first try; doesn't return before it does. Its result is one more run of its row."""
-        row, wait = self.notebook.incumbent, WAITS[0]
-        while (result := self.measure(row.commit, self.seed(row), f"after failures, the best so far again: {row.description}")).cause:
-            self.facts.wait(wait, f"the best so far fails too, so the machine is at fault ({result.cause})")
-            wait = min(2 * wait, WAITS[1])
+        row = self.notebook.incumbent
+        for failed in itertools.count():  # on another seed each time: one may be bad luck
+            result = self.measure(row.commit, self.seed(row, failed), f"after failures, the best so far again: {row.description}")
+            if not result.cause:
+                break
+            seconds = min(WAITS[0] * 2**failed, WAITS[1])
+            self.facts.wait(seconds, f"the best so far fails too, so the machine is at fault ({result.cause})")
         with self.interrupts.hold():
             self.notebook.repeat(row, result.bpb)
-        return wait == WAITS[0]
+        return not failed
 
-    def seed(self, row):
+    def seed(self, row, failed=0):
         """The seed of a row's next run."""
-        return SEEDS * self.notebook.rows.index(row) + len(row.runs)
+        return SEEDS * self.notebook.rows.index(row) + (len(row.runs) + failed) % SEEDS
 
     def verdict(self, commit, runs):
         notebook = self.notebook

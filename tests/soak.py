@@ -269,11 +269,7 @@ def report(night, seconds):
     output = (project.folder.parent / "loop.out").read_text(errors="replace")
     print(f"replies refused: {output.count('reply refused: ')}")
     print("seconds to end, at most:", ", ".join(f"{seconds:.2f} after {name}" for name, seconds in night.slowest.items()))
-    night.wrong += [
-        f"an error of the loop's own: {line}"
-        for line in output.splitlines()
-        if "Traceback" in line or "Error: " in line and "[" not in line
-    ]
+    night.wrong += [f"an error of the loop's own: {words}" for words in ("Traceback", "git failed") if words in output]
     if night.memory:
         print(
             "peak memory of the loop, MB at rows:", ", ".join(f"{mb:.0f} at {rows}" for rows, mb in (*night.memory[:4], *night.memory[-4:]))
