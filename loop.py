@@ -38,6 +38,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
+from stat import S_ISREG
 from statistics import fmean, stdev
 
 from rich.console import Console, Group
@@ -47,26 +48,28 @@ from rich.table import Table
 from rich.text import Text
 
 BUDGET = 300  # seconds of wall clock for one run, start-up, compiling and evaluation included
-KILL_GRACE = 5  # seconds after the budget, for a clean exit
+KILL_GRACE, KILL_SECONDS = 5, 60  # after the budget, for a clean exit; that a killed process may take to be gone
 LEAVE_SECONDS = 7  # after a run's end, for processes that it started: torch's loaders look for their parent every 5 s
 LOG_HEAD, LOG_TAIL = 2_000_000, 65_536  # bytes of a run's output that are stored; what lies between is dropped
-WATCH_SECONDS = 0.5  # between two looks at what a run takes
+WATCH_SECONDS = 1.0  # between two looks at what a run takes
 MOST_PROCESSES = 512  # of one run: a fork bomb ends the run, not the night; torch's compiler starts one for each core, up to 32
 MEMORY_SHARE = 0.85  # of the machine's memory, resident in all processes of a run
-RUN_BYTES, RUNS_BYTES = 5e9, 1e9  # that one run may write into its folder; that all folders in runs/ may keep, the oldest go
+RUN_BYTES = 5e9  # that one run may have in its folder and the compile cache
+RUNS_BYTES, CACHE_BYTES = 1e9, 2e9  # that all run folders may keep (the oldest go first), and the compile cache (then it is emptied)
 LAST_RUNS = 4  # of which the prompt shows the loss along the run, or the end of the log
 LEAST_FREE = 3e8  # bytes of disk: with less, old run folders go, a run ends and the loop waits
 DEFAULT_MODEL = "gpt-5"  # where --model says nothing; a server of your own is asked for its first model instead
 REPLY_SECONDS = 900  # for one reply of the model: reasoning models think for minutes
 REPAIRS = 2  # times that an edit whose run ended in a traceback goes back to the model: an idea shouldn't be lost to a typo
 REFUSALS = 2  # times that an edit which can't be applied goes back to the model, before it becomes a row
+LOCK_SECONDS = 10  # after which git's lock on a ref was left by a git that was killed: it needs milliseconds
 WAITS = (5, 600)  # seconds: the first wait when the provider (or everything) fails, doubled up to the last one
 HASTE = 3  # this many failures in a row within seconds each are met; after that the loop waits between them
 # How much a failure says against the machine; at 3 in a row the incumbent runs, and if it fails too, no experiment is blamed.
 SUSPICION = {"environment": 1, "memory": 1, "timeout": 1, "code": 0.25, "refused": 0.25}
 # A run's last line that tells of the machine, not of the code.
 ENVIRONMENT = re.compile(
-    "CUDA-capable device|[Nn]o CUDA|CUDA driver|NVIDIA driver|NVML|ECC error|CUDA error: (unknown|initialization) error"
+    "^(bwrap|setpriv): |CUDA-capable device|[Nn]o CUDA|CUDA driver|NVIDIA driver|NVML|ECC error|CUDA error: (unknown|initialization) error"
     "|No space left|Disk quota|Too many open files|Cannot allocate memory|Resource temporarily unavailable|Input/output error"
     "|Read-only file system|Stale file handle|No module named '(torch|numpy|tiktoken|rich)'|cannot open shared object file"
 )
@@ -561,7 +564,7 @@ class Git:
     """The checkout that holds this file. Commits are made beside the person's index, hooks and identity."""
 
     def __init__(self, folder):
-        self.folder = folder
+        self.folder, self.place = folder, {}
         try:
             self.prefix = self("rev-parse", "--show-prefix").strip()  # this project may be a folder of a larger repository
         except FileNotFoundError:
@@ -570,16 +573,28 @@ class Git:
             if "not a git repository" in (reason := one_line(error.stderr.decode("utf-8", "replace"))):
                 reason = f"{folder} is not a git repository; run: git init && git add -A && git commit -m start"
             raise Stop(reason) from None
+        # Named from now on, so that git doesn't look further up, in a repository around this one, while a disk is away.
+        self.dir, top = self("rev-parse", "--absolute-git-dir", "--show-toplevel").splitlines()
+        self.place = {"GIT_DIR": self.dir, "GIT_WORK_TREE": top}
         if not self.find("HEAD"):
             raise Stop("this repository has no commit yet; run: git add -A && git commit -m start")
 
     def __call__(self, *args, stdin=None, **environment):
         command = ["git", "-c", "core.hooksPath=/dev/null", "-c", "gc.auto=0", "--no-optional-locks", *args]
         stdin = stdin.encode() if isinstance(stdin, str) else stdin or b""
-        # A session of its own: Ctrl-C is for the loop, and must not stop a commit half-way.
-        done = subprocess.run(command, cwd=self.folder, input=stdin, capture_output=True, check=True, start_new_session=True,
-                              env={**os.environ, **environment})  # fmt: skip
-        return done.stdout.decode("utf-8", "surrogateescape")
+        while True:
+            try:
+                # A session of its own: Ctrl-C is for the loop, and must not stop a commit half-way.
+                done = subprocess.run(command, cwd=self.folder, input=stdin, capture_output=True, check=True, start_new_session=True,
+                                      env={**os.environ, **self.place, **environment})  # fmt: skip
+                return done.stdout.decode("utf-8", "surrogateescape")
+            except subprocess.CalledProcessError as error:
+                if not (lock := re.search(rb"Unable to create '(.+(?<!index)\.lock)': File exists", error.stderr)):
+                    raise
+                with contextlib.suppress(FileNotFoundError):  # of a git that was killed, if it stays
+                    if time.time() - os.stat(lock[1]).st_mtime > LOCK_SECONDS:
+                        os.unlink(lock[1])
+                time.sleep(0.1)
 
     def ask(self, *args):
         """The answer to a question that may have none: None then, and an error where git itself fails, as on a full disk."""
@@ -645,6 +660,7 @@ def read_trailers(message):
 def replace_file(path, text):
     """Writes a file by rename: whoever reads it sees the old one or the new one."""
     new = path.with_name(f".{path.name}.new")
+    new.unlink(missing_ok=True)  # of a try that failed
     new.write_bytes(text.encode("utf-8", "surrogateescape"))
     with contextlib.suppress(FileNotFoundError):
         shutil.copymode(path, new)
@@ -669,8 +685,11 @@ class Notebook:
 
     def open(self):
         """Reads the branch; nothing is written."""
-        self.text = (self.git.blob(self.ref, "results.tsv") or HEADER).rstrip("\n") + "\n"
-        self.rows = read_rows(self.text)
+        text = (self.git.blob(self.ref, "results.tsv") or HEADER).rstrip("\n") + "\n"
+        rows = read_rows(text)
+        if len(rows) < len(self.rows):
+            raise OSError(errno.EIO, "rows are missing", f"results.tsv on {self.name}")
+        self.text, self.rows = text, rows
         wanted = "%x09".join(f"%(trailers:key={name},valueonly,separator=%x2C)" for name in ("Tree", "Touches"))
         log = {line[:7]: line.split("\t") for line in self.git("log", f"--format=%H%x09{wanted}", self.ref).splitlines()}
         of_rows = [(row, *log.get(row.commit[:7], ("", "", ""))[1:]) for row in self.rows]
@@ -680,8 +699,10 @@ class Notebook:
         self.incumbent_source = self.git.blob(self.incumbent.commit if self.incumbent else self.ref, "train.py")
 
     def tip(self):
-        if commit := self.git.find(self.ref):
-            return commit
+        for _ in range(20):  # a disk may be away for a moment
+            if commit := self.git.find(self.ref):
+                return commit
+            time.sleep(0.1)
         raise Stop(f"{self.name} is gone: renamed or deleted? The last experiment is {self.running}", 1)
 
     def checked_out(self):
@@ -839,7 +860,7 @@ class Result:
     seconds: float = 0.0
 
 
-PROGRESS = re.compile(r"step (\d+) +(\d+\.?\d*)% +loss (\d+\.?\d*) +([\d,]+|-) tokens/s +\d+ s left")
+PROGRESS = re.compile(r"step (\d{1,12}) +(\d{1,3}\.?\d*)% +loss (\d{1,12}\.?\d*) +([\d,]{1,20}|-) tokens/s +\d+ s left")
 
 
 class Output:
@@ -849,15 +870,18 @@ class Output:
         self.pipe, self.log, self.facts = pipe, log, facts
         self.head = self.dropped = 0
         self.tail, self.part = bytearray(), b""
-        self.points = []  # (progress in percent, loss) of every log line
+        self.points = {}  # {progress in whole percent: loss}
         self.thread = threading.Thread(target=self.read, daemon=True)
         self.thread.start()
 
     def read(self):
-        with self.pipe, open(self.log, "wb") as file:
+        with self.pipe, contextlib.ExitStack() as stack:
+            file = stack.enter_context(open(os.devnull, "wb"))
+            with contextlib.suppress(OSError):  # a full disk loses a log, not a run
+                file = stack.enter_context(open(self.log, "wb"))
             while chunk := os.read(self.pipe.fileno(), 65536):
                 head = chunk[: max(LOG_HEAD - self.head, 0)]
-                with contextlib.suppress(OSError):  # a full disk loses a log, not a run
+                with contextlib.suppress(OSError):
                     file.write(head)
                     file.flush()
                 self.head += len(head)
@@ -869,7 +893,7 @@ class Output:
                 for line in lines[-50:]:
                     if match := PROGRESS.fullmatch(line.decode("utf-8", "replace").strip()):
                         step, percent, loss, speed = match.groups()
-                        self.points.append((float(percent), float(loss)))
+                        self.points[int(float(percent))] = float(loss)
                         self.facts.show(step=int(step), progress=float(percent) / 100, loss=float(loss), speed=speed)
             if self.dropped:
                 with contextlib.suppress(OSError):
@@ -883,8 +907,9 @@ class Output:
 
     def curve(self):
         """Loss at quarters of the run, as far as it came."""
-        marks = [next((loss for percent, loss in self.points if percent >= mark), None) for mark in (25, 50, 75)]
-        marks += [loss for _, loss in self.points[-1:]]
+        points = sorted(dict(self.points).items())
+        marks = [next((loss for percent, loss in points if percent >= mark), None) for mark in (25, 50, 75)]
+        marks += [loss for _, loss in points[-1:]]
         return " ".join(f"{loss:.3f}" for loss in marks if loss is not None)
 
 
@@ -901,24 +926,23 @@ def environment(folder, runs, data, **values):
 def cage(folder, runs, data):
     """bwrap's arguments before the command of a run: no network, its own processes, a read-only system, and nothing to write to but
     its folder and the compile cache. Where homes and the sockets of services were, there is nothing but the environment and the data."""
-    places = {os.path.realpath(path) for path in ("/home", "/root", "/tmp", "/var/tmp", "/run", Path.home())} - {"/"}
+    private = ("/home", "/root", "/tmp", "/var/tmp", "/run", "/mnt", "/media", "/srv", Path.home(), runs.parent)
+    places = {os.path.realpath(path) for path in private} - {"/"}
     hidden = [path for path in sorted(places) if os.path.isdir(path)]
     devices = [path for name in ("nvidia*", "dri", "kfd", "dxg") for path in glob.glob(f"/dev/{name}")]
     shown = [path for path in sorted({sys.prefix, sys.base_prefix, *sys.path[1:], str(data)}) if path]
     first = ("bwrap", "--unshare-all", "--die-with-parent", "--cap-drop", "ALL", "--ro-bind", "/", "/", "--dev", "/dev", "--proc", "/proc")
-    bound = [("--tmpfs", path) for path in hidden]
+    bound = [("--ro-bind", path, path) for path in ("/proc/sys", "/proc/sysrq-trigger") if os.path.exists(path)]  # root could write there
+    bound += [("--tmpfs", path) for path in hidden]
     bound += [("--ro-bind-try", path, path) for path in shown]
     bound += [("--bind", str(path), str(path)) for path in (folder, runs / "cache")]
-    bound += [("--dev-bind", path, path) for path in devices]
-    bound += [("--remount-ro", path) for path in hidden]
+    bound += [("--bind", str(folder / "tmp"), "/dev/shm"), *(("--dev-bind", path, path) for path in devices)]
+    bound += [("--remount-ro", path) for path in (*hidden, "/dev")]
     return [*first, *(part for parts in bound for part in parts), "--chdir", str(folder)]
 
 
 def processes(runs):
-    """{pid: (parent's pid, resident bytes, marked)} of what runs on this machine.
-
-    Marked are those that have this checkout's runs/ in their environment, or are at home below it: also those of a loop that was killed.
-    """
+    """{pid: (parent's pid, resident bytes, whether it has this checkout's runs/ in its environment)} of what runs on this machine."""
     mark, found = f"AUTORESEARCH_RUNS={runs}", {}
     if sys.platform != "linux":
         listing = subprocess.run(["ps", "-axEww", "-o", "pid=,ppid=,rss=,stat=,command="], capture_output=True, text=True).stdout
@@ -932,7 +956,6 @@ def processes(runs):
             marked = False
             with contextlib.suppress(OSError):  # another user's
                 marked = mark.encode() in (folder / "environ").read_bytes().split(b"\0")
-                marked = marked or f"{os.readlink(folder / 'cwd')}/".startswith(f"{runs}/")
             if values[0] != b"Z":
                 found[int(folder.name)] = int(values[1]), int(values[21]) * os.sysconf("SC_PAGE_SIZE"), marked
     return found
@@ -970,38 +993,56 @@ def kill_runs(runs):
         time.sleep(0.01)
 
 
-def folder_bytes(folder):
-    """What a folder takes of the disk; 0 for what vanishes meanwhile."""
-    total = 0
-    for place, _, names in os.walk(folder):
-        for name in names:
-            with contextlib.suppress(OSError):
-                total += os.lstat(os.path.join(place, name)).st_blocks * 512
-    return total
+def disk_bytes(*paths):
+    """What these take of the disk; by du, which no depth of folders and no missing right stops."""
+    lines = subprocess.run(["du", "-sk", *paths], capture_output=True, text=True).stdout.splitlines()
+    return sum(1024 * int(line.split()[0]) for line in lines)
+
+
+def remove(*paths):
+    """Deletes files and folders, also those that a run closed to itself; by rm, as any depth of folders must go."""
+    for command in (["rm", "-rf"], ["chmod", "-R", "u+rwX"], ["rm", "-rf"]):
+        paths = [path for path in paths if os.path.lexists(path)]
+        for at in range(0, len(paths), 1000):
+            subprocess.run([*command, "--", *paths[at : at + 1000]], capture_output=True)
 
 
 def excess(folder):
     """(class, cause) when a run takes more than it may; looked at while it runs. Not by limits of the kernel, where one for memory
     counts addresses, which CUDA needs plenty of, and one for processes counts the person's."""
-    found = find_runs(folder.parent)
-    resident, memory = sum(found.values()), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    found, memory = find_runs(folder.parent), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if len(found) > MOST_PROCESSES:
         return "refused", f"stopped at {len(found)} processes; {MOST_PROCESSES} are the limit"
-    if resident > MEMORY_SHARE * memory:
+    # Pages that several processes share are in the resident set of each; their fair shares take longer to read.
+    if sum(found.values()) > MEMORY_SHARE * memory and (resident := sum(map(fair_share, found))) > MEMORY_SHARE * memory:
         return "memory", f"out of memory: stopped at {resident / 1e9:.1f} GB of the machine's {memory / 1e9:.1f}"
-    if (written := folder_bytes(folder)) > RUN_BYTES:
-        return "refused", f"stopped after writing {written / 1e9:.1f} GB; {RUN_BYTES / 1e9:g} are the limit"
+    if (written := disk_bytes(folder, folder.parent / "cache")) > RUN_BYTES:
+        return "refused", f"stopped at {written / 1e9:.1f} GB of files; {RUN_BYTES / 1e9:g} are the limit"
     if (free := shutil.disk_usage(folder).free) < LEAST_FREE / 2:
         return "environment", f"the machine: the disk is full but for {free / 1e6:.0f} MB"
 
 
+def fair_share(pid):
+    """Resident bytes of a process, what it shares counted in part; 0 if it is gone."""
+    with contextlib.suppress(OSError, AttributeError):
+        return 1024 * int(re.search(r"\nPss: +(\d+)", Path(f"/proc/{pid}/smaps_rollup").read_text())[1])
+    return 0
+
+
 def prune(runs, most):
     """Deletes the oldest run folders until the others fit into `most` bytes: what they ran is in git."""
-    kept = 0
-    for folder in sorted((path for path in runs.glob("[0-9]*-*") if path.is_dir()), key=lambda path: -path.stat().st_mtime):
-        kept += folder_bytes(folder)
-        if kept > most:
-            remove(folder)
+    folders = sorted((path for path in runs.glob("[0-9]*-*") if path.is_dir()), key=lambda path: -path.stat().st_mtime)
+    kept = itertools.accumulate(map(disk_bytes, folders))
+    remove(*(folder for folder, so_far in zip(folders, kept, strict=True) if so_far > most))
+
+
+def open_cache(runs):
+    """The compile cache, a folder that can be written and isn't too large, whatever the last run made of it."""
+    cache = runs / "cache"
+    if cache.is_symlink() or not cache.is_dir() or disk_bytes(cache) > CACHE_BYTES:
+        remove(cache)
+    cache.mkdir(exist_ok=True)
+    cache.chmod(0o700)
 
 
 def make_room(runs):
@@ -1014,27 +1055,22 @@ def make_room(runs):
         raise OSError(errno.ENOSPC, f"only {free / 1e6:.0f} MB are free", str(runs))
 
 
-def remove(path):
-    """Deletes a file or a folder as far as that can be done: a run may have taken its own rights away."""
-    with contextlib.suppress(OSError):
-        if not path.is_dir() or path.is_symlink():
-            return path.unlink()
-        for place, folders, _ in os.walk(path):
-            for name in ["", *folders]:
-                with contextlib.suppress(OSError):
-                    if not os.path.islink(inner := os.path.join(place, name)):
-                        os.chmod(inner, 0o700)
-        shutil.rmtree(path)
-
-
 def contents(paths):
-    """{path: what is in it}, to see whether it changes: of a large file size and time, else a hash."""
-    found = {}
-    for path in paths:
+    """{path: what is in it}, to see whether it changes: of a large file size and time, else a hash; None where it can't be read."""
+    found = dict.fromkeys(paths)
+    for path in found:
         with contextlib.suppress(OSError):
             stat = path.stat()
-            found[path] = (stat.st_size, stat.st_mtime_ns) if stat.st_size > 2**20 else hashlib.sha256(path.read_bytes()).digest()
+            if stat.st_size > 2**20 or not S_ISREG(stat.st_mode):  # reading a pipe would never end
+                found[path] = (stat.st_mode, stat.st_size, stat.st_mtime_ns)
+            else:
+                found[path] = hashlib.sha256(path.read_bytes()).digest()
     return found
+
+
+def changed_mark(data):
+    """What meta.json is called once a run has changed the data: no start takes the folder for a data set any more."""
+    return data / "meta.json.changed"
 
 
 def run_experiment(folder, files, data, fingerprint, seed, budget, facts, split="val", watch=list, caged=False):
@@ -1043,13 +1079,15 @@ def run_experiment(folder, files, data, fingerprint, seed, budget, facts, split=
     What changes prepare.py, the data or a file that watch() lists, before and after, has no result.
     """
     runs = folder.parent
+    open_cache(runs)
     remove(folder)  # a run that was cut short is run again from nothing
-    for place in (folder / "home", folder / "tmp", runs / "cache"):
-        place.mkdir(parents=True, exist_ok=True)
+    for place in (folder / "home", folder / "tmp"):
+        place.mkdir(parents=True)
     for name, text in files.items():
         (folder / name).write_bytes(text.encode("utf-8", "surrogateescape"))
     secret, started, result = secrets.token_hex(32), time.monotonic(), Result(log=folder / "run.log")
-    before = contents([folder / "prepare.py", *data.iterdir(), *watch()])
+    held = list(data.iterdir())
+    before = contents([folder / "prepare.py", *held, *watch()])
     env = environment(folder, runs, data, BUDGET=f"{budget:g}", STARTED=started, SEED=seed, SPLIT=split, TOKEN=secret)
     # Without a cage, util-linux can at least have the kernel end the run when the loop dies.
     behind = cage(folder, runs, data) if caged else ["setpriv", "--pdeathsig", "KILL"] if shutil.which("setpriv") else []
@@ -1069,16 +1107,18 @@ def run_experiment(folder, files, data, fingerprint, seed, budget, facts, split=
         timed_out = process.poll() is None
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        with contextlib.suppress(subprocess.TimeoutExpired):  # where a driver hangs, SIGKILL may take for ever
+            process.wait(KILL_SECONDS)
         kill_runs(runs)
     result.seconds = time.monotonic() - started
     text = output.text()
     result.tail = text[-TAIL_CHARS:]
-    for path in folder.glob("*"):  # nothing that a run writes is there for the next one
-        if path.name not in (*files, "run.log"):
-            remove(path)
-    after = contents([folder / "prepare.py", *data.iterdir(), *watch()])
+    remove(*(path for path in folder.iterdir() if path.name not in (*files, "run.log")))  # nothing it wrote is there for the next one
+    after = contents([folder / "prepare.py", *held, *watch()])
     changed = [path.name for path, content in after.items() if before.get(path, content) != content]
+    if {path.name for path in held}.intersection(changed):
+        with contextlib.suppress(OSError):
+            (data / "meta.json").replace(changed_mark(data))
     result.failure, result.cause = (
         ("refused", f"changed while it ran: {', '.join(changed)}") if changed
         else stopped if stopped
@@ -1212,9 +1252,14 @@ class Facts:
     loss: float = math.nan
     speed: str = "-"
     began: float = field(default_factory=time.monotonic)
-    finished: int = 0  # experiments of this session
+    before: int = 1  # rows that were there when this session began; the baseline counts as one
     tokens: int = 0  # of the model, this session
     refused: int = 0  # replies of the model that could not be applied
+
+    @property
+    def finished(self):
+        """Experiments of this session."""
+        return max(len(self.rows) - self.before, 0)
 
     def show(self, **values):
         vars(self).update(values)
@@ -1227,7 +1272,8 @@ class Facts:
 
     def say(self, text):
         """A line that stays, above the live view if there is one. Never markup: model text may hold brackets."""
-        with contextlib.suppress(OSError):  # the terminal, or the disk that nohup.out is on, is gone: the night isn't
+        # The terminal, the pipe (rich wants to exit then) or the disk that nohup.out is on may be gone: the night isn't.
+        with contextlib.suppress(OSError, SystemExit):
             self.console.print(Text(f"{datetime.now():%H:%M:%S}  {text}"), soft_wrap=True)
 
     def wait(self, seconds, reason):
@@ -1323,8 +1369,8 @@ class Interrupts:
             yield
         finally:
             self.held = False
-        if self.pending:
-            raise KeyboardInterrupt
+            if self.pending:
+                raise KeyboardInterrupt
 
 
 class Night:
@@ -1344,6 +1390,10 @@ class Night:
         self.lock = self.model = None
         self.hasty = 0  # failures in a row that took seconds each
         self.suspicion = 0.0  # against the machine, since the last run that had a result
+        self.cleared = set()  # causes of failures that the best so far didn't share
+        self.measured = None, None  # the last run: (commit, seed, split), Result
+        self.errors, self.error = 0, ""  # of the loop itself, in a row; what the last one said
+        self.tested = None  # an experiment which it met them in, and after which the best so far ran without
         self.repeats = REPEATS
         self.caged = False
         self.interrupts = Interrupts()
@@ -1355,7 +1405,7 @@ class Night:
     def take_lock(self):
         """One loop a checkout; the lock ends with the process, however it ends."""
         self.runs.mkdir(exist_ok=True)
-        self.lock = open(self.runs / "lock", "a+")
+        self.lock = open(Path(self.git.dir) / "autoresearch.lock", "a+")  # not in runs/, which somebody may delete
         try:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -1600,18 +1650,26 @@ class Night:
         return source
 
     def measure(self, commit, seed, activity, split="val"):
-        """One run of a commit's train.py under the committed ruler: a Result."""
-        if contents(self.data.iterdir()) != self.data_was:
-            raise Stop(f"{self.data} was changed, so what follows would be measured on other data; make it anew: python prepare.py", 1)
+        """One run of a commit's train.py under the committed ruler: a Result. What was measured and not yet written isn't run again."""
+        if self.measured[0] == (commit, seed, split):
+            return self.measured[1]
         make_room(self.runs)
+        self.check_data()
         self.facts.start(activity, progress=0.0)
         files = {"train.py": self.git.blob(commit, "train.py"), "prepare.py": self.prepare_py}
         folder = self.runs / f"{seed // SEEDS:04}-{seed % SEEDS}-{commit[:7]}"
         result = run_experiment(folder, files, self.data, self.fingerprint, seed, self.budget, self.facts, split, self.watch, self.caged)
-        if contents(self.data.iterdir()) != self.data_was:
-            with contextlib.suppress(FileNotFoundError):  # no start takes this folder for a data set any more
-                (self.data / "meta.json").replace(self.data / "meta.json.changed")
+        self.measured = (commit, seed, split), result
         return result
+
+    def check_data(self):
+        """The data must be what it was at the start; what can't be read now may come back."""
+        now = contents(self.data_was)
+        gone = next((path for path, content in now.items() if content is None), None)
+        if gone and not changed_mark(self.data).exists():
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(gone))
+        if now != self.data_was:
+            raise Stop(f"{self.data} was changed, so what follows would be measured on other data; make it anew: python prepare.py", 1)
 
     def watch(self):
         """The files of the checkout that no run may change: none while the person has another branch there."""
@@ -1620,12 +1678,11 @@ class Night:
     def run(self, commit):
         """Runs a begun experiment, as often as it takes to judge it, and writes its row."""
         notebook, message = self.notebook, self.git.message(commit)
-        description, trailers = message.splitlines()[0], read_trailers(message)
-        runs, seed, tokens = read_runs(trailers.get("Runs", "")), int(trailers["Seed"]), int(trailers.get("Tokens", 0))
-        baseline, status = notebook.incumbent is None, "again"
+        trailers, baseline, status = read_trailers(message), notebook.incumbent is None, "again"
+        runs, seed = read_runs(trailers.get("Runs", "")), int(trailers["Seed"])
         while status == "again":
             number = f", run {len(runs) + 1}" if runs else ""
-            result = self.measure(commit, seed + len(runs), f"#{len(notebook.rows)} {description}{number}")
+            result = self.measure(commit, seed + len(runs), f"#{len(notebook.rows)} {message.splitlines()[0]}{number}")
             if baseline and result.cause:
                 notebook.abandon()
                 advice = f"mend train.py and commit it\n\nthe end of {result.log}:\n{result.tail}"
@@ -1638,19 +1695,32 @@ class Night:
                 if status == "again":
                     commit = notebook.remember(commit, runs)
                 else:
-                    cause = f" [{result.cause}]" if result.cause else ""
-                    self.add_row(commit, status, result, one_line(description, 120) + cause, tokens, runs)
+                    self.finish(commit, status, result, runs)
+
+    def finish(self, commit, status, result, runs=()):
+        """The row of an experiment that ran."""
+        message = self.git.message(commit)
+        cause = f" [{result.cause}]" if result.cause else ""
+        tokens = int(read_trailers(message).get("Tokens", 0))
+        self.add_row(commit, status, result, one_line(message.splitlines()[0], 120) + cause, tokens, runs)
 
     def to_blame(self, result):
         """Whether a run's result is its code's own; else it is to be run again. After failures that tell of the machine the incumbent runs:
         if that fails too, the machine was at fault, and the loop waits until it isn't."""
         self.suspicion = self.suspicion + SUSPICION[result.failure] if result.cause else 0
+        if not result.cause or result.cause in self.cleared:
+            return True
         if self.suspicion >= 3:
             self.suspicion = 0
-            return self.incumbent_runs()
-        if result.failure == "environment":
+            if self.incumbent_runs():
+                self.cleared.add(result.cause)
+                return True
+        elif result.failure == "environment":
             self.facts.wait(WAITS[0] * self.suspicion, result.cause)
-        return result.failure != "environment"
+        else:
+            return True
+        self.measured = None, None
+        return False
 
     def incumbent_runs(self):
         """Whether the incumbent runs at the first try; doesn't return before it does. Its result is one more run of its row."""
@@ -1694,7 +1764,6 @@ class Night:
         row = Row("", fmean(runs) if runs else math.nan, result.memory_gb, status, description, runs, tokens, finished)
         log = "".join(f"\n| {line}" for line in result.tail.splitlines()) if result.cause else ""
         self.notebook.record(commit, row, result.curve + log, result.failure)
-        self.facts.finished += best is not None
         self.hasty = self.hasty + 1 if result.cause and result.seconds < WAITS[0] else 0
         if not self.facts.live:
             self.facts.say("{:8} {:9} {:>7}  {}".format(*cells(row, best)))
@@ -1737,7 +1806,14 @@ class Night:
         """One thing after the other; False when there is nothing more to do."""
         rows = self.notebook.rows
         before = len(rows)
-        if commit := self.notebook.unfinished():
+        commit = self.notebook.unfinished()
+        if commit and self.errors and commit == self.tested:
+            with self.interrupts.hold():
+                self.finish(commit, "crash", Result(cause=one_line(f"the loop fails on it: {self.error}"), failure="refused"))
+        elif commit and self.errors >= 3 and self.notebook.incumbent:  # is it this experiment that the loop can't stand?
+            self.incumbent_runs()
+            self.tested = commit
+        elif commit:
             self.run(commit)
         elif self.over():
             return False
@@ -1755,26 +1831,25 @@ class Night:
         live = Live(self.facts, console=self.facts.console, refresh_per_second=4) if self.facts.live else contextlib.nullcontext()
         with live:
             try:
-                self.facts.began = time.monotonic()
+                self.facts.show(began=time.monotonic(), before=max(len(self.facts.rows), 1))
                 if self.args.audit:
                     return self.audit()
-                wait, lost = WAITS[0], False
                 while True:
                     try:
-                        if lost:  # as after a kill: everything is in git
+                        if self.errors:  # as after a kill: everything is in git
                             self.notebook.open()
                             self.facts.rows = self.notebook.rows
                         if not self.step():
                             return
-                        wait, lost = WAITS[0], False
+                        self.errors = 0
                     except Stop:
                         raise
                     except Exception as error:  # a full disk, a broken git, a mistake of ours: nothing may end the night
                         kill_runs(self.runs)
                         with contextlib.suppress(OSError):
                             make_room(self.runs)
-                        self.facts.wait(wait, explain(error))
-                        wait, lost = min(2 * wait, WAITS[1]), True
+                        self.errors, self.error = self.errors + 1, explain(error)
+                        self.facts.wait(min(WAITS[0] * 2 ** (self.errors - 1), WAITS[1]), self.error)
             finally:
                 kill_runs(self.runs)  # also what was being started when a signal came
                 self.facts.show(activity="")
