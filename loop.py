@@ -1116,6 +1116,8 @@ def run_experiment(folder, files, data, fingerprint, seed, budget, facts, split=
     remove(*(path for path in folder.iterdir() if path.name not in (*files, "run.log")))  # nothing it wrote is there for the next one
     after = contents([folder / "prepare.py", *held, *watch()])
     changed = [path.name for path, content in after.items() if before.get(path, content) != content]
+    if gone := next((path for path in held if after[path] is None), None):
+        raise FileNotFoundError(errno.ENOENT, "gone while a run used it", str(gone))
     if {path.name for path in held}.intersection(changed):
         with contextlib.suppress(OSError):
             (data / "meta.json").replace(changed_mark(data))
@@ -1481,7 +1483,8 @@ class Night:
             return False
         probe, reason = self.runs / "probe", "bwrap (bubblewrap) is not installed"
         if shutil.which("bwrap"):
-            for place in (probe / "home", probe / "tmp", self.runs / "cache"):
+            open_cache(self.runs)
+            for place in (probe / "home", probe / "tmp"):
                 place.mkdir(parents=True, exist_ok=True)
             (probe / "prepare.py").write_text(self.prepare_py)
             try:

@@ -3,7 +3,14 @@
 import pytest
 from faults import killed_and_started_again, night
 
-AT_FIRST = ("write autoresearch.lock 1", "git update-ref 1", "git update-ref 2", "git symbolic-ref 5", "git update-ref 3", "write run.log 1")
+AT_FIRST = (
+    "write autoresearch.lock 1",
+    "git update-ref 1",
+    "git update-ref 2",
+    "git symbolic-ref 5",
+    "git update-ref 3",
+    "write run.log 1",
+)
 LATER = (
     "start facts 1", "git update-ref 1", "mkdir home 1", "start train.py 1", "start rm 1", "git read-tree 2", "remove index-* 2",
     "git update-ref 2", "write .results.tsv.new 1", "rename .results.tsv.new 1", "git update-index 7", "git update-ref 3",
