@@ -1020,7 +1020,7 @@ def excess(folder):
         return "memory", f"out of memory: stopped at {resident / 1e9:.1f} GB of the machine's {memory / 1e9:.1f}"
     if (written := disk_bytes(folder, folder.parent / "cache")) > RUN_BYTES:
         return "refused", f"stopped at {written / 1e9:.1f} GB of files; {RUN_BYTES / 1e9:g} are the limit"
-    if (free := shutil.disk_usage(folder).free) < LEAST_FREE / 2:
+    if (free := shutil.disk_usage(folder.parent).free) < LEAST_FREE / 2:
         return "environment", f"the machine: the disk is full but for {free / 1e6:.0f} MB"
 
 
@@ -1043,7 +1043,7 @@ def open_cache(runs):
     cache = runs / "cache"
     if cache.is_symlink() or not cache.is_dir() or disk_bytes(cache) > CACHE_BYTES:
         remove(cache)
-    cache.mkdir(exist_ok=True)
+    cache.mkdir(parents=True, exist_ok=True)
     cache.chmod(0o700)
 
 
@@ -1115,7 +1115,7 @@ def run_experiment(folder, files, data, fingerprint, seed, budget, facts, split=
     result.seconds = time.monotonic() - started
     text = output.text()
     result.tail = text[-TAIL_CHARS:]
-    remove(*(path for path in folder.iterdir() if path.name not in (*files, "run.log")))  # nothing it wrote is there for the next one
+    remove(*(path for path in folder.glob("*") if path.name not in (*files, "run.log")))  # nothing it wrote is there for the next one
     after = contents([folder / "prepare.py", *held, *watch()])
     changed = [path.name for path, content in after.items() if before.get(path, content) != content]
     if gone := next((path for path in held if after[path] is None), None):
