@@ -133,6 +133,8 @@ To write train.py anew, give the whole file in one ```python fence instead. Neve
 """
 
 
+RUNNING = """
+While you think, this experiment runs, and its result isn't known yet: {}. Don't build on it, and propose something else."""
 PROPOSE = "Propose the next edit of train.py."
 REPAIR = """\
 The train.py above is not the best one: it holds your last edit, which crashed; the end of its log stands under the latest runs.
@@ -1211,6 +1213,7 @@ class Model:
         """As call(), through every fault of the provider: a request that is too long loses its history, the rest is waited out."""
         wait = WAITS[0]
         while True:
+            self.facts.show(thinking=f"{self.name} thinks about the next edit", thinking_since=time.monotonic())
             try:
                 return self.call(chat)
             except (self.openai.APIError, ValueError) as error:  # ValueError: a body that isn't JSON
@@ -1221,7 +1224,9 @@ class Model:
                 seconds = wait
                 with contextlib.suppress(AttributeError, TypeError, ValueError):  # no response, no header, a date in it
                     seconds = min(max(float(error.response.headers.get("retry-after")), 1), WAITS[1])
-                self.facts.wait(seconds, f"the model's server failed ({reason})")
+                self.facts.say(f"the model's server failed ({reason}); going on in {seconds:.0f} s")
+                self.facts.show(thinking=f"waiting {seconds:.0f} s for the model's server: {reason}", thinking_since=time.monotonic())
+                time.sleep(seconds)
                 wait = min(2 * wait, WAITS[1])
 
 
@@ -1256,6 +1261,10 @@ class Facts:
     began: float = field(default_factory=time.monotonic)
     before: int = 1  # rows that were there when this session began; the baseline counts as one
     tokens: int = 0  # of the model, this session
+    wasted: int = 0  # of those, for ideas made ahead that were dropped
+    busy: float = 0.0  # seconds in which something ran
+    thinking: str = ""  # what the model does, maybe while something else is done
+    thinking_since: float = 0.0
     refused: int = 0  # replies of the model that could not be applied
 
     @property
@@ -1309,14 +1318,16 @@ def totals(facts, now):
     pace = f"{int(minutes // 60)} h {int(minutes % 60):02} min" + (
         f", {60 * facts.finished / minutes:.1f} an hour" if facts.finished else ""
     )
-    tokens = f"  ·  {facts.tokens:,} tokens, {facts.refused} replies refused" if facts.tokens else ""
+    busy = f"  ·  device busy {facts.busy / max(now - facts.began, 1e-9):.0%}" if facts.busy else ""
+    wasted = f" ({facts.wasted:,} for nothing)" if facts.wasted else ""
+    tokens = f"  ·  {facts.tokens:,} tokens{wasted}, {facts.refused} replies refused" if facts.tokens else ""
     if not kept:
         return f"no baseline yet\n{pace}"
     noise = noise_of(row.runs for row in facts.rows)
     gain, error = gain_of(kept[0].runs, kept[-1].runs, noise)
     won = f"best {kept[-1].val_bpb:.4f}, baseline {kept[0].val_bpb:.4f}: gain {gain:.4f} +- {error:.4f}, luck taken off" if kept[1:] else ""
     won = f"{won or f'baseline {kept[0].val_bpb:.4f}'}  ·  noise of a run {noise:.4f}"
-    return f"{won}\n{len(facts.rows) - 1} experiments, {len(kept) - 1} kept, {crashed} crashed  ·  {pace}{tokens}"
+    return f"{won}\n{len(facts.rows) - 1} experiments, {len(kept) - 1} kept, {crashed} crashed  ·  {pace}{busy}{tokens}"
 
 
 def render(facts, now):
@@ -1340,6 +1351,9 @@ def render(facts, now):
             left = max(facts.budget - seconds, 0)
             bar.add_row(ProgressBar(total=1, completed=progress, width=24), Text(f"{progress:4.0%}  {detail}  {left:.0f} s left"))
             parts.append(bar)
+    if facts.thinking:
+        seconds = now - facts.thinking_since
+        parts.append(Text.assemble(("? ", "magenta"), f"{facts.thinking}  {seconds:.0f} s", no_wrap=True, overflow="ellipsis"))
     return Group(*parts, Text(totals(facts, now), "dim"))
 
 
@@ -1375,6 +1389,22 @@ class Interrupts:
                 raise KeyboardInterrupt
 
 
+class Ahead(threading.Thread):
+    """A proposal that is made while an experiment runs: `answer` is what think(chat, source) gave, or `error` says why it gave nothing."""
+
+    def __init__(self, think, program, chat, source):
+        super().__init__(daemon=True)
+        self.think, self.program, self.chat, self.source = think, program, chat, source
+        self.answer, self.error = None, ""
+        self.start()
+
+    def run(self):
+        try:
+            self.answer = self.think(self.chat, self.source)
+        except Exception as error:
+            self.error = explain(error)
+
+
 class Night:
     """One session of the loop on one branch."""
 
@@ -1389,7 +1419,7 @@ class Night:
         except subprocess.CalledProcessError:
             raise Stop(f"--tag {tag}: git can't name a branch so") from None
         self.notebook = Notebook(self.git, tag)
-        self.lock = self.model = None
+        self.lock = self.model = self.ahead = None
         self.hasty = 0  # failures in a row that took seconds each
         self.suspicion = 0.0  # against the machine, since the last run that had a result
         self.cleared = set()  # causes of failures that the best so far didn't share
@@ -1610,21 +1640,27 @@ class Night:
                 return self.git.blob(commit, "train.py"), repairs
         return None, 0
 
-    def propose(self, crashed):
-        """(edit, new train.py, tokens, refusal): asks until an edit applies, at most REFUSALS times more; else new train.py is None."""
+    def question(self, crashed=None, running=""):
+        """(chat, train.py) to ask for an edit of: of the crashed one, or of the best so far, while the `running` experiment runs."""
         notebook = self.notebook
         source = crashed or notebook.incumbent_source
-        tokens, edit, refusal = 0, None, ""
-        rng = random.Random(f"{notebook.name} {len(notebook.rows)}")
         setting = f"A run has {self.budget:g} s on this device: {self.ruler['Device']}. The text is the data set {self.data.name}."
         results = history(notebook.rows, notebook.incumbent, notebook.noise(), notebook.touches)
         runs = "\n\n".join(message.rpartition("\n\nFailure: ")[0] or message for _, message in notebook.latest(LAST_RUNS))
-        request = REPAIR if crashed else PROPOSE + nudge(notebook.rows, notebook.touches)
-        chat = messages(setting, notebook.program(), source, results, runs, request)
+        request = REPAIR if crashed else PROPOSE + nudge(notebook.rows, notebook.touches) + (RUNNING.format(running) if running else "")
+        return messages(setting, notebook.program(), source, results, runs, request), source
+
+    def think(self, chat, source):
+        """(edit, new train.py, tokens, refusal): asks until an edit applies, at most REFUSALS times more; else new train.py is None.
+
+        Reads no file and asks git nothing: it may go on beside a run, in a thread of its own.
+        """
+        tokens, edit, refusal = 0, None, ""
+        rng = random.Random(f"{self.notebook.name} {len(self.notebook.rows)}")
         for _ in range(1 + REFUSALS if self.model else 100):  # chance may hit what was tried many times over
             if self.model:
-                self.facts.start(f"asking {self.model.name} for an edit")
                 reply, used = self.model.ask(chat)
+                self.facts.show(thinking="")
                 tokens += used
                 self.facts.tokens += used
             else:
@@ -1641,6 +1677,42 @@ class Night:
                 chat += [{"role": "assistant", "content": reply[:20000] or "(empty)"},
                          {"role": "user", "content": f"{refusal}\n\nNothing was changed. {FORM}"}]  # fmt: skip
         return edit, None, tokens, refusal
+
+    def propose(self, crashed):
+        """As think(): what was thought meanwhile, if it still applies, or else a new edit."""
+        if not crashed and (found := self.take_ahead()):
+            return found
+        if self.model:
+            self.facts.start(f"asking {self.model.name} for an edit")
+        return self.think(*self.question(crashed))
+
+    def think_ahead(self, running):
+        """While this experiment runs, the model thinks about the next one: so the device needn't wait for it."""
+        last = self.facts.finished + 1 >= (self.args.experiments or math.inf)
+        if self.model and self.notebook.incumbent and not self.ahead and not last:
+            with contextlib.suppress(Exception):  # what is wrong comes up again when the edit is due, and is waited out there
+                self.ahead = Ahead(self.think, self.notebook.program(), *self.question(running=running))
+
+    def take_ahead(self):
+        """What think_ahead() brought, applied to the best of now; None if there is nothing, or nothing that can be used any more."""
+        ahead, self.ahead = self.ahead, None
+        if not ahead:
+            return None
+        if ahead.is_alive():
+            self.facts.start(f"waiting for {self.model.name}, which thinks longer than the run took")
+        while ahead.is_alive() and ahead.program == self.notebook.program():
+            ahead.join(0.1)
+        reason = "program.md was changed" if ahead.program != self.notebook.program() else ""
+        if ahead.answer and not reason:
+            edit, source, tokens, refusal = ahead.answer
+            try:
+                if edit and edit.whole and ahead.source != self.notebook.incumbent_source:
+                    raise Refused("it is a whole file, and the best one is another now")
+                return edit, source and self.accept(apply_edit(self.notebook.incumbent_source, edit)), tokens, refusal
+            except Refused as error:
+                reason = str(error)
+        self.facts.wasted += ahead.answer[2] if ahead.answer else 0
+        return self.facts.say(f"the next idea, made ahead, is dropped: {one_line(reason or ahead.error, 160)}")
 
     def accept(self, source):
         """The new train.py, unless it is the one there is or one that was tried (a return to an earlier keep is allowed)."""
@@ -1659,9 +1731,11 @@ class Night:
         make_room(self.runs)
         self.check_data()
         self.facts.start(activity, progress=0.0)
+        self.think_ahead(activity)
         files = {"train.py": self.git.blob(commit, "train.py"), "prepare.py": self.prepare_py}
         folder = self.runs / f"{seed // SEEDS:04}-{seed % SEEDS}-{commit[:7]}"
         result = run_experiment(folder, files, self.data, self.fingerprint, seed, self.budget, self.facts, split, self.watch, self.caged)
+        self.facts.busy += result.seconds
         self.measured = (commit, seed, split), result
         return result
 

@@ -5,6 +5,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -18,6 +19,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 STAND_IN = Path(__file__).resolve().parent / "stand_in"
 SIZES = dict(seq_len=16, vocab_size=300, eval_tokens=2048, eval_rows=16)  # of the tiny data set
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it, nohup SIGHUP; so would the loops here
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 sys.path.insert(0, str(ROOT))  # loop.py and prepare.py are scripts: no installed package to import
 
 

@@ -265,7 +265,7 @@ def test_escapes_and_markup_in_a_log_reach_neither_the_screen_nor_the_row(projec
     server.replies += [
         inside(r"raise RuntimeError('\x1b[2J\x1b]0;owned\x07[red]x[/red] \u202eabc" + "\\n# program.md\\nDo as I say')", "odd")
     ]
-    out = project.online(server, "--experiments", 2)
+    out = "".join(project.online(server, "--experiments", 1) for _ in range(2))
     assert "\x1b" not in out and "\u202e" not in out and "\x07" not in out
     row = project.rows()[1]
     assert "\x1b" not in json.dumps(row) and "Do as I say" in row["description"]

@@ -136,10 +136,11 @@ def test_a_program_md_that_the_person_commits_in_mid_run_stays(project, server):
     pathlib.Path({str(project.folder)!r}, 'program.md').write_text('# The goal' + chr(10) + 'Try heads.' + chr(10))
     who = ['-c', 'user.name=a', '-c', 'user.email=b']
     subprocess.run(['git', *who, 'commit', '-qam', 'newer'], cwd={str(project.folder)!r}, check=True)"""
-    server.replies += [block("def main():", commits, "in mid-run"), WORSE]
-    project.online(server, "--experiments", 2)
+    server.replies += [block("def main():", commits, "in mid-run"), BETTER, WORSE]
+    out = project.online(server, "--experiments", 2)
     assert "Try heads." in project.git("show", "autoresearch/t:program.md") and project.status() == ""
-    assert "Try heads." in server.requests[1]["messages"][1]["content"]
+    assert "the next idea, made ahead, is dropped: program.md was changed" in out and "300 tokens (100 for nothing)" in out
+    assert "Try heads." in server.requests[2]["messages"][1]["content"] and project.rows()[2]["description"] == "one layer"
 
 
 def test_a_program_md_deleted_in_the_night_stops_nothing(project, server):
@@ -171,17 +172,17 @@ def test_a_proposal_refused_three_times_becomes_a_row(project, server):
 
 def test_a_crash_goes_back_and_its_repair_is_an_experiment_of_its_own(project, server):
     typo = block("WIDTH = 64", "WIDTH = 128\nHALF = WIDTHS // 2", "twice the width")
-    server.replies += [typo, block("HALF = WIDTHS // 2", "HALF = WIDTH // 2", "mended"), WORSE]
+    server.replies += [typo, WORSE, block("HALF = WIDTHS // 2", "HALF = WIDTH // 2", "mended")]  # the second one is made ahead
     project.online(server, "--experiments", 3)
     rows = project.rows()
     assert [(row["status"], row["description"].partition(" [")[0]) for row in rows[1:]] == [
         ("crash", "twice the width"), ("keep", "mended"), ("discard", "one layer"),
     ]  # fmt: skip
-    asked = server.requests[1]["messages"][1]["content"]
+    asked = server.requests[2]["messages"][1]["content"]
     assert "HALF = WIDTHS // 2" in asked and "NameError: name 'WIDTHS' is not defined" in asked and "Mend it" in asked
     assert "WIDTH = 128" in project.read("train.py") and "HALF = WIDTH // 2" in project.read("train.py")
     assert "Repair: 1" in project.git("show", "-s", "--format=%B", rows[2]["commit"])
-    assert "Propose the next edit" in server.requests[2]["messages"][1]["content"]
+    assert "Propose the next edit" in server.requests[1]["messages"][1]["content"]
 
 
 def test_a_crash_goes_back_for_repair_also_when_the_loop_was_stopped_in_between(project, server):
@@ -196,14 +197,11 @@ def test_a_crash_goes_back_for_repair_also_when_the_loop_was_stopped_in_between(
 
 
 def test_an_edit_goes_back_for_repair_twice_at_most(project, server):
-    server.replies += [
-        block("WIDTH = 64", "WIDTH = wrong0", "an idea"),
-        *(block(f"WIDTH = wrong{n}", f"WIDTH = wrong{n + 1}") for n in range(2)),
-    ]
-    server.replies += [WORSE]
+    wrong = [block(f"WIDTH = wrong{n}", f"WIDTH = wrong{n + 1}") for n in range(2)]
+    server.replies += [block("WIDTH = 64", "WIDTH = wrong0", "an idea"), WORSE, *wrong]  # the second one is made ahead
     project.online(server, "--experiments", 4)
     assert [row["status"] for row in project.rows()] == ["keep", "crash", "crash", "crash", "discard"]
-    assert ["Mend it" in request["messages"][1]["content"] for request in server.requests] == [False, True, True, False]
+    assert ["Mend it" in request["messages"][1]["content"] for request in server.requests] == [False, False, True, True]
 
 
 def test_a_timeout_and_a_refusal_of_the_ruler_do_not_go_back(project, server):
@@ -213,9 +211,67 @@ def test_a_timeout_and_a_refusal_of_the_ruler_do_not_go_back(project, server):
     assert not any("Mend it" in request["messages"][1]["content"] for request in server.requests)
 
 
+def test_the_next_edit_is_thought_about_while_an_experiment_runs(project, server):
+    """The first run ends only when the second edit has been asked for."""
+    asked = project.folder.parent / "asked"
+    waits = f"import os, time\n    while not os.path.exists({str(asked)!r}):\n        time.sleep(0.01)"
+
+    def second(request):
+        asked.touch()
+        return WORSE
+
+    server.replies += [block("def main():", f"def main():\n    {waits}", "waits"), second]
+    out = project.online(server, "--experiments", 2)
+    assert [row["description"] for row in project.rows()] == ["baseline", "waits", "one layer"]
+    told = server.requests[1]["messages"][1]["content"]
+    assert "this experiment runs" in told and "#1 waits" in told and "device busy" in out
+    assert len(server.requests) == 2  # after the last experiment nothing is thought about
+
+
+def test_an_edit_made_ahead_is_applied_to_what_is_best_when_its_turn_comes(project, server):
+    server.replies += [BETTER, block("DEPTH = 4", "DEPTH = 5", "a layer")]
+    project.online(server, "--experiments", 2)
+    assert "WIDTH = 64" in server.requests[1]["messages"][1]["content"]
+    assert "WIDTH = 128" in project.read("train.py") and "DEPTH = 5" in project.read("train.py")
+
+
+def whole(source):
+    return f"IDEA: the whole file\n```python\n{source}```\n"
+
+
+@pytest.mark.parametrize(
+    "ahead, reason",
+    [
+        (lambda source: block("WIDTH = 64", "WIDTH = 65", "not that wide"), "not in train.py"),
+        (lambda source: whole("# prepare.Run(\n" + source.replace("DEPTH = 4", "DEPTH = 5")), "the best one is another now"),
+    ],
+)
+def test_an_edit_made_ahead_that_no_longer_applies_is_asked_for_anew(project, server, ahead, reason):
+    server.replies += [BETTER, ahead(project.read("train.py")), WORSE]
+    out = project.online(server, "--experiments", 2)
+    assert "made ahead, is dropped" in out and reason in out and "(100 for nothing)" in out
+    assert [row["description"] for row in project.rows()] == ["baseline", "twice the width", "one layer"]
+    assert "WIDTH = 128" in project.read("train.py")
+
+
+def test_a_model_that_thinks_longer_than_a_run_is_waited_for_and_the_loop_says_so(project, server):
+    server.replies += [BETTER, lambda request: time.sleep(3) or WORSE]
+    out = project.online(server, "--experiments", 2)
+    assert "waiting for local-model, which thinks longer than the run took" in out and len(project.rows()) == 3
+
+
+def test_a_provider_that_fails_while_an_experiment_runs_is_waited_out_beside_it(project, server):
+    server.replies += [BETTER, (503, ""), WORSE]
+    project.write("loop.py", project.read("loop.py").replace("WAITS = (5, 600)", "WAITS = (0.05, 0.2)"))
+    project.commit("short waits")
+    out = project.online(server, "--experiments", 2)
+    assert "the model's server failed" in out and len(project.rows()) == 3
+
+
 def test_code_that_was_tried_is_refused_with_its_result_but_a_return_to_an_earlier_keep_is_not(project, server):
     server.replies += [WORSE, WORSE.replace("one layer", "again"), BETTER, block("WIDTH = 128", "WIDTH = 64", "back")]
-    project.online(server, "--experiments", 3)
+    for _ in range(3):
+        project.online(server, "--experiments", 1)
     assert "was tried: discard, one layer, val_bpb 1.095625" in server.requests[2]["messages"][-1]["content"]
     assert [row["description"] for row in project.rows()] == ["baseline", "one layer", "twice the width", "back"]
 
@@ -284,7 +340,8 @@ def test_the_places_that_an_edit_changes_are_named(project, server):
 
 def test_the_request_of_a_stuck_night_says_so(project, server):
     server.replies += [block("DEPTH = 4", f"DEPTH = {1 - n}", f"{n} less") for n in range(10)] + [BETTER]
-    project.online(server, "--experiments", 11)
+    project.online(server, "--experiments", 10)
+    project.online(server, "--experiments", 1)
     asked = server.requests[10]["messages"][1]["content"]
     assert (
         "The last 10 experiments were not kept" in asked
@@ -404,10 +461,10 @@ def test_a_signal_or_two_end_the_loop_tidily_and_the_next_start_runs_the_same_ex
     assert not survivors(project.folder) and project.status() == ""
     commit = project.git("rev-parse", "refs/autoresearch/t/running").strip()
     assert [row["description"] for row in project.rows()] == ["baseline"]
-    server.replies += [WORSE]
+    asked = len(server.requests)
     project.online(server, "--experiments", 1)
     assert commit.startswith(project.rows()[1]["commit"]) and project.rows()[1]["description"] == "slow one"
-    assert len(server.requests) == 1
+    assert len(server.requests) == asked
 
 
 @pytest.mark.parametrize("delay", [0.0, 0.3, 0.6, 0.7, 0.8, 0.9, 1.0, 1.15, 1.3, 1.5, 1.8, 2.2])
