@@ -184,8 +184,9 @@ def overhead(args):
                 if match := re.search(r"VmHWM:\s+(\d+)", status.read_text() if status.exists() else ""):
                     peak = max(peak, int(match[1]) / 1024)
                 time.sleep(0.05)
-            logs = sorted(project.folder.glob("runs/*/run.log"), key=lambda path: path.stat().st_mtime)[-args.cycles :]
+            logs = sorted(project.folder.glob("runs/*/run.log"), key=lambda path: path.stat().st_mtime)
             times = [[float(value) for value in re.findall(r"^(?:began|ended) ([\d.]+)$", log.read_text(), re.MULTILINE)] for log in logs]
+            times = [pair for pair in times if pair[0] > started]  # of this session
             first = times[0][0] - started
             gaps = [after[0] - before[1] for before, after in zip(times, times[1:], strict=False)]
             print(f"{rows:6,}  {first:8.2f}  {statistics.median(gaps):14.3f}, {max(gaps):.3f}  {peak:22.0f}", flush=True)
