@@ -85,10 +85,7 @@ AUDIT_PAIRS, AUDIT_SEED = 5, 900_000_000  # runs of the baseline and of the best
 STUDENT = (12.71, 4.30, 3.18, 2.78)  # half of a 95 % interval in standard errors, with 1, 2, ... degrees of freedom (Student's t)
 LUCK = 1.5  # standard errors that the best of a night owes to luck, found by simulation: tests/bench.py judge
 HISTORY_KEEPS, HISTORY_OTHERS, HISTORY_PLACES, NEAR_MISSES = 40, 20, 15, 5  # lines in the prompt, whatever the night's length
-STUCK, STUCK_PLACE = (
-    10,
-    4,
-)  # experiments in a row that were not kept, in all and on one place, before the prompt says so
+STUCK, STUCK_PLACE = 10, 4  # experiments in a row that were not kept, in all and in one place: then the prompt says so
 MOST_CHARS = 200_000  # of a reply: what is longer isn't an edit
 TAIL_CHARS = 3000  # of a failed run's log, in the prompt and on the screen
 COLUMNS = ("commit", "val_bpb", "memory_gb", "status", "description", "runs", "llm_tokens", "finished")
@@ -139,6 +136,11 @@ PROPOSE = "Propose the next edit of train.py."
 REPAIR = """\
 The train.py above is not the best one: it holds your last edit, which crashed; the end of its log stands under the latest runs.
 Mend it with an edit of this train.py."""
+
+
+def backoff(failed):
+    """Seconds to wait after so many failures before the last one: doubled from the first of WAITS up to the second."""
+    return min(WAITS[0] * 2**failed, WAITS[1])
 
 
 class Stop(Exception):
@@ -785,8 +787,8 @@ class Notebook:
         """The last experiments with a row: [(commit, message of the outcome)], oldest first."""
         log = self.git("log", "--first-parent", "--merges", f"-{2 * count}", "--format=%P%n%B%x00", self.ref).split("\0")
         found = [(lines[0].split()[1], "\n".join(lines[1:])) for entry in log if len(lines := entry.strip().split("\n")) > 1]
-        commits = {row.commit for row in self.rows[-count:]}  # a merge of the person's is none
-        return [(commit, message) for commit, message in found if commit[:7] in {commit[:7] for commit in commits}][::-1]
+        commits = {row.commit[:7] for row in self.rows[-count:]}  # a merge of the person's is none
+        return [(commit, message) for commit, message in found if commit[:7] in commits][::-1]
 
     def record(self, commit, row, body="", failure=""):
         """Appends the row by a commit with two parents, the branch's tip and the experiment."""
@@ -1047,6 +1049,16 @@ def open_cache(runs):
     cache.chmod(0o700)
 
 
+def lay_out(folder, files):
+    """A run's folder, begun from nothing: its files, a home and a temporary folder; and the compile cache beside it."""
+    open_cache(folder.parent)
+    remove(folder)  # of a run that was cut short
+    for place in (folder / "home", folder / "tmp"):
+        place.mkdir(parents=True)
+    for name, text in files.items():
+        (folder / name).write_bytes(text.encode("utf-8", "surrogateescape"))
+
+
 def make_room(runs):
     """When the disk is nearly full, deletes what can be made again; OSError if that isn't enough."""
     runs.mkdir(exist_ok=True)  # somebody may have tidied up
@@ -1081,12 +1093,7 @@ def run_experiment(folder, files, data, fingerprint, seed, budget, facts, split=
     What changes prepare.py, the data or a file that watch() lists, before and after, has no result.
     """
     runs = folder.parent
-    open_cache(runs)
-    remove(folder)  # a run that was cut short is run again from nothing
-    for place in (folder / "home", folder / "tmp"):
-        place.mkdir(parents=True)
-    for name, text in files.items():
-        (folder / name).write_bytes(text.encode("utf-8", "surrogateescape"))
+    lay_out(folder, files)
     secret, started, result = secrets.token_hex(32), time.monotonic(), Result(log=folder / "run.log")
     held = list(data.iterdir())
     before = contents([folder / "prepare.py", *held, *watch()])
@@ -1211,7 +1218,7 @@ class Model:
 
     def ask(self, chat):
         """As call(), through every fault of the provider: a request that is too long loses its history, the rest is waited out."""
-        wait = WAITS[0]
+        failed = 0
         while True:
             self.facts.show(thinking=f"{self.name} thinks about the next edit", thinking_since=time.monotonic())
             try:
@@ -1221,13 +1228,12 @@ class Model:
                 if getattr(error, "status_code", None) in (400, 413, 422) and shorten(chat):
                     self.facts.say(f"the model's server refused the request ({reason}); asking again with less of it")
                     continue
-                seconds = wait
+                seconds, failed = backoff(failed), failed + 1
                 with contextlib.suppress(AttributeError, TypeError, ValueError):  # no response, no header, a date in it
                     seconds = min(max(float(error.response.headers.get("retry-after")), 1), WAITS[1])
                 self.facts.say(f"the model's server failed ({reason}); going on in {seconds:.0f} s")
                 self.facts.show(thinking=f"waiting {seconds:.0f} s for the model's server: {reason}", thinking_since=time.monotonic())
                 time.sleep(seconds)
-                wait = min(2 * wait, WAITS[1])
 
 
 def shorten(chat):
@@ -1513,10 +1519,7 @@ class Night:
             return False
         probe, reason = self.runs / "probe", "bwrap (bubblewrap) is not installed"
         if shutil.which("bwrap"):
-            open_cache(self.runs)
-            for place in (probe / "home", probe / "tmp"):
-                place.mkdir(parents=True, exist_ok=True)
-            (probe / "prepare.py").write_text(self.prepare_py)
+            lay_out(probe, {"prepare.py": self.prepare_py})
             try:
                 inside = self.machine(*cage(probe, self.runs, self.data))
                 reason = "" if inside == machine else f"the device is {inside['Device']} behind bwrap"
@@ -1772,11 +1775,10 @@ class Night:
                 if status == "again":
                     commit = notebook.remember(commit, runs)
                 else:
-                    self.finish(commit, status, result, runs)
+                    self.finish(commit, message, status, result, runs)
 
-    def finish(self, commit, status, result, runs=()):
+    def finish(self, commit, message, status, result, runs=()):
         """The row of an experiment that ran."""
-        message = self.git.message(commit)
         cause = f" [{result.cause}]" if result.cause else ""
         tokens = int(read_trailers(message).get("Tokens", 0))
         self.add_row(commit, status, result, one_line(message.splitlines()[0], 120) + cause, tokens, runs)
@@ -1806,8 +1808,7 @@ class Night:
             result = self.measure(row.commit, self.seed(row, failed), f"after failures, the best so far again: {row.description}")
             if not result.cause:
                 break
-            seconds = min(WAITS[0] * 2**failed, WAITS[1])
-            self.facts.wait(seconds, f"the best so far fails too, so the machine is at fault ({result.cause})")
+            self.facts.wait(backoff(failed), f"the best so far fails too, so the machine is at fault ({result.cause})")
         with self.interrupts.hold():
             self.notebook.repeat(row, result.bpb)
         return not failed
@@ -1885,8 +1886,9 @@ class Night:
         before = len(rows)
         commit = self.notebook.unfinished()
         if commit and self.errors and commit == self.tested:
+            result = Result(cause=one_line(f"the loop fails on it: {self.error}"), failure="refused")
             with self.interrupts.hold():
-                self.finish(commit, "crash", Result(cause=one_line(f"the loop fails on it: {self.error}"), failure="refused"))
+                self.finish(commit, self.git.message(commit), "crash", result)
         elif commit and self.errors >= 3 and self.notebook.incumbent:  # is it this experiment that the loop can't stand?
             self.incumbent_runs()
             self.tested = commit
@@ -1899,7 +1901,7 @@ class Night:
         else:
             self.next_experiment()
         if self.hasty > HASTE and len(rows) > before:
-            self.facts.wait(min(WAITS[0] * 2 ** (self.hasty - HASTE - 1), WAITS[1]), f"{self.hasty} failures in a row within seconds")
+            self.facts.wait(backoff(self.hasty - HASTE - 1), f"{self.hasty} failures in a row within seconds")
         if len(rows) % 100 == 0 < len(rows) - before:
             prune(self.runs, RUNS_BYTES)
         return True
@@ -1926,7 +1928,7 @@ class Night:
                         with contextlib.suppress(OSError):
                             make_room(self.runs)
                         self.errors, self.error = self.errors + 1, explain(error)
-                        self.facts.wait(min(WAITS[0] * 2 ** (self.errors - 1), WAITS[1]), self.error)
+                        self.facts.wait(backoff(self.errors - 1), self.error)
             finally:
                 kill_runs(self.runs)  # also what was being started when a signal came
                 self.facts.show(activity="")

@@ -108,6 +108,13 @@ class Project:
         self.git("add", "-A")
         self.git("commit", "--quiet", "-m", message)
 
+    def constants(self, **values):
+        """Other constants in its loop.py, committed."""
+        for name, value in values.items():
+            line = next(line for line in self.read("loop.py").splitlines() if line.startswith(f"{name} ="))
+            self.write("loop.py", self.read("loop.py").replace(line, f"{name} = {value}"))
+        self.commit("constants")
+
     def start(self, *args, **environment):
         """The loop as a process."""
         sandbox = () if "--sandbox" in args else ("--sandbox", "off")  # whether this machine has bwrap or not

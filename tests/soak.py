@@ -108,10 +108,9 @@ class Clone(Project):
 
 def stand_in(folder):
     project = Project(folder)
-    project.write("loop.py", project.read("loop.py").replace("WAITS = (5, 600)", "WAITS = (0.05, 0.2)"))
     project.write("train.py", TRAIN)
     project.write("prepare.py", project.read("prepare.py") + BROKEN)
-    project.commit("short waits, and a machine that can fail")
+    project.constants(WAITS="(0.05, 0.2)")
     return project
 
 

@@ -28,14 +28,6 @@ def inside(code, idea="an edit"):
     return block("def main():", "def main():\n" + "\n".join(f"    {line}" for line in code.splitlines()), idea)
 
 
-def constants(project, **values):
-    """The project with other constants in its loop.py, committed."""
-    for name, value in values.items():
-        line = next(line for line in project.read("loop.py").splitlines() if line.startswith(f"{name} ="))
-        project.write("loop.py", project.read("loop.py").replace(line, f"{name} = {value}"))
-    project.commit("constants")
-
-
 # ---- the cage
 
 
@@ -194,7 +186,7 @@ LIMITS = {
 @pytest.mark.parametrize("name", LIMITS)
 def test_what_takes_too_much_ends_its_run_and_not_the_night(project, server, name):
     code, values, cause = LIMITS[name]
-    constants(project, **values)
+    project.constants(**values)
     server.replies += [inside(code, name), block("DEPTH = 4", "DEPTH = 5", "the next")]
     project.online(server, "--experiments", 2)
     assert cause in project.rows()[1]["description"] and project.rows()[2]["status"] == "keep"
@@ -241,7 +233,7 @@ def test_a_persons_shell_in_a_run_folder_is_left_alone(project, server):
 
 @LINUX
 def test_pages_that_processes_share_are_counted_once(project, server):
-    constants(project, MEMORY_SHARE=0.05)
+    project.constants(MEMORY_SHARE=0.05)
     share = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 100
     forks = "for _ in range(10):\n    if os.fork() == 0:\n        time.sleep(2)\n        os._exit(0)"
     server.replies += [inside(f"import os, time\nx = b'1' * {share}\n{forks}\ntime.sleep(2.5)", "ten forks")]
@@ -283,7 +275,7 @@ def breakable(project):
     switch = project.folder.parent / "broken"
     check = f"    if Path({str(switch)!r}).exists():\n        raise RuntimeError({BUSY!r})\n"
     project.write("prepare.py", project.read("prepare.py").replace("    for step in range(1", f"{check}    for step in range(1"))
-    constants(project, WAITS="(0.05, 0.2)")
+    project.constants(WAITS="(0.05, 0.2)")
     return switch
 
 
@@ -308,7 +300,7 @@ def test_while_the_machine_fails_the_loop_waits_and_blames_no_experiment(project
 
 
 def test_what_fails_alone_is_to_blame_whatever_it_says(project, server):
-    constants(project, WAITS="(0.05, 0.2)")
+    project.constants(WAITS="(0.05, 0.2)")
     server.replies += [inside(f"raise RuntimeError({BUSY!r})", "no device"), block("DEPTH = 4", "DEPTH = 5", "the next")]
     project.online(server, "--experiments", 2)
     rows = project.rows()
@@ -326,7 +318,7 @@ def test_after_three_that_run_out_of_memory_the_incumbent_runs_to_see_whether_it
 
 def test_a_git_that_fails_for_a_while_costs_no_row(project, server):
     """As a full disk, a read-only one or a lost mount would have it: everything goes through git."""
-    constants(project, WAITS="(0.05, 0.2)")
+    project.constants(WAITS="(0.05, 0.2)")
     switch = project.folder.parent / "broken"
     fails = f"[ -e {switch} ] && {{ echo 'fatal: No space left on device' >&2; exit 128; }}"
     path = tools(project.folder.parent, git=f'{fails}\nexec {shutil.which("git")} "$@"')
@@ -374,7 +366,7 @@ def test_a_mistake_in_the_loop_itself_does_not_end_the_night(project, server):
     project.write(
         "loop.py", project.read("loop.py").replace("def nudge(rows, touches):", "def nudge(rows, touches, wrong=[1]):\n    wrong.pop()")
     )
-    constants(project, WAITS="(0.05, 0.2)")
+    project.constants(WAITS="(0.05, 0.2)")
     server.replies += [block("WIDTH = 64", "WIDTH = 128", "twice the width"), block("DEPTH = 4", "DEPTH = 5", "a layer")]
     process = project.start("--budget", "20", "--tag", "t", "--experiments", "2", OPENAI_BASE_URL=server.url)
     project.wait_for(lambda: len(project.rows()) == 2)
@@ -395,7 +387,7 @@ TWICE = block("WIDTH = 64", "WIDTH = 128", "twice the width")
 
 def waits_and_goes_on(project, server, breaks, mends, *replies):
     """A night of two experiments; breaks() is called when the first edit is asked for, and mends() two seconds later."""
-    constants(project, WAITS="(0.05, 0.2)")
+    project.constants(WAITS="(0.05, 0.2)")
     broken = []
 
     def reply(request):
@@ -436,7 +428,7 @@ def test_a_run_whose_row_cannot_be_written_is_not_run_again(project, server):
         path.mkdir()
         return TWICE
 
-    constants(project, WAITS="(0.05, 0.2)")
+    project.constants(WAITS="(0.05, 0.2)")
     server.replies += [full, block("DEPTH = 4", "DEPTH = 5", "a layer")]
     process = project.start("--budget", "20", "--tag", "t", "--experiments", "2", OPENAI_BASE_URL=server.url)
     project.wait_for((project.folder / "results.tsv").is_dir)
@@ -464,7 +456,7 @@ def test_a_repository_around_this_one_is_not_taken_for_it(project, server):
 
 
 def test_ctrl_c_while_a_row_cannot_be_written_ends_the_loop(project, server):
-    constants(project, WAITS="(0.05, 0.2)", LOCK_SECONDS=2)
+    project.constants(WAITS="(0.05, 0.2)", LOCK_SECONDS=2)
     server.replies += [lambda request: ref_lock(project).touch() or TWICE]
     process = project.start("--budget", "20", "--tag", "t", OPENAI_BASE_URL=server.url)
     project.wait_for(ref_lock(project).exists)
@@ -476,7 +468,7 @@ def test_ctrl_c_while_a_row_cannot_be_written_ends_the_loop(project, server):
 def test_an_experiment_that_the_loop_cannot_stand_becomes_a_row(project, server):
     fails = "def statements(source):\n    assert 'WIDTH = 128' not in source"
     project.write("loop.py", project.read("loop.py").replace("def statements(source):", fails))
-    constants(project, WAITS="(0.05, 0.2)")
+    project.constants(WAITS="(0.05, 0.2)")
     server.replies += [TWICE, block("DEPTH = 4", "DEPTH = 5", "a layer")]
     project.online(server, "--experiments", 2)
     assert [row["status"] for row in project.rows()] == ["keep", "crash", "keep"]

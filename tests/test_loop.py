@@ -262,8 +262,7 @@ def test_a_model_that_thinks_longer_than_a_run_is_waited_for_and_the_loop_says_s
 
 def test_a_provider_that_fails_while_an_experiment_runs_is_waited_out_beside_it(project, server):
     server.replies += [BETTER, (503, ""), WORSE]
-    project.write("loop.py", project.read("loop.py").replace("WAITS = (5, 600)", "WAITS = (0.05, 0.2)"))
-    project.commit("short waits")
+    project.constants(WAITS="(0.05, 0.2)")
     out = project.online(server, "--experiments", 2)
     assert "the model's server failed" in out and len(project.rows()) == 3
 
