@@ -206,7 +206,7 @@ def read_records(path):
         from pyarrow.parquet import ParquetFile
 
         try:
-            with ParquetFile(path, buffer_size=2**20) as file:  # else a column of a row group is read at once
+            with ParquetFile(path, buffer_size=2**20, pre_buffer=False) as file:  # else a whole row group is read at once
                 for batch in file.iter_batches(BATCH_DOCUMENTS, columns=["text"]):
                     yield from (text.encode().decode() for text in batch["text"].drop_null().to_pylist())
         except (ValueError, LookupError, TypeError, AttributeError, RuntimeError):
