@@ -178,7 +178,7 @@ def download(repository, commit, *names):
     package("pyarrow", "[hub]"), package("huggingface_hub", "[hub]")
     from huggingface_hub import errors, hf_hub_download
 
-    print(f"from the Hugging Face hub, {repository}: {names[0]} to {names[-1]}")
+    print(f"files of {repository} on the Hugging Face hub: {len(names):,}")
     handlers = {number: signal.signal(number, signal.default_int_handler) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         with warnings.catch_warnings():

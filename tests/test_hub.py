@@ -194,9 +194,8 @@ def documents(meta):
 
 
 def left_over(tmp_path):
-    """What isn't a complete data set, or a complete file of the hub's cache."""
-    inside = [path.name for path in (tmp_path / "data").glob("*") if path.name != "prepare.lock"]
-    return inside + [path.name for path in (tmp_path / "hf").rglob("*.incomplete")]
+    """Folders of data sets. What is half-written in the hub's cache is the library's to keep, for a later try, or to remove."""
+    return [path.name for path in (tmp_path / "data").glob("*") if path.name != "prepare.lock"]
 
 
 # ---- from the hub
