@@ -1,7 +1,8 @@
 """The ruler: the text, the tokenizer, the clock, the seed and the metric. The agent never edits this file.
 
     python prepare.py                     the Python sources of the installed torch package; no download
-    python prepare.py --source PATH       your own .txt, .md, .py, .jsonl or .jsonl.gz file, or a folder of them
+    python prepare.py --source PATH       your own .txt, .md, .py, .jsonl, .jsonl.gz or .parquet file, or a folder of them
+    python prepare.py --source climbmix   web text, or tinystories: from the Hugging Face hub (pip install -e '.[hub]')
 
 Reads the source twice (vocabulary, then tokens) and writes ~/.cache/autoresearch/<source>-<fingerprint>/ (or below
 $AUTORESEARCH_DATA): train.bin, val.bin and test.bin (uint16 tokens, a BOS before each document), tokenizer.tiktoken
@@ -29,6 +30,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import warnings
 import zlib
 from pathlib import Path
 from time import monotonic  # bound here, so that a train.py which replaces time.time or time.monotonic moves nothing
@@ -45,8 +47,16 @@ CPU_SIZES = dict(seq_len=256, vocab_size=2048, eval_tokens=2**17, eval_rows=16) 
 FORMAT = 2  # of the files written; a new number makes every source be prepared again
 HELD_OUT = 20  # one document in 20 is val and one is test, by content hash
 DOCUMENT_CHARS = 8192  # a longer text file is cut at the next blank line, so that a book has documents to split
-JSON_CHARS = 2**20  # a longer text in a JSON line is cut: bounds memory
-SUFFIXES = (".txt", ".md", ".py", ".jsonl", ".jsonl.gz")  # of the files that are read in a folder
+RECORD_CHARS = 2**20  # a longer text in a JSON line or a parquet row is cut: bounds memory
+SUFFIXES = (".txt", ".md", ".py", ".jsonl", ".jsonl.gz", ".parquet")  # of the files that are read in a folder
+COMPRESSION = {".gz": 3, ".parquet": 3}  # times its size such a file holds, about; only progress bars need it
+# Data sets of the Hugging Face hub: repository, commit (the same text for everybody, always), files, how many without --shards.
+HUB = {
+    "tinystories": ("roneneldan/TinyStories", "f54c09fd23315a6f9c86f9dc80f725de7d8f9c64",
+                    ["TinyStoriesV2-GPT4-valid.txt", "TinyStoriesV2-GPT4-train.txt"], 2),  # 22 MB and 2.2 GB
+    "climbmix": ("karpathy/climbmix-400b-shuffle", "915333b4f8b8684f39aeaafea600fea6f43fb703",
+                 [f"shard_{number:05d}.parquet" for number in range(6543)], 10),  # 90 MB each, 250 million characters
+}  # fmt: skip
 # Of torch's sources: the first names the build, the second is a table of numbers that would be a third of all val tokens.
 LEFT_OUT = ("version.py", "sparse/_triton_ops_meta.py")
 VOCABULARY_CHARS = 200_000_000  # the BPE is trained on at most this much of the train split
@@ -117,17 +127,18 @@ def newest(root):
     return max(found, key=lambda folder: (folder / "meta.json").stat().st_mtime_ns)
 
 
-def torch_package():
-    spec = importlib.util.find_spec("torch")
+def package(name, extra=""):
+    """The folder of an installed package, which isn't imported."""
+    spec = importlib.util.find_spec(name)
     if spec is None:
-        raise Problem("torch is not installed here; run: pip install -e .")
+        raise Problem(f"{name} is not installed here; run: pip install -e '.{extra}'")
     return Path(spec.origin).parent
 
 
 def machine_sizes():
     """The sizes for this machine, without the seconds that importing torch takes."""
     count = ctypes.c_int(0)
-    if (torch_package() / "lib" / "libtorch_cuda.so").exists():
+    if (package("torch") / "lib" / "libtorch_cuda.so").exists():
         try:
             driver = ctypes.CDLL("libcuda.so.1")
             driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count))
@@ -136,10 +147,16 @@ def machine_sizes():
     return GPU_SIZES if count.value else CPU_SIZES
 
 
-def source_files(source):
-    """(name, files, what identifies them) of --source: `pytorch`, or the path of a text file or a folder."""
+def source_files(source, shards=None):
+    """(name, files, what identifies them) of --source: `pytorch`, a name in HUB (its files are still to be found), or a path."""
+    repository, commit, names, usual = HUB.get(source, (None, None, [], None))
+    if shards is not None and not 0 < shards <= len(names):
+        most = ", ".join(f"{name} has {len(names):,}" for name, (_, _, names, _) in HUB.items())
+        raise Problem(f"--shards {shards}: not a number of files that {source} has on the hub; {most}")
+    if source in HUB:
+        return source, [], [repository, commit, *names[: shards or usual]]
     if source == "pytorch":
-        folder = torch_package()
+        folder = package("torch")
         files = sorted(path for path in folder.rglob("*.py") if str(path.relative_to(folder)) not in LEFT_OUT)
         return "pytorch", files, importlib.metadata.version("torch").partition("+")[0]
     path = Path(source).expanduser()
@@ -155,22 +172,67 @@ def source_files(source):
     return name, files, stats
 
 
+def download(repository, commit, *names):
+    """Paths of files of a data set on the hub, from its cache or the network; what is complete is kept and not asked for again."""
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # no lines of the library's own about its retries
+    package("pyarrow", "[hub]"), package("huggingface_hub", "[hub]")
+    from huggingface_hub import errors, hf_hub_download
+
+    print(f"files of {repository} on the Hugging Face hub: {len(names):,}")
+    handlers = {number: signal.signal(number, signal.default_int_handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", "Not enough free disk space")  # known before the first byte
+            return [Path(hf_hub_download(repository, name, repo_type="dataset", revision=commit)) for name in names]
+    except Exception as error:  # of the library, its HTTP client or its Rust part: they have no base in common
+        cause = error.__cause__ or error
+        status = getattr(getattr(cause, "response", None), "status_code", None)
+        step = {401: "set HF_TOKEN", 403: "set HF_TOKEN", 429: "wait, or set HF_TOKEN"}.get(status, "check the network and HF_ENDPOINT")
+        if isinstance(cause, errors.OfflineModeIsEnabled):
+            step = "unset HF_HUB_OFFLINE"
+        if isinstance(cause, UserWarning) or getattr(cause, "errno", None):
+            step = "make room or set HF_HOME"
+        reason = (str(cause).strip() or type(cause).__name__).splitlines()[0].partition(". ")[0].rstrip(".")
+        raise Problem(f"{repository} can't be downloaded ({reason}); {step}, and run it again: complete files are kept") from None
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def read_records(path):
+    """Yields the text of each line of a .jsonl or .jsonl.gz file, or row of a .parquet file."""
+    if path.suffix == ".parquet":
+        package("pyarrow", "[hub]")
+        from pyarrow.parquet import ParquetFile
+
+        try:
+            with ParquetFile(path, buffer_size=2**20, pre_buffer=False) as file:  # else a whole row group is read at once
+                for batch in file.iter_batches(BATCH_DOCUMENTS, columns=["text"]):
+                    yield from (text.encode().decode() for text in batch["text"].drop_null().to_pylist())
+        except (ValueError, LookupError, TypeError, AttributeError, RuntimeError):
+            raise Problem(f'{path}: not a parquet file with a "text" column of strings; mend it or leave it out') from None
+        return
+    with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig") as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                try:
+                    yield json.loads(line)["text"].encode("utf-8", "replace").decode()  # may hold half a surrogate pair
+                except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+                    raise Problem(f'{path}, line {number}: not a JSON object with a "text" string; mend it') from None
+
+
 def read_documents(path, whole):
     """Yields the documents of one file, never holding more than a document (a `whole` file is one document)."""
-    if path.name.endswith((".jsonl", ".jsonl.gz")):
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    try:
-                        text = json.loads(line)["text"].encode("utf-8", "replace").decode()  # may hold half a surrogate pair
-                    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-                        raise Problem(f'{path}, line {number}: not a JSON object with a "text" string; mend it') from None
-                    yield from (text[start : start + JSON_CHARS] for start in range(0, len(text), JSON_CHARS))
+    if path.name.endswith((".jsonl", ".jsonl.gz", ".parquet")):
+        for text in read_records(path):
+            yield from (text[start : start + RECORD_CHARS] for start in range(0, len(text), RECORD_CHARS))
         return
     with open(path, encoding="utf-8-sig", newline="") as file:
         text, size = [], 0
         while line := file.readline(4 * DOCUMENT_CHARS):  # bounded: a text may be a single line
             ends_here = line.strip() == "<|endoftext|>"  # how TinyStories and others part their documents
+            if "\0" in line:
+                raise Problem(f"{path} is not text, it has NUL bytes; leave it out")
             if not ends_here:
                 text.append(line)
                 size += len(line)
@@ -189,8 +251,6 @@ def split_documents(files, whole):
                 raw = text.encode()
                 digest = int.from_bytes(hashlib.blake2b(raw, digest_size=8).digest(), "little")
                 if text.strip() and digest not in seen:
-                    if "\0" in text:
-                        raise Problem(f"{path} is not text, it has NUL bytes; leave it out")
                     seen.add(digest)
                     yield {0: "val", 1: "test"}.get(digest % HELD_OUT, "train"), text, len(raw)
         except UnicodeDecodeError as error:
@@ -292,10 +352,10 @@ def write_data_set(folder, source, sizes, key, progress):
     """Writes the tokenizer, the token files and meta.json into `folder`, to the disk; returns the fingerprint."""
     name, files, identity = source
     whole = isinstance(identity, str)  # of a release of torch, each file is a document
-    total = None if any(path.suffix == ".gz" for path in files) else sum(path.stat().st_size for path in files)
+    total = sum(path.stat().st_size * COMPRESSION.get(path.suffix, 1) for path in files)
 
     def documents(task, most=math.inf):
-        task = progress.add_task(task, total=min(total, most) if total else None)
+        task = progress.add_task(task, total=min(total, most))
         for split, text, size in split_documents(files, whole):
             if _stopped:
                 raise KeyboardInterrupt
@@ -324,11 +384,11 @@ def write_data_set(folder, source, sizes, key, progress):
     return fingerprint
 
 
-def prepare(source, root):
+def prepare(source, root, shards=None):
     """Prepares `source` below `root` unless that was done before; returns (folder, whether it was there)."""
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
-    name, _, identity = found = source_files(source)
+    name, files, identity = source_files(source, shards)
     root = root.parent if read_meta(root) else root  # AUTORESEARCH_DATA may name one data set
     sizes = machine_sizes()
     key = hashlib.sha256(json.dumps([FORMAT, sizes, PATTERN, name, identity]).encode()).hexdigest()
@@ -345,6 +405,7 @@ def prepare(source, root):
             if meta["key"] == key:
                 os.utime(folder / "meta.json")  # asked for again: the newest is what a new branch takes
                 return folder, True
+        found = name, files or download(*identity), identity
         with tempfile.TemporaryDirectory(prefix=".partial-", dir=root) as partial:
             made = Path(partial) / "made"
             made.mkdir()
@@ -735,12 +796,15 @@ def _stop(number, frame):
 def main():
     parser = argparse.ArgumentParser(description="Prepares the text that train.py learns from. A second call does nothing.")
     parser.add_argument("--source", default="pytorch", metavar="NAME|PATH",
-                        help="pytorch (the installed torch package's Python sources, the default), or a text file or folder")  # fmt: skip
+                        help="pytorch (the installed torch package's Python sources, the default), tinystories or climbmix (from the "
+                             "Hugging Face hub), or a file or folder of your own")  # fmt: skip
+    parser.add_argument("--shards", type=int, metavar="N", help="only the first N files: of climbmix's 6,543 of 90 MB each (default: 10), "
+                        "or of tinystories' two, of 22 MB and 2.2 GB")  # fmt: skip
     args = parser.parse_args()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _stop)
     try:
-        folder, was_there = prepare(args.source, data_root())
+        folder, was_there = prepare(args.source, data_root(), args.shards)
     except (Problem, OSError, KeyboardInterrupt) as error:
         reason, code = str(error), 2
         if isinstance(error, OSError):
