@@ -103,7 +103,7 @@ explains isn't kept, nor a tiny one that adds many lines; an equal result with f
 reply must hold an edit.
 
 train.py is the only file you can change. It must go on using the ruler, prepare.py, which you can't change:
-  run = prepare.Run()                      # seed, device, data, clock; run.device, run.seq_len, run.vocab_size
+  run = prepare.Run()                      # seed, device, data, clock; run.device, run.seq_len, run.vocab_size, run.train_tokens
   batches = run.batches(batch_size)        # endless (x, y), int64 (B, T) on the device; optional seq_len= up to run.seq_len
   run.preflight(model)                     # once, before training: checks the model, times its evaluation
   while (progress := run.progress()) < 1:  # 0..1 over the training time; schedules are functions of it

@@ -468,7 +468,7 @@ def _guard(event, args):
 class Run:
     """One experiment: seeds everything, picks the device, opens the data and starts the clock.
 
-    `device` (torch.device), `seq_len` and `vocab_size` are the ruler's facts. Reads AUTORESEARCH_BUDGET (300 s of wall
+    `device` (torch.device), `seq_len`, `vocab_size` and `train_tokens` (of the train split) are the ruler's facts. Reads AUTORESEARCH_BUDGET (300 s of wall
     clock for the whole process), _STARTED (time.monotonic() at spawn), _SEED (0), _DATA (~/.cache/autoresearch) and
     _SPLIT (val; test in the closing audit, which prints test_bpb).
     """
@@ -490,6 +490,7 @@ class Run:
         torch.manual_seed(self._seed)
         self._lengths = torch.from_numpy(byte_lengths(read_tokenizer(folder / "tokenizer.tiktoken")))
         self._train = np.memmap(folder / "train.bin", dtype=np.uint16, mode="r")
+        self.train_tokens = len(self._train)
         if not _sealed:
             sys.addaudithook(_guard)
         _sealed.update(os.path.realpath(folder / f"{split}.bin") for split in self._meta["splits"])

@@ -6,6 +6,7 @@ Trains a GPT until the ruler's clock runs out, then lets the ruler measure it. R
 ruler's summary; writes no file. The number that counts is val_bpb, bits per byte of unseen text: lower is better.
 """
 
+import itertools
 from dataclasses import dataclass
 from functools import partial
 
@@ -25,7 +26,12 @@ ADAM_SQUARE = 20.0  # steps that AdamW's running mean of their squares looks bac
 MATRIX_DECAY = 0.0  # weight decay of the matrices, per step and unit of learning rate
 LOGIT_CAP = 15.0  # logits are bent smoothly into plus or minus this
 QK_SCALE = 1.3  # length given to normalised queries and keys at the start: sharper attention; then learned by head
-NGRAM = 4  # tokens in the longest n-gram that has an embedding; the shortest has 2
+NGRAM = 3  # tokens in the longest n-gram that has an embedding; the shortest has 2
+READ_NGRAM = 7  # tokens in the longest n-gram that the memory knows; the shortest has 2
+MOST_LEAD = 7  # votes that a guess of the memory is ahead by, from which on more say no more
+READ_SHARE = 0.6  # of the text, at most, for the memory; what it has read is never trained on
+READ_TIME = 0.05  # share of the training time, at most, for reading
+DOUBT = 0.15  # share of the memory's guesses that are replaced by chance in training
 
 
 @dataclass(frozen=True)
@@ -37,16 +43,17 @@ class Sizes:
     head_dim: int  # even, for the rotary pairs
     mlp_ratio: int  # hidden width of the MLP over the model's width
     ngram_rows: int  # of the table which n-grams are hashed into
+    memory_rows: int  # for each length of n-gram in the memory; 0: no memory
     short_window: int  # tokens that a layer with a short window looks back
     long_every: int  # every n-th layer and the last one look back over the whole sequence
     rope_base: float  # radians: about the longest rotary wavelength, in tokens
-    micro_batch: int  # sequences in one forward pass; on a CPU few, so that their logits stay in its caches
+    micro_batch: int  # sequences in one forward pass
     accumulation: int  # forward passes in one optimizer step
     matrix_lr: float  # Muon: the spectral norm of one update
     embed_lr: float  # AdamW: token and value embeddings
     ngram_lr: float  # row-wise Adagrad: the n-gram table
     head_lr: float  # AdamW: output layer
-    scalar_lr: float  # AdamW: scales and gates
+    scalar_lr: float  # AdamW: scales, gates and how far each guess of the memory is trusted
 
 
 GPU = Sizes(
@@ -55,6 +62,7 @@ GPU = Sizes(
     head_dim=128,
     mlp_ratio=4,
     ngram_rows=262_144,
+    memory_rows=0,  # the text is read many times over: nothing in it is new for long
     short_window=256,
     long_every=5,
     rope_base=200_000.0,
@@ -72,11 +80,12 @@ CPU = Sizes(
     head_dim=64,
     mlp_ratio=4,
     ngram_rows=524_288,
+    memory_rows=4_194_304,
     short_window=256,
     long_every=1,
     rope_base=10_000.0,
-    micro_batch=4,
-    accumulation=2,
+    micro_batch=8,
+    accumulation=1,
     matrix_lr=0.02,
     embed_lr=0.3,
     ngram_lr=1.0,
@@ -100,6 +109,14 @@ def rotate(x, cos, sin):
     """Rotary position embedding (Su et al., arXiv 2104.09864) of x (B, heads, T, head_dim)."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
+
+
+def ngram_keys(ids, longest):
+    """A number for each n-gram that ends at a position of ids (B, T): one (B, T) for each n from 2 to `longest`."""
+    keys = [ids]
+    for back in range(1, longest):
+        keys.append(1_000_003 * keys[-1] + earlier(ids, back) + 1)  # products wrap at 64 bits, which is fine
+    return keys[1:]
 
 
 class Linear(nn.Linear):
@@ -162,6 +179,45 @@ class Block(nn.Module):
         return x + self.mlp(norm(x))
 
 
+class Memory(nn.Module):
+    """What mostly followed each n-gram in a part of the text that is read once, much faster than it could be trained on.
+
+    A slot holds the token that won a majority vote (Boyer and Moore, MJRTY, 1991) among those that followed, and its lead.
+    Training text shares documents with what was read and new text doesn't, so guesses are better in training than they will
+    be: random ones among them keep the model from trusting them too much.
+    """
+
+    def __init__(self, rows, vocab_size, width):
+        super().__init__()
+        self.vocab_size = vocab_size
+        self.guess = nn.Embedding(vocab_size + 1, width)  # of the guessed token; the last row stands for none
+        nn.init.normal_(self.guess.weight, std=0.02)
+        self.trust = nn.Parameter(torch.full((READ_NGRAM - 1, MOST_LEAD + 1), 0.3))  # by length of the n-gram, and lead
+        self.token = torch.full((READ_NGRAM - 1, rows), vocab_size, dtype=torch.int16)
+        self.lead = torch.zeros((READ_NGRAM - 1, rows), dtype=torch.int8)
+
+    def read(self, ids, following):
+        """One vote for each n-gram in ids (B, T): for the token that follows it, (B, T)."""
+        for n, key in enumerate(ngram_keys(ids, READ_NGRAM), 2):
+            slot, voted = (key % self.token.size(1))[:, n - 1 :].flatten(), following[:, n - 1 :].flatten().short()
+            token, lead = self.token[n - 2], self.lead[n - 2]
+            before, agrees = lead[slot], token[slot] == voted
+            won = ~agrees & (before == 0)
+            token[slot[won]] = voted[won]
+            lead[slot] = torch.where(agrees | won, before + 1, before - 1).clamp(0, 127)
+
+    def forward(self, keys):
+        """(B, T, width) from the keys of each length of n-gram."""
+        total = 0
+        for n, key in enumerate(keys):
+            slot = key % self.token.size(1)
+            guess, lead = self.token[n][slot].long(), self.lead[n][slot].long().clamp(max=MOST_LEAD)
+            if self.training:
+                guess = torch.where(torch.rand(guess.shape) < DOUBT, torch.randint(self.vocab_size, guess.shape), guess)
+            total = total + self.trust[n][lead][..., None] * self.guess(guess)
+        return total
+
+
 class GPT(nn.Module):
     """ids (B, T) -> logits (B, T, vocab). T is fixed: masks and rotary angles are made once, for that length."""
 
@@ -172,6 +228,7 @@ class GPT(nn.Module):
         self.tokens = nn.Embedding(vocab_size, width)
         # On a CPU a step touches few rows, and a dense gradient of the table would cost more than the model.
         self.ngrams = nn.Embedding(sizes.ngram_rows, width, sparse=device.type == "cpu", _weight=torch.zeros(sizes.ngram_rows, width))
+        self.memory = Memory(sizes.memory_rows, vocab_size, width) if sizes.memory_rows else None
         self.blocks = nn.ModuleList(Block(sizes, vocab_size) for _ in range(sizes.depth))
         self.shortcut = nn.Parameter(torch.tensor(0.5))  # of the embeddings, straight to the output
         self.head = Linear(width, vocab_size, std=0)
@@ -183,17 +240,25 @@ class GPT(nn.Module):
         self.windows[-1] = T
         self.masks = [window_mask(window, T, device) for window in self.windows]
 
-    def forward(self, ids):
+    def hidden(self, ids):
+        """ids (B, T) -> what the output layer reads, (B, T, width)."""
         x = self.tokens(ids)  # (B, T, width)
-        key = ids
-        for back in range(1, NGRAM):
-            key = 1_000_003 * key + earlier(ids, back) + 1  # a number for each n-gram; products wrap at 64 bits, which is fine
+        keys = ngram_keys(ids, max(NGRAM, READ_NGRAM if self.memory else 0))
+        for key in keys[: NGRAM - 1]:
             x = x + self.ngrams(key % self.ngrams.num_embeddings)
+        if self.memory:
+            x = x + self.memory(keys[: READ_NGRAM - 1])
         x = x0 = norm(x.to(self.dtype))
         for block, mask in zip(self.blocks, self.masks, strict=True):
             x = block(x, x0, ids, self.rotary, mask)
-        x = norm(x + self.shortcut.to(x.dtype) * x0)
-        return LOGIT_CAP * torch.tanh(self.head(x / LOGIT_CAP).float())  # (B, T, vocab)
+        return norm(x + self.shortcut.to(x.dtype) * x0)
+
+    def logits(self, hidden):
+        """(..., width) -> (..., vocab), float32."""
+        return LOGIT_CAP * torch.tanh(self.head(hidden / LOGIT_CAP).float())
+
+    def forward(self, ids):
+        return self.logits(self.hidden(ids))
 
     def flops_per_token(self):
         """Forward and backward: 6 a weight of a matrix product, and 12 x width a token that attention looks back."""
@@ -303,10 +368,11 @@ class RowAdagrad(torch.optim.Optimizer):
 def make_optimizers(model, sizes, compiled):
     linear = [module.weight for module in model.blocks.modules() if isinstance(module, Linear)]
     embeddings = [module.weight for module in model.modules() if isinstance(module, nn.Embedding) and module is not model.ngrams]
+    others = {*model.parameters()} - {*linear, *embeddings, model.head.weight, model.ngrams.weight}
     groups = [
         dict(params=embeddings, lr=sizes.embed_lr),
         dict(params=[model.head.weight], lr=sizes.head_lr),
-        dict(params=[p for p in model.parameters() if p.dim() < 2], lr=sizes.scalar_lr),
+        dict(params=[p for p in model.parameters() if p in others], lr=sizes.scalar_lr),
     ]
     optimizers = [
         torch.optim.AdamW(groups, betas=(1 - 1 / ADAM_MEAN, 1 - 1 / ADAM_SQUARE), eps=1e-10, weight_decay=0.0, fused=True),
@@ -330,6 +396,37 @@ def optimize(optimizers, progress):
 
 
 # ---- training
+
+
+def learn(loss_of, model, x, y, share):
+    """Adds the gradients of `share` of the mean loss to the parameters; returns that much of the loss."""
+    loss = share * loss_of(model, x, y)
+    loss.backward()
+    return loss.detach()
+
+
+def learn_by_rows(model, x, y, share):
+    """The same for a CPU: the logits of one row (T, vocab) stay in its caches, those of a batch would go through memory ten times."""
+    hidden = model.hidden(x)
+    leaf = hidden.detach().requires_grad_()
+    total = 0.0
+    for row, targets in zip(leaf, y, strict=True):
+        loss = share / len(x) * F.cross_entropy(model.logits(row), targets)
+        loss.backward()
+        total += loss.detach()
+    hidden.backward(leaf.grad)
+    return total
+
+
+def read_text(run, memory, batches, rows):
+    """Training begins with the memory's reading; returns the batches of the text that is left, which come again and again."""
+    read, most = 0, READ_SHARE * run.train_tokens
+    while run.progress() < READ_TIME and read < most:
+        x, y = map(torch.cat, zip(*itertools.islice(batches, 32), strict=True))
+        memory.read(x, y)
+        read += x.numel()
+    print(f"read {read / 1e6:.2f} M tokens of {run.train_tokens / 1e6:.2f} M", flush=True)
+    return itertools.cycle(itertools.islice(batches, max(int(run.train_tokens - read) // (rows * run.seq_len), 1)))
 
 
 def fitting_micro_batch(model, loss_of, sizes, T, device):
@@ -365,19 +462,20 @@ def main():
         model = GPT(sizes, run.vocab_size, run.seq_len, run.device)
     optimizers = make_optimizers(model, sizes, compiled)
     loss_of, model_for_ruler = compiled(mean_loss), compiled(model)
+    learn_part = partial(learn, loss_of) if on_gpu else learn_by_rows
     run.preflight(model_for_ruler)  # compiles the graph without gradients; training compiles its own
     micro_batch = fitting_micro_batch(model, loss_of, sizes, run.seq_len, run.device) if on_gpu else sizes.micro_batch
 
     rows = sizes.micro_batch * sizes.accumulation  # a step's, however many at a time
     batches = run.batches(rows)
+    if model.memory:
+        batches = read_text(run, model.memory, batches, rows)
     step = 0
     while (progress := run.progress()) < 1:
         x, y = next(batches)  # (rows, T) each
         total = 0.0
         for x_part, y_part in zip(x.split(micro_batch), y.split(micro_batch), strict=True):
-            loss = loss_of(model, x_part, y_part) * (micro_batch / rows)
-            loss.backward()
-            total += loss.detach()
+            total += learn_part(model, x_part, y_part, micro_batch / rows)
         optimize(optimizers, progress)
         step += 1
         run.log(step, total, step * x.numel())

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+from functools import partial
 
 import pytest
 import torch
@@ -13,20 +14,22 @@ import train
 
 T, VOCABULARY = 16, 300
 CPU = torch.device("cpu")
-TINY = dataclasses.replace(train.CPU, heads=2, head_dim=8, ngram_rows=64, short_window=4, long_every=2, depth=3)
+TINY = dataclasses.replace(train.CPU, heads=2, head_dim=8, ngram_rows=64, memory_rows=256, short_window=4, long_every=2, depth=3)
 
 
 def make(sizes=TINY):
     torch.manual_seed(0)
     model = train.GPT(sizes, VOCABULARY, T, CPU)
+    if model.memory:
+        text = torch.randint(VOCABULARY, (8, T + 1))
+        model.memory.read(text[:, :-1], text[:, 1:])
     return model, train.make_optimizers(model, sizes, lambda function: function)
 
 
 def steps(model, optimizers, count=5):
     x = torch.randint(VOCABULARY, (4, T), generator=torch.Generator().manual_seed(1))
     for step in range(count):
-        loss = train.mean_loss(model, x, x)
-        loss.backward()
+        loss = train.learn_by_rows(model, x, x, 1.0)
         train.optimize(optimizers, step / count)
     return loss.item()
 
@@ -35,8 +38,10 @@ def test_the_loop_measures_the_shipped_baseline_with_the_real_ruler(project, dat
     for name in ("train.py", "prepare.py"):
         shutil.copy(ROOT / name, project.folder)
     source = project.read("train.py")
-    label, node = next((label, node) for label, node in loop.numbers(source, "GPU") if label == "CPU.ngram_rows")
-    project.write("train.py", source.replace("ngram_rows=524_288", "ngram_rows=512") if node.value == 524_288 else source)
+    for label, node in loop.numbers(source, "GPU"):
+        if label in ("CPU.ngram_rows", "CPU.memory_rows"):  # smaller tables, for a quick start
+            source = source.replace(f"{label.removeprefix('CPU.')}={node.value:_}", f"{label.removeprefix('CPU.')}=4096")
+    project.write("train.py", source)
     project.commit("real")
     project.run("--offline", "--budget", "20", "--tag", "t", "--hours", "0.000001", AUTORESEARCH_DATA=str(data))
     (row,) = project.rows()
@@ -52,12 +57,21 @@ def test_training_learns(capsys):
     assert steps(model, optimizers) < untrained
 
 
+def test_every_parameter_is_trained():
+    model, optimizers = make()
+    steps(model, optimizers, count=1)
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    steps(model, optimizers, count=2)
+    assert not [name for name, parameter in model.named_parameters() if torch.equal(parameter, before[name])]
+
+
 def test_no_logit_sees_a_later_token():
     model, optimizers = make()
     steps(model, optimizers)  # trained: untrained output layers are zero and would hide a leak
     x = torch.randint(VOCABULARY, (2, T), generator=torch.Generator().manual_seed(2))
     changed = x.clone()
     changed[:, 9:] = 7
+    model.eval()
     with torch.no_grad():
         difference = (model(x) - model(changed)).abs().amax(dim=(0, 2))
     assert difference[:9].max() == 0 and difference[9:].min() > 0
@@ -75,13 +89,94 @@ def test_every_knob_may_be_halved_or_doubled(label, factor, monkeypatch):
     value = type(value)(max(value * factor, 1) if isinstance(value, int) else value * factor)
     if name == label:
         monkeypatch.setattr(train, label, value)
-    elif name not in ("ngram_rows", "short_window"):
+    elif name not in ("ngram_rows", "memory_rows", "short_window"):
         sizes = dataclasses.replace(TINY, **{name: value})
     assert steps(*make(sizes), count=2) < 50
 
 
+def test_learning_by_rows_gives_the_gradients_of_the_whole_batch():
+    model, optimizers = make()
+    steps(model, optimizers)  # a head of zeros passes no gradient on
+    model.eval()  # the memory's random guesses would differ
+    x, y = torch.randint(VOCABULARY, (2, 4, T), generator=torch.Generator().manual_seed(3))
+    gradients = []
+    for learn in (partial(train.learn, train.mean_loss), train.learn_by_rows):
+        loss = learn(model, x, y, 0.5)
+        gradients.append([loss, *(p.grad.to_dense() for p in model.parameters() if p.grad is not None)])
+        model.zero_grad()
+    torch.testing.assert_close(*gradients)
+
+
+def remembering(text, rows=2**12):
+    """A memory that has read `text`, a list of tokens; and its guesses after each position of another list."""
+    memory = train.Memory(rows, VOCABULARY, 8)
+    ids = torch.tensor([text])
+    memory.read(ids[:, :-1], ids[:, 1:])
+
+    def guesses(ids):
+        keys = train.ngram_keys(torch.tensor([ids]), train.READ_NGRAM)
+        return [memory.token[n][key % rows][0, -1].item() for n, key in enumerate(keys)]
+
+    return memory, guesses
+
+
+def test_the_memory_guesses_what_mostly_followed():
+    _, guesses = remembering([1, 2, 3, 9, 1, 2, 4, 9])
+    assert guesses([1, 2])[0] in (3, 4)
+    memory, guesses = remembering([1, 2, 3])
+    for following in (4, 4, 4, 3, 5):
+        memory.read(torch.tensor([[1, 2]]), torch.tensor([[2, following]]))
+    assert guesses([1, 2])[0] == 4
+    assert guesses([2, 1])[0] == VOCABULARY  # never read: none
+
+
+def test_the_memory_knows_longer_ngrams_apart():
+    _, guesses = remembering([1, 2, 3, 4, 9, 8, 2, 3, 5])
+    assert guesses([1, 2, 3])[1] == 4 and guesses([8, 2, 3])[1] == 5
+
+
+def test_the_memory_doubts_its_guesses_in_training_only():
+    memory, _ = remembering(list(range(200)))
+    keys = train.ngram_keys(torch.arange(200)[None], train.READ_NGRAM)
+    assert not torch.equal(memory(keys), memory(keys))
+    memory.eval()
+    assert torch.equal(memory(keys), memory(keys))
+
+
+@dataclasses.dataclass
+class Reading:
+    """As much of a prepare.Run as reading needs: every token of its text has a number of its own."""
+
+    train_tokens: int = 40 * 32 * T
+    seq_len: int = T
+    calls: int = 0
+    calls_until_time_is_over: int = 10**6
+
+    def batches(self, rows):
+        text = torch.arange(self.train_tokens).view(-1, rows, T)
+        while True:
+            yield from zip(text, text + 1, strict=True)
+
+    def progress(self):
+        self.calls += 1
+        return float(self.calls > self.calls_until_time_is_over)
+
+
+@pytest.mark.parametrize("calls", [3, 10**6])
+def test_what_the_memory_has_read_is_never_trained_on(calls, capsys):
+    run, memory = Reading(calls_until_time_is_over=calls), train.Memory(64, VOCABULARY, 8)
+    seen = []
+    memory.read = lambda x, y: seen.extend(x.flatten().tolist())
+    rest = train.read_text(run, memory, run.batches(1), 1)
+    left = (run.train_tokens - len(seen)) // T
+    first, second = ([next(rest)[0].tolist() for _ in range(left)] for _ in range(2))
+    trained = {token for (row,) in first for token in row}
+    assert first == second and len(seen) + len(trained) == run.train_tokens and not trained & set(seen)
+    assert len(seen) == (3 * 32 * T if calls == 3 else train.READ_SHARE * run.train_tokens)
+
+
 def test_the_graph_compiles_in_one_piece():
-    model, _ = make()
+    model, _ = make(dataclasses.replace(TINY, memory_rows=0))  # as on a GPU
     compiled = torch.compile(train.mean_loss, backend="eager", fullgraph=True, dynamic=False)
     x = torch.zeros(2, T, dtype=torch.int64)
     torch.testing.assert_close(compiled(model, x, x), train.mean_loss(model, x, x))
