@@ -1231,13 +1231,8 @@ class Model:
         """As call(), through every fault of the provider until the Event `unwanted`: a request that is too long loses its history, the
         rest is waited out."""
         failed = 0
-
-        def show(text):
-            if not unwanted.is_set():  # else another one is shown
-                self.facts.show(thinking=text, thinking_since=time.monotonic())
-
         while not unwanted.is_set():
-            show(f"{self.name} thinks about the next edit")
+            self.facts.show(thinking=f"{self.name} thinks about the next edit", thinking_since=time.monotonic())
             try:
                 return self.call(chat)
             except (self.openai.APIError, ValueError) as error:  # ValueError: a body that isn't JSON
@@ -1249,10 +1244,8 @@ class Model:
                 with contextlib.suppress(AttributeError, TypeError, ValueError):  # no response, no header, a date in it
                     seconds = min(max(float(error.response.headers.get("retry-after")), 1), WAITS[1])
                 self.facts.say(f"the model's server failed ({reason}); going on in {seconds:.0f} s")
-                show(f"waiting {seconds:.0f} s for the model's server: {reason}")
+                self.facts.show(thinking=f"waiting {seconds:.0f} s for the model's server: {reason}", thinking_since=time.monotonic())
                 unwanted.wait(seconds)
-            finally:
-                show("")
         return "", 0
 
 
@@ -1445,21 +1438,23 @@ class Thought(threading.Thread):
 
     def run(self):
         try:
-            while self.tries and not self.unwanted.is_set():
+            while self.new is None and self.tries and not self.unwanted.is_set():
                 self.tries -= 1
                 self.reply, used = self.ask(self.chat, self.unwanted)
                 with self.facts.counting:
                     self.tokens += used
                     self.facts.tokens += used
                     self.facts.wasted += used if self.unwanted.is_set() else 0
-                if self.unwanted.is_set() or self.apply(self.source, *self.known):
-                    return
+                if not self.unwanted.is_set():
+                    self.facts.show(thinking="")
+                    self.apply(*self.known)
         except Exception as error:  # comes up again where the edit is due, and is waited out there
             self.error = error
 
-    def apply(self, source, incumbent, tried):
-        """Whether the reply's edit makes a new train.py of `source`; if not, the refusal is the next thing that the model reads."""
+    def apply(self, incumbent, tried):
+        """Whether the reply's edit makes a new train.py: of the crashed one or of the incumbent. If not, the model reads why next."""
         self.edit = self.new = None
+        source = self.source if self.mends else incumbent
         try:
             self.edit = parse_reply(self.reply)
             if self.edit.whole and source != self.source:
@@ -1759,14 +1754,15 @@ class Night:
 
     def wanted(self):
         """The thought that is ahead; None if there is none, or none about the program.md that there is now."""
-        ahead = self.ahead
-        if ahead and (ahead.error or ahead.program != self.notebook.program()):
-            ahead.drop()
-            self.ahead = None
-            if ahead.error:
-                raise ahead.error
+        if self.ahead and self.ahead.program != self.notebook.program():
+            self.drop_ahead()
             self.facts.say("the next idea, made ahead, is dropped: program.md was changed")
         return self.ahead
+
+    def drop_ahead(self):
+        if self.ahead:
+            self.ahead.drop()
+            self.ahead = None
 
     def propose(self):
         """The thought whose turn it is, at its end: one that was ahead, if it still applies, else one begun now. A crashed experiment
@@ -1784,9 +1780,10 @@ class Night:
                 self.think()
             elif thought.is_alive():
                 thought.join(1)  # then program.md is looked at again
-            elif thought.new is None or thought.apply(
-                thought.source if thought.mends else notebook.incumbent_source, notebook.incumbent_source, notebook.tried
-            ):
+            elif thought.error:
+                self.drop_ahead()
+                raise thought.error
+            elif thought.new is None or thought.apply(notebook.incumbent_source, notebook.tried):
                 self.facts.waited += time.monotonic() - began
                 return thought
             else:
@@ -1997,8 +1994,7 @@ class Night:
                         self.facts.wait(backoff(self.errors - 1), self.error)
             finally:
                 kill_runs(self.runs)  # also what was being started when a signal came
-                if self.ahead:
-                    self.ahead.drop()
+                self.drop_ahead()
                 self.facts.show(activity="")
 
 
