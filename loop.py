@@ -1466,8 +1466,8 @@ class Thought(threading.Thread):
             if self.chat:
                 self.facts.refused += 1
                 self.facts.say(f"reply refused: {one_line(self.refusal, 160)}")
-            self.chat += [{"role": "assistant", "content": self.reply[:20000] or "(empty)"},
-                          {"role": "user", "content": f"{self.refusal}\n\nNothing was changed. {FORM}"}]  # fmt: skip
+                self.chat += [{"role": "assistant", "content": self.reply[:20000] or "(empty)"},
+                              {"role": "user", "content": f"{self.refusal}\n\nNothing was changed. {FORM}"}]  # fmt: skip
 
     def drop(self):
         """It isn't wanted any more: nothing more is asked, and what it costs, a request in flight included, was for nothing."""
@@ -1772,7 +1772,7 @@ class Night:
             self.facts.show(activity=f"waiting for {self.model.name}", since=began, progress=None)
             if notebook.rows[-1].runs and not self.bound:
                 self.bound = True
-                self.facts.say(f"{self.model.name} thinks longer than a run takes: the loop is bound by the model")
+                self.facts.say(f"{self.model.name} takes longer to answer than a run takes: the loop is bound by the model")
         while True:
             if not (thought := self.wanted()):
                 if self.model:

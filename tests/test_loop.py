@@ -68,6 +68,13 @@ def test_offline_needs_no_key_and_goes_the_same_way(project):
     assert {"keep", "discard"} <= {row["status"] for row in project.rows()}
 
 
+def test_offline_what_was_tried_is_passed_over_without_a_word(project):
+    project.write("train.py", "import prepare\nWIDE = False\nprepare.finish(2.0 + WIDE)\n")
+    project.commit("one constant")
+    out = project.offline("--experiments", 2)
+    assert "reply refused" not in out and "[refused: This very code was tried" in project.rows()[2]["description"]
+
+
 def test_the_first_screen_says_how_long_it_takes_and_the_last_where_the_results_are(project):
     out = project.offline("--experiments", 1)
     assert "first the baseline (at most 20 s)" in out and "180 or more an hour" in out
@@ -367,7 +374,7 @@ def test_of_a_model_that_thinks_longer_than_a_run_the_loop_says_once_that_it_is_
 
     server.replies += map(slowly, (1, 2, 3))
     out = project.online(server, "--experiments", 3)
-    assert out.count("local-model thinks longer than a run takes: the loop is bound by the model") == 1
+    assert out.count("local-model takes longer to answer than a run takes: the loop is bound by the model") == 1
     assert "waiting for the model" in out and len(project.rows()) == 4
 
 
@@ -403,7 +410,14 @@ def test_a_reply_that_comes_after_its_request_was_thrown_away_is_counted_and_not
     assert [row["llm_tokens"] for row in project.rows()] == ["0", "100", "100"]
 
 
-def test_what_a_failed_or_an_unused_thought_cost_is_counted():
+def test_what_was_thought_for_an_experiment_that_is_not_begun_any_more_is_counted(project, server):
+    slow(project, 3)
+    server.replies += [BETTER]
+    out = project.online(server, "--hours", "0.0006")
+    assert len(project.rows()) == 1 and "100 tokens (100 for nothing)" in out
+
+
+def test_what_a_failed_thought_cost_is_counted():
     def ask(chat, unwanted):
         if len(chat) > 2:
             raise OSError("away")

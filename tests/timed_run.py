@@ -28,9 +28,9 @@ class Clock:
         self.parts[part] = self.parts.get(part, 0.0) + now - self.last
         self.last = now
 
-    def spend(self, kind, function, *args):
+    def spend(self, kind, function, *args, **kwargs):
         began = time.monotonic()
-        value = function(*args)
+        value = function(*args, **kwargs)
         self.within[kind] += time.monotonic() - began
         return value
 
@@ -65,8 +65,8 @@ def timed(prepare, train, clock, wait):
                 clock.mark("the other steps", wait)
             return progress
 
-        def log(self, *args):
-            clock.spend("log", super().log, *args)
+        def log(self, *args, **kwargs):
+            clock.spend("log", super().log, *args, **kwargs)
 
         def finish(self, *args, **kwargs):
             super().finish(*args, **kwargs)
