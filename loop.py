@@ -134,8 +134,8 @@ RUNNING = """
 While you think, this experiment runs, and its result isn't known yet: {}. Don't build on it, and propose something else."""
 PROPOSE = "Propose the next edit of train.py."
 REPAIR = """\
-The train.py above is not the best one: it holds your last edit, which crashed; the end of its log stands under the latest runs.
-Mend it with an edit of this train.py."""
+The train.py above is not the best one: it holds your edit "{}", which crashed; the end of its log stands under the latest
+runs. Mend it with an edit of this train.py."""
 
 
 def backoff(failed):
@@ -325,6 +325,17 @@ def syntax_tree(source):
         ) from None
     except (ValueError, RecursionError, MemoryError) as error:
         raise Refused(f"After this edit train.py doesn't compile: {error}") from None
+
+
+def accept(source, incumbent, tried):
+    """The new train.py, unless it is the one there is or one of {tree: row} that were tried (a return to an earlier keep is allowed)."""
+    tree = syntax_tree(source)
+    if tree == syntax_tree(incumbent):
+        raise Refused("This edit changes nothing in the code: train.py would mean the same.")
+    row = tried.get(tree)
+    if row and row.status != "keep":
+        raise Refused(f"This very code was tried: {row.status}, {row.description}, val_bpb {row.val_bpb:.6f}. Propose something else.")
+    return source
 
 
 def statements(source):
@@ -517,7 +528,7 @@ def history(rows, incumbent, noise, touches):
     keeps = [row for row in rows if row.status == "keep"]
     others = [row for row in rows if row.status != "keep"]
     lines = [f"{len(rows)} experiments: {len(keeps)} kept, {sum(r.status == 'crash' for r in others)} crashed. "
-             f"train.py as above: val_bpb {incumbent.val_bpb:.6f}.",
+             f"The train.py to beat: val_bpb {incumbent.val_bpb:.6f}.",
              f"Another seed alone moves val_bpb by about {noise:.4f} (one standard deviation).", "", "Kept, in order:"]  # fmt: skip
     if len(keeps) > HISTORY_KEEPS:
         lines.append(f"({len(keeps) - HISTORY_KEEPS} earlier ones left out)")
@@ -1216,10 +1227,11 @@ class Model:
             text += "\n<<<<<<< SEARCH"  # as what it is: a reply cut off, of which nothing may be applied
         return text, getattr(getattr(answer, "usage", None), "total_tokens", None) or 0
 
-    def ask(self, chat):
-        """As call(), through every fault of the provider: a request that is too long loses its history, the rest is waited out."""
+    def ask(self, chat, unwanted):
+        """As call(), through every fault of the provider until the Event `unwanted`: a request that is too long loses its history, the
+        rest is waited out."""
         failed = 0
-        while True:
+        while not unwanted.is_set():
             self.facts.show(thinking=f"{self.name} thinks about the next edit", thinking_since=time.monotonic())
             try:
                 return self.call(chat)
@@ -1233,7 +1245,8 @@ class Model:
                     seconds = min(max(float(error.response.headers.get("retry-after")), 1), WAITS[1])
                 self.facts.say(f"the model's server failed ({reason}); going on in {seconds:.0f} s")
                 self.facts.show(thinking=f"waiting {seconds:.0f} s for the model's server: {reason}", thinking_since=time.monotonic())
-                time.sleep(seconds)
+                unwanted.wait(seconds)
+        return "", 0
 
 
 def shorten(chat):
@@ -1267,8 +1280,10 @@ class Facts:
     began: float = field(default_factory=time.monotonic)
     before: int = 1  # rows that were there when this session began; the baseline counts as one
     tokens: int = 0  # of the model, this session
-    wasted: int = 0  # of those, for ideas made ahead that were dropped
+    wasted: int = 0  # of those, for proposals that were thrown away
+    counting: threading.Lock = field(default_factory=threading.Lock)  # of the two: a thought that was thrown away may still end
     busy: float = 0.0  # seconds in which something ran
+    waited: float = 0.0  # seconds in which nothing did, because the model still thought
     thinking: str = ""  # what the model does, maybe while something else is done
     thinking_since: float = 0.0
     refused: int = 0  # replies of the model that could not be applied
@@ -1324,7 +1339,9 @@ def totals(facts, now):
     pace = f"{int(minutes // 60)} h {int(minutes % 60):02} min" + (
         f", {60 * facts.finished / minutes:.1f} an hour" if facts.finished else ""
     )
-    busy = f"  ·  device busy {facts.busy / max(now - facts.began, 1e-9):.0%}" if facts.busy else ""
+    seconds = max(now - facts.began, 1e-9)
+    busy = f"  ·  device busy {facts.busy / seconds:.0%}" if facts.busy else ""
+    busy += f", waiting for the model {facts.waited / seconds:.0%}" if facts.waited > seconds / 100 else ""
     wasted = f" ({facts.wasted:,} for nothing)" if facts.wasted else ""
     tokens = f"  ·  {facts.tokens:,} tokens{wasted}, {facts.refused} replies refused" if facts.tokens else ""
     if not kept:
@@ -1395,20 +1412,69 @@ class Interrupts:
                 raise KeyboardInterrupt
 
 
-class Ahead(threading.Thread):
-    """A proposal that is made while an experiment runs: `answer` is what think(chat, source) gave, or `error` says why it gave nothing."""
+@dataclass(eq=False, repr=False)
+class Thought(threading.Thread):
+    """A proposal in the making, mostly beside a run: its thread reads only what it was given, as notebook and git change meanwhile."""
 
-    def __init__(self, think, program, chat, source):
-        super().__init__(daemon=True)
-        self.think, self.program, self.chat, self.source = think, program, chat, source
-        self.answer, self.error = None, ""
+    ask: object  # (chat, unwanted) -> (reply, tokens)
+    tries: int  # replies that may still be asked for
+    facts: Facts
+    program: str  # program.md as the chat shows it
+    chat: list  # empty where chance is asked
+    source: str  # the train.py that the chat shows
+    known: tuple  # the best train.py and what was tried, as accept() wants them
+    mends: dict  # trailers that say which crashed experiment it is to mend; empty for a new idea
+    tokens: int = 0
+    reply: str = ""
+    edit: Edit | None = None
+    new: str | None = None  # train.py after the edit; None until one applies
+    refusal: str = ""
+    error: Exception | None = None
+    unwanted: threading.Event = field(default_factory=threading.Event)
+
+    def __post_init__(self):
+        super().__init__(daemon=True)  # the loop can end while a request is in flight
         self.start()
 
     def run(self):
         try:
-            self.answer = self.think(self.chat, self.source)
-        except Exception as error:
-            self.error = explain(error)
+            while self.new is None and self.tries and not self.unwanted.is_set():
+                self.tries -= 1
+                self.reply, used = self.ask(self.chat, self.unwanted)
+                with self.facts.counting:
+                    self.tokens += used
+                    self.facts.tokens += used
+                    self.facts.wasted += used if self.unwanted.is_set() else 0
+                if not self.unwanted.is_set():
+                    self.facts.show(thinking="")
+                    self.apply(*self.known)
+        except Exception as error:  # comes up again where the edit is due, and is waited out there
+            self.error = error
+
+    def apply(self, incumbent, tried):
+        """Whether the reply's edit makes a new train.py: of the crashed one or of the incumbent. If not, the model reads why next."""
+        self.edit = self.new = None
+        source = self.source if self.mends else incumbent
+        try:
+            self.edit = parse_reply(self.reply)
+            if self.edit.whole and source != self.source:
+                raise Refused("This whole file was made from an earlier train.py; the best one is another now.")
+            self.new = accept(apply_edit(source, self.edit), incumbent, tried)
+            return True
+        except Refused as error:
+            self.refusal = str(error)
+            if self.chat:
+                self.facts.refused += 1
+                self.facts.say(f"reply refused: {one_line(self.refusal, 160)}")
+                self.chat += [{"role": "assistant", "content": self.reply[:20000] or "(empty)"},
+                              {"role": "user", "content": f"{self.refusal}\n\nNothing was changed. {FORM}"}]  # fmt: skip
+
+    def drop(self):
+        """It isn't wanted any more: nothing more is asked, and what it costs, a request in flight included, was for nothing."""
+        with self.facts.counting:
+            self.unwanted.set()
+            self.facts.wasted += self.tokens
+        self.facts.show(thinking="")
 
 
 class Night:
@@ -1425,7 +1491,9 @@ class Night:
         except subprocess.CalledProcessError:
             raise Stop(f"--tag {tag}: git can't name a branch so") from None
         self.notebook = Notebook(self.git, tag)
-        self.lock = self.model = self.ahead = None
+        self.lock = self.model = None
+        self.ahead = None  # the Thought about the next experiment
+        self.bound = False  # whether it was said that the model thinks longer than a run takes
         self.hasty = 0  # failures in a row that took seconds each
         self.suspicion = 0.0  # against the machine, since the last run that had a result
         self.cleared = set()  # causes of failures that the best so far didn't share
@@ -1618,114 +1686,108 @@ class Night:
         if edit := notebook.person_edit():
             self.facts.say("your edit of train.py is the next experiment")
             return self.begin(edit, "your edit of train.py", "", {"Model": "person", "Seed": seed})
-        crashed, repairs = self.to_repair()
-        edit, source, tokens, refusal = self.propose(crashed)
-        trailers = {"Model": self.model.name if self.model else "offline", "Seed": seed, "Tokens": tokens}
-        trailers |= {"Repair": repairs + 1} if crashed else {}
-        if source is not None:
-            return self.begin(source, edit.description, edit.reasoning, trailers)
-        with self.interrupts.hold():
-            description = one_line(f"{edit.description if edit else 'no edit'} [refused: {refusal}]")
-            commit = notebook.experiment(notebook.incumbent_source, description, refusal, trailers)
-            self.add_row(commit, "crash", Result(cause=refusal), description, tokens)
+        thought = self.propose()
+        edit, refusal = thought.edit, thought.refusal
+        trailers = {"Model": self.model.name if self.model else "offline", "Seed": seed, "Tokens": thought.tokens, **thought.mends}
+        if thought.new is not None:
+            self.begin(thought.new, edit.description, edit.reasoning, trailers)
+        else:
+            with self.interrupts.hold():
+                description = one_line(f"{edit.description if edit else 'no edit'} [refused: {refusal}]")
+                commit = notebook.experiment(notebook.incumbent_source, description, refusal, trailers)
+                self.add_row(commit, "crash", Result(cause=refusal), description, thought.tokens)
+        self.ahead = None  # only now: what fails before is done again, with the same proposal
 
     def begin(self, source, description, reasoning, trailers):
         with self.interrupts.hold():
             code = {"Tree": syntax_tree(source), "Touches": touched(self.notebook.incumbent_source, source)}
             self.notebook.begin(self.notebook.experiment(source, description, reasoning, trailers | code))
 
-    def to_repair(self):
-        """(train.py, times sent back) of the last experiment, if it was the model's and its own code failed; else (None, 0)."""
-        for commit, message in self.notebook.latest(1) if self.model else ():
-            trailers = read_trailers(self.git.message(commit))
-            repairs = int(trailers.get("Repair", 0))
-            if read_trailers(message).get("Failure") == "code" and trailers.get("Model") != "person" and repairs < REPAIRS:
-                return self.git.blob(commit, "train.py"), repairs
-        return None, 0
+    def to_repair(self, running):
+        """(commit, its row's subject, trailers of its repair): the first of the latest experiments which was the model's, whose own code
+        failed, and which neither a later one nor the `running` one (its commit's message) mends; None if there is none."""
+        latest = self.notebook.latest(LAST_RUNS) if self.model else []
+        failed = {commit: message for commit, message in latest if read_trailers(message).get("Failure") == "code"}
+        trailers = {commit: read_trailers(self.git.message(commit)) for commit, _ in latest if failed}
+        mended = [known.get("Mends") for known in (*trailers.values(), read_trailers(running))]
+        for commit, message in failed.items():
+            repairs = int(trailers[commit].get("Repair", 0))
+            if commit not in mended and trailers[commit].get("Model") != "person" and repairs < REPAIRS:
+                return commit, message.splitlines()[0].removeprefix("crash: "), {"Repair": repairs + 1, "Mends": commit}
 
-    def question(self, crashed=None, running=""):
-        """(chat, train.py) to ask for an edit of: of the crashed one, or of the best so far, while the `running` experiment runs."""
+    def question(self, program, source, request):
+        """The chat that asks for an edit of this train.py."""
         notebook = self.notebook
-        source = crashed or notebook.incumbent_source
         setting = f"A run has {self.budget:g} s on this device: {self.ruler['Device']}. The text is the data set {self.data.name}."
-        results = history(notebook.rows, notebook.incumbent, notebook.noise(), notebook.touches)
+        results = "None yet: this train.py is being measured for the first time."
+        if notebook.rows:
+            results = history(notebook.rows, notebook.incumbent, notebook.noise(), notebook.touches)
         runs = "\n\n".join(message.rpartition("\n\nFailure: ")[0] or message for _, message in notebook.latest(LAST_RUNS))
-        request = REPAIR if crashed else PROPOSE + nudge(notebook.rows, notebook.touches) + (RUNNING.format(running) if running else "")
-        return messages(setting, notebook.program(), source, results, runs, request), source
+        return messages(setting, program, source, results, runs, request)
 
-    def think(self, chat, source):
-        """(edit, new train.py, tokens, refusal): asks until an edit applies, at most REFUSALS times more; else new train.py is None.
-
-        Reads no file and asks git nothing: it may go on beside a run, in a thread of its own.
-        """
-        tokens, edit, refusal = 0, None, ""
-        rng = random.Random(f"{self.notebook.name} {len(self.notebook.rows)}")
-        for _ in range(1 + REFUSALS if self.model else 100):  # chance may hit what was tried many times over
-            if self.model:
-                reply, used = self.model.ask(chat)
-                self.facts.show(thinking="")
-                tokens += used
-                self.facts.tokens += used
-            else:
-                reply = random_reply(source, rng, self.other_device)
-            try:
-                edit = None
-                edit = parse_reply(reply)
-                return edit, self.accept(apply_edit(source, edit)), tokens, ""
-            except Refused as error:
-                refusal = str(error)
-                if self.model:
-                    self.facts.refused += 1
-                    self.facts.say(f"reply refused: {one_line(refusal, 160)}")
-                chat += [{"role": "assistant", "content": reply[:20000] or "(empty)"},
-                         {"role": "user", "content": f"{refusal}\n\nNothing was changed. {FORM}"}]  # fmt: skip
-        return edit, None, tokens, refusal
-
-    def propose(self, crashed):
-        """As think(): what was thought meanwhile, if it still applies, or else a new edit."""
-        if not crashed and (found := self.take_ahead()):
-            return found
+    def think(self, running="", refused=None):
+        """Begins the Thought that is ahead now: about a crashed train.py that is to be mended, else about the best so far, while an
+        experiment runs (its commit's message); or once more about a `refused` one, which no longer applies."""
+        notebook, program, source, mends = self.notebook, self.notebook.program(), self.notebook.incumbent_source, {}
+        request = PROPOSE + nudge(notebook.rows, notebook.touches)
+        request += RUNNING.format(running.splitlines()[0]) if running and notebook.rows else ""  # the baseline may be built on
+        if (not refused or refused.mends) and (crash := self.to_repair(running)):
+            commit, subject, mends = crash
+            source, request = self.git.blob(commit, "train.py"), REPAIR.format(subject)
         if self.model:
-            self.facts.start(f"asking {self.model.name} for an edit")
-        return self.think(*self.question(crashed))
+            ask, tries, chat = self.model.ask, 1 + REFUSALS, self.question(program, source, request)
+        else:  # chance may hit what was tried many times over
+            rng = random.Random(f"{notebook.name} {len(notebook.rows)}")
+            ask, tries, chat = lambda *_: (random_reply(source, rng, self.other_device), 0), 100, []
+        if refused:
+            tries, chat = REFUSALS, chat + refused.chat[-2:]
+        known, tokens = (notebook.incumbent_source, dict(notebook.tried)), refused.tokens if refused else 0
+        self.ahead = Thought(ask, tries, self.facts, program, chat, source, known, mends, tokens)
 
-    def think_ahead(self, running):
-        """While this experiment runs, the model thinks about the next one: so the device needn't wait for it."""
-        last = self.facts.finished + 1 >= (self.args.experiments or math.inf)
-        if self.model and self.notebook.incumbent and not self.ahead and not last:
+    def think_ahead(self, running=""):
+        """While something runs (an experiment, by its commit's message, or a repeat), the model thinks about what comes next: so the
+        device needn't wait for it."""
+        if self.model and not self.over(1 if running else 0):
             with contextlib.suppress(Exception):  # what is wrong comes up again when the edit is due, and is waited out there
-                self.ahead = Ahead(self.think, self.notebook.program(), *self.question(running=running))
+                if not self.wanted():
+                    self.think(running)
 
-    def take_ahead(self):
-        """What think_ahead() brought, applied to the best of now; None if there is nothing, or nothing that can be used any more."""
-        ahead, self.ahead = self.ahead, None
-        if not ahead:
-            return None
-        if ahead.is_alive():
-            self.facts.start(f"waiting for {self.model.name}, which thinks longer than the run took")
-        while ahead.is_alive() and ahead.program == self.notebook.program():
-            ahead.join(0.1)
-        reason = "program.md was changed" if ahead.program != self.notebook.program() else ""
-        if ahead.answer and not reason:
-            edit, source, tokens, refusal = ahead.answer
-            try:
-                if edit and edit.whole and ahead.source != self.notebook.incumbent_source:
-                    raise Refused("it is a whole file, and the best one is another now")
-                return edit, source and self.accept(apply_edit(self.notebook.incumbent_source, edit)), tokens, refusal
-            except Refused as error:
-                reason = str(error)
-        self.facts.wasted += ahead.answer[2] if ahead.answer else 0
-        return self.facts.say(f"the next idea, made ahead, is dropped: {one_line(reason or ahead.error, 160)}")
+    def wanted(self):
+        """The thought that is ahead; None if there is none, or none about the program.md that there is now."""
+        if self.ahead and self.ahead.program != self.notebook.program():
+            self.drop_ahead()
+            self.facts.say("the next idea, made ahead, is dropped: program.md was changed")
+        return self.ahead
 
-    def accept(self, source):
-        """The new train.py, unless it is the one there is or one that was tried (a return to an earlier keep is allowed)."""
-        tree = syntax_tree(source)
-        if tree == syntax_tree(self.notebook.incumbent_source):
-            raise Refused("This edit changes nothing in the code: train.py would mean the same.")
-        row = self.notebook.tried.get(tree)
-        if row and row.status != "keep":
-            raise Refused(f"This very code was tried: {row.status}, {row.description}, val_bpb {row.val_bpb:.6f}. Propose something else.")
-        return source
+    def drop_ahead(self):
+        if self.ahead:
+            self.ahead.drop()
+            self.ahead = None
+
+    def propose(self):
+        """The thought whose turn it is, at its end: one that was ahead, if it still applies, else one begun now. A crashed experiment
+        that is to be mended comes after what is ahead, while that runs: the device needn't wait for it."""
+        notebook, began = self.notebook, time.monotonic()
+        if (thought := self.wanted()) and thought.is_alive():
+            self.facts.show(activity=f"waiting for {self.model.name}", since=began, progress=None)
+            if notebook.rows[-1].runs and not self.bound:
+                self.bound = True
+                self.facts.say(f"{self.model.name} takes longer to answer than a run takes: the loop is bound by the model")
+        while True:
+            if not (thought := self.wanted()):
+                if self.model:
+                    self.facts.start(f"asking {self.model.name} for an edit")
+                self.think()
+            elif thought.is_alive():
+                thought.join(1)  # then program.md is looked at again
+            elif thought.error:
+                self.drop_ahead()
+                raise thought.error
+            elif thought.new is None or thought.apply(notebook.incumbent_source, notebook.tried):
+                self.facts.waited += time.monotonic() - began
+                return thought
+            else:
+                self.think(refused=thought)
 
     def measure(self, commit, seed, activity, split="val"):
         """One run of a commit's train.py under the committed ruler: a Result. What was measured and not yet written isn't run again."""
@@ -1734,7 +1796,6 @@ class Night:
         make_room(self.runs)
         self.check_data()
         self.facts.start(activity, progress=0.0)
-        self.think_ahead(activity)
         files = {"train.py": self.git.blob(commit, "train.py"), "prepare.py": self.prepare_py}
         folder = self.runs / f"{seed // SEEDS:04}-{seed % SEEDS}-{commit[:7]}"
         result = run_experiment(folder, files, self.data, self.fingerprint, seed, self.budget, self.facts, split, self.watch, self.caged)
@@ -1762,6 +1823,7 @@ class Night:
         runs, seed = read_runs(trailers.get("Runs", "")), int(trailers["Seed"])
         while status == "again":
             number = f", run {len(runs) + 1}" if runs else ""
+            self.think_ahead(message)
             result = self.measure(commit, seed + len(runs), f"#{len(notebook.rows)} {message.splitlines()[0]}{number}")
             if baseline and result.cause:
                 notebook.abandon()
@@ -1825,6 +1887,7 @@ class Night:
     def repeat_baseline(self):
         """Early in a night the baseline runs again, twice: what two seeds of the same code differ by is the noise."""
         row = self.notebook.rows[0]
+        self.think_ahead()
         result = self.measure(row.commit, self.seed(row), f"the baseline again, run {len(row.runs) + 1}: how much does a seed change?")
         if result.cause:
             self.facts.say(f"the baseline's repeat failed: {result.cause}")
@@ -1874,11 +1937,11 @@ class Night:
         for line in audit_report(pairs, first.val_bpb, best.val_bpb, gain_of(first.runs, best.runs, notebook.noise())[0]):
             self.facts.say(line)
 
-    def over(self):
-        """Whether --experiments or --hours says to stop; never before there is a baseline."""
-        hours = (time.monotonic() - self.facts.began) / 3600
-        enough = self.facts.finished >= (self.args.experiments or math.inf) or hours >= (self.args.hours or math.inf)
-        return enough and self.notebook.incumbent is not None
+    def over(self, more=0):
+        """Whether --experiments or --hours says to stop, once there are so many more rows; never before there is a baseline."""
+        rows, hours = len(self.notebook.rows) + more, (time.monotonic() - self.facts.began) / 3600
+        enough = rows - self.facts.before >= (self.args.experiments or math.inf) or hours >= (self.args.hours or math.inf)
+        return enough and rows > 0
 
     def step(self):
         """One thing after the other; False when there is nothing more to do."""
@@ -1931,6 +1994,7 @@ class Night:
                         self.facts.wait(backoff(self.errors - 1), self.error)
             finally:
                 kill_runs(self.runs)  # also what was being started when a signal came
+                self.drop_ahead()
                 self.facts.show(activity="")
 
 

@@ -2,6 +2,7 @@
 
     python tests/bench.py baseline --budget 300 --seeds 3     the shipped train.py, run by run: val_bpb, mean and spread
     python tests/bench.py judge                               the rule that keeps or discards, on thousands of simulated nights
+    python tests/bench.py speed                               where the time goes, in a run and between runs: one table, 45 minutes
     python tests/bench.py overhead                            the loop's own seconds between runs and its memory, at 10 and 10,000 rows
     python tests/bench.py kills --kills 200                   the loop killed before its steps and at random: is anything lost?
     python tests/bench.py soak --experiments 1000             a night in which everything fails at random; --real --hours 2 with real runs
@@ -16,14 +17,13 @@ import re
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
-from pathlib import Path
 from statistics import fmean
 
 import faults
 import soak
-from conftest import ROOT, ChatServer, Project
+import speed
+from conftest import ROOT
 
 import loop
 
@@ -125,73 +125,6 @@ def judge(args):
         print(f"  {lines:2} more: {night(loop.judge, loop.REPEATS, 0.0007, [0], lines=lines)[4]:.2f}", flush=True)
 
 
-TIMED = """\
-import os, time
-import prepare
-WIDTH = 64
-RATE = 0.5
-if __name__ == "__main__":
-    print("began", os.environ["AUTORESEARCH_STARTED"])
-    prepare.finish(1 + 1 / WIDTH + RATE)
-    print("ended", time.monotonic())
-"""
-
-
-def grow(project, rows):
-    """Gives the branch `rows` more rows, with the commits that the loop would have made, by git fast-import."""
-    tip = project.git("rev-parse", "autoresearch/t").strip()
-    lines, marks = [], 0
-    who = "committer a <a@b> 1700000000 +0000\n"
-    for number in range(rows):
-        marks += 2
-        message = f"idea {number}\n\nSeed: {number}\nTokens: 0\nTree: {number:016x}\n"
-        source = TIMED.replace("WIDTH = 64", f"WIDTH = {number + 100_000}")
-        parent = f":{marks - 2}" if number else tip
-        lines.append(f"commit refs/heads/edit\nmark :{marks - 1}\n{who}data {len(message)}\n{message}from {parent}\n"
-                     f"M 100644 inline train.py\ndata {len(source)}\n{source}\n")  # fmt: skip
-        lines.append(f"commit refs/heads/autoresearch/t\nmark :{marks}\n{who}data 8\ndiscard\n\nfrom {parent}\nmerge :{marks - 1}\n")
-    subprocess.run(["git", "fast-import", "--quiet", f"--export-marks={project.data}/marks"], cwd=project.folder,
-                   input="".join(lines).encode(), check=True)  # fmt: skip
-    commits = dict(line.split() for line in (project.data / "marks").read_text().splitlines())
-    text = project.git("show", f"{tip}:results.tsv")
-    for number in range(rows):
-        commit = commits[f":{2 * number + 1}"][:7]
-        text += loop.Row(commit, 1.7, 0.5, "discard", f"idea {number} with a few words to it", [1.7], 0, "2026-11-23T00:00:00Z").line()
-    project.git("symbolic-ref", "HEAD", "refs/heads/autoresearch/t")
-    project.git("reset", "--hard", "--quiet")
-    project.write("results.tsv", text)
-    project.commit("rows")
-
-
-def overhead(args):
-    """Seconds from a run's last line to the next one's spawn, with a model that answers at once; start-up; peak resident memory."""
-    server = ChatServer()
-    server.default = lambda request: loop.random_reply(
-        request["messages"][1]["content"].partition("```python\n")[2].partition("\n```")[0], random.Random(len(server.requests)), "GPU"
-    )
-    print("rows     start s   between runs s: median, worst   peak MB")
-    for rows in (10, 10_000):
-        with tempfile.TemporaryDirectory() as folder:
-            project = Project(Path(folder))
-            project.write("train.py", TIMED)
-            project.commit("timed")
-            project.offline("--experiments", 1)
-            grow(project, rows - 2)
-            started, peak, first = time.monotonic(), 0, None
-            process = project.start("--experiments", args.cycles, OPENAI_BASE_URL=server.url)
-            while process.poll() is None:
-                status = Path(f"/proc/{process.pid}/status")
-                if match := re.search(r"VmHWM:\s+(\d+)", status.read_text() if status.exists() else ""):
-                    peak = max(peak, int(match[1]) / 1024)
-                time.sleep(0.05)
-            logs = sorted(project.folder.glob("runs/*/run.log"), key=lambda path: path.stat().st_mtime)
-            times = [[float(value) for value in re.findall(r"^(?:began|ended) ([\d.]+)$", log.read_text(), re.MULTILINE)] for log in logs]
-            times = [pair for pair in times if pair[0] > started]  # of this session
-            first = times[0][0] - started
-            gaps = [after[0] - before[1] for before, after in zip(times, times[1:], strict=False)]
-            print(f"{rows:6,}  {first:8.2f}  {statistics.median(gaps):14.3f}, {max(gaps):.3f}  {peak:22.0f}", flush=True)
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
@@ -203,9 +136,17 @@ def main():
     command.add_argument("--nights", type=int, default=2000)
     command.add_argument("--seed", type=int, default=0)
     command.set_defaults(run=judge)
-    command = commands.add_parser("overhead", help=overhead.__doc__)
+    command = commands.add_parser("overhead", help=speed.overhead.__doc__)
     command.add_argument("--cycles", type=int, default=20)
-    command.set_defaults(run=overhead)
+    command.set_defaults(run=speed.overhead)
+    command = commands.add_parser("speed", help=speed.speed.__doc__)
+    command.add_argument("--budget", type=float, default=300, help="seconds of a real run")
+    command.add_argument("--runs", type=int, default=3, help="real runs in the loop")
+    command.add_argument("--cycles", type=int, default=20, help="runs that end at once, for the loop's own seconds")
+    command.add_argument("--think", type=float, default=60, help="seconds that the simulated model thinks")
+    command.add_argument("--run", type=float, default=90, help="seconds of a stand-in's run beside it", dest="run_seconds")
+    command.add_argument("--thoughts", type=int, default=10, help="experiments with the simulated model")
+    command.set_defaults(run=speed.speed)
     command = commands.add_parser("kills", help=faults.kills.__doc__)
     command.add_argument("--kills", type=int, default=200)
     command.add_argument("--seed", type=int, default=0)

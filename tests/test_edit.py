@@ -1,7 +1,6 @@
 """The edit: what a model may send, and what becomes of it. Pure functions of text."""
 
 import random
-from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT, STAND_IN, block
@@ -223,9 +222,8 @@ REPLIES = {
 
 def outcome(reply):
     """The new text, after all that the loop asks of it, or the refusal."""
-    notebook = SimpleNamespace(incumbent_source=SOURCE, tried={})
     try:
-        return loop.Night.accept(SimpleNamespace(notebook=notebook), applied(reply))
+        return loop.accept(applied(reply), SOURCE, {})
     except loop.Refused as error:
         return error
 

@@ -283,6 +283,7 @@ def test_while_the_machine_fails_the_loop_waits_and_blames_no_experiment(project
     switch = breakable(project)
 
     def breaks(request):
+        project.wait_for(project.rows)
         switch.touch()
         return block("WIDTH = 64", "WIDTH = 128", "twice the width")
 
@@ -316,7 +317,7 @@ def test_after_three_that_run_out_of_memory_the_incumbent_runs_to_see_whether_it
     assert [row["status"] for row in project.rows()] == ["keep", "crash", "crash", "crash"]
 
 
-def test_a_git_that_fails_for_a_while_costs_no_row(project, server):
+def test_a_git_that_fails_for_a_while_costs_no_row_and_no_proposal(project, server):
     """As a full disk, a read-only one or a lost mount would have it: everything goes through git."""
     project.constants(WAITS="(0.05, 0.2)")
     switch = project.folder.parent / "broken"
@@ -324,10 +325,11 @@ def test_a_git_that_fails_for_a_while_costs_no_row(project, server):
     path = tools(project.folder.parent, git=f'{fails}\nexec {shutil.which("git")} "$@"')
 
     def breaks(request):
+        project.wait_for(project.rows)
         switch.touch()
         return block("WIDTH = 64", "WIDTH = 128", "twice the width")
 
-    server.replies += [breaks, block("WIDTH = 64", "WIDTH = 128", "twice the width"), block("DEPTH = 4", "DEPTH = 5", "a layer")]
+    server.replies += [breaks, block("DEPTH = 4", "DEPTH = 5", "a layer")]
     process = project.start(
         "--budget", "20", "--tag", "t", "--experiments", "2", OPENAI_BASE_URL=server.url, PATH=f"{path}:{os.environ['PATH']}"
     )
@@ -386,11 +388,12 @@ TWICE = block("WIDTH = 64", "WIDTH = 128", "twice the width")
 
 
 def waits_and_goes_on(project, server, breaks, mends, *replies):
-    """A night of two experiments; breaks() is called when the first edit is asked for, and mends() two seconds later."""
+    """A night of two experiments; breaks() is called once the baseline has its row, and mends() two seconds later."""
     project.constants(WAITS="(0.05, 0.2)")
     broken = []
 
     def reply(request):
+        project.wait_for(project.rows)
         broken.append(breaks())
         return TWICE
 
@@ -423,6 +426,7 @@ def test_a_lock_that_a_killed_git_left_is_removed_and_no_run_is_repeated_for_it(
 
 def test_a_run_whose_row_cannot_be_written_is_not_run_again(project, server):
     def full(request):
+        project.wait_for(project.rows)
         path = project.folder / "results.tsv"
         path.unlink()
         path.mkdir()

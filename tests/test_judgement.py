@@ -179,7 +179,7 @@ def test_a_simpler_file_is_kept_at_an_equal_result_and_a_longer_one_is_not(proje
 def test_the_model_and_the_person_are_told_the_noise(seeded, server):
     server.replies += [edit(1), edit(2), edit(3)]
     out = seeded.online(server, "--experiments", 3)
-    assert "Another seed alone moves val_bpb by about 0.0007" in server.requests[0]["messages"][1]["content"]
+    assert "Another seed alone moves val_bpb by about 0.0007" in server.requests[1]["messages"][1]["content"]
     assert "noise of a run 0.0007" in out and "the baseline again: 1.016625" in out
     assert re.search(r"baseline 1\.0161.*noise of a run 0\.\d{4}", out)
 

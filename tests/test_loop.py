@@ -4,11 +4,13 @@ import json
 import os
 import signal
 import subprocess
+import threading
 import time
 
 import pytest
 from check_night import survivors
 from conftest import block
+from rich.console import Console
 
 import loop
 
@@ -66,6 +68,13 @@ def test_offline_needs_no_key_and_goes_the_same_way(project):
     assert {"keep", "discard"} <= {row["status"] for row in project.rows()}
 
 
+def test_offline_what_was_tried_is_passed_over_without_a_word(project):
+    project.write("train.py", "import prepare\nWIDE = False\nprepare.finish(2.0 + WIDE)\n")
+    project.commit("one constant")
+    out = project.offline("--experiments", 2)
+    assert "reply refused" not in out and "[refused: This very code was tried" in project.rows()[2]["description"]
+
+
 def test_the_first_screen_says_how_long_it_takes_and_the_last_where_the_results_are(project):
     out = project.offline("--experiments", 1)
     assert "first the baseline (at most 20 s)" in out and "180 or more an hour" in out
@@ -108,9 +117,10 @@ def test_a_project_in_a_folder_of_a_larger_repository_works_the_same(project):
 
 
 def test_the_prompt_begins_with_what_never_changes_and_holds_program_code_and_history(project, server):
-    server.replies += [BETTER, WORSE, CRASHING, BETTER.replace("128", "256")]
-    project.online(server, "--experiments", 4)
-    first, *_, last = server.requests
+    server.replies += [BETTER, WORSE, CRASHING]
+    project.online(server, "--experiments", 3)
+    project.online(server, "--experiments", 1)
+    first, last = server.requests[0], server.requests[3]
     assert first["messages"][0] == last["messages"][0] and first["messages"][0]["role"] == "system"
     text = last["messages"][1]["content"]
     assert text.startswith("A run has 20 s on this device: cpu, stand-in.")
@@ -123,7 +133,7 @@ def test_program_md_is_read_anew_before_every_proposal_and_committed_with_the_ex
         project.write("program.md", "# The goal\nTry depth.\n")
         return BETTER
 
-    server.replies += [steer, WORSE]
+    server.replies += [steer, BETTER, WORSE]
     project.online(server, "--experiments", 2)
     assert "Try depth." in server.requests[1]["messages"][1]["content"]
     assert "Try depth." in project.git("show", f"{project.rows()[2]['commit']}:program.md")
@@ -170,19 +180,65 @@ def test_a_proposal_refused_three_times_becomes_a_row(project, server):
     assert "no edit" in project.git("show", row["commit"])
 
 
+TYPO = block("WIDTH = 64", "WIDTH = 128\nHALF = WIDTHS // 2", "twice the width")
+MENDED = block("HALF = WIDTHS // 2", "HALF = WIDTH // 2", "mended")
+
+
+def asked_to_mend(server):
+    return ["Mend it" in request["messages"][1]["content"] for request in server.requests]
+
+
 def test_a_crash_goes_back_and_its_repair_is_an_experiment_of_its_own(project, server):
-    typo = block("WIDTH = 64", "WIDTH = 128\nHALF = WIDTHS // 2", "twice the width")
-    server.replies += [typo, WORSE, block("HALF = WIDTHS // 2", "HALF = WIDTH // 2", "mended")]  # the second one is made ahead
+    deeper = block("DEPTH = 4", "DEPTH = 5", "a layer")  # made ahead, and kept meanwhile
+    server.replies += [TYPO, deeper, MENDED]
     project.online(server, "--experiments", 3)
     rows = project.rows()
     assert [(row["status"], row["description"].partition(" [")[0]) for row in rows[1:]] == [
-        ("crash", "twice the width"), ("keep", "mended"), ("discard", "one layer"),
+        ("crash", "twice the width"), ("keep", "a layer"), ("discard", "mended"),
     ]  # fmt: skip
     asked = server.requests[2]["messages"][1]["content"]
-    assert "HALF = WIDTHS // 2" in asked and "NameError: name 'WIDTHS' is not defined" in asked and "Mend it" in asked
-    assert "WIDTH = 128" in project.read("train.py") and "HALF = WIDTH // 2" in project.read("train.py")
-    assert "Repair: 1" in project.git("show", "-s", "--format=%B", rows[2]["commit"])
-    assert "Propose the next edit" in server.requests[1]["messages"][1]["content"]
+    assert "HALF = WIDTHS // 2" in asked and "NameError: name 'WIDTHS' is not defined" in asked
+    assert 'your edit "twice the width [NameError' in asked and asked_to_mend(server) == [False, False, True]
+    mended = project.git("show", f"{rows[3]['commit']}:train.py")  # the crashed file, not the best one
+    assert "WIDTH = 128" in mended and "HALF = WIDTH // 2" in mended and "DEPTH = 4" in mended
+    assert "Repair: 1" in project.git("show", "-s", "--format=%B", rows[3]["commit"])
+
+
+def test_the_device_does_not_wait_for_a_repair_while_something_else_is_ready(project, server):
+    """The repair comes only once the experiment that was made ahead runs."""
+    ran = []
+
+    def repair(request):
+        project.wait_for(lambda: any(project.folder.glob("runs/0002-*/run.log")), 10)
+        ran.append(True)
+        return MENDED
+
+    server.replies += [TYPO, WORSE, repair]
+    project.online(server, "--experiments", 3)
+    assert ran and [row["description"] for row in project.rows()[2:]] == ["one layer", "mended"]
+
+
+def test_a_repair_is_not_forgotten_when_the_loop_is_killed_while_it_is_asked_for(project, server):
+    hold = threading.Event()
+    server.replies += [TYPO, block("SECONDS = 0.0", "SECONDS = 2.0", "slow one"), lambda request: hold.wait(20) and ""]
+    process = project.start("--budget", "20", "--tag", "t", OPENAI_BASE_URL=server.url)
+    project.wait_for(lambda: len(server.requests) == 3)
+    process.kill()
+    process.communicate()
+    hold.set()
+    server.replies += [MENDED]
+    project.online(server, "--experiments", 2)
+    assert [row["description"].partition(" [")[0] for row in project.rows()[1:]] == ["twice the width", "slow one", "mended"]
+    assert asked_to_mend(server) == [False, False, True, True]
+
+
+def test_a_repair_is_not_forgotten_nor_made_twice_when_the_loop_stops_between_experiments(project, server):
+    server.replies += [TYPO, WORSE]
+    project.online(server, "--experiments", 2)
+    for reply in (MENDED, block("DEPTH = 4", "DEPTH = 5", "a layer")):
+        server.replies += [reply]
+        project.online(server, "--experiments", 1)
+    assert asked_to_mend(server) == [False, False, True, False]
 
 
 def test_a_crash_goes_back_for_repair_also_when_the_loop_was_stopped_in_between(project, server):
@@ -197,11 +253,12 @@ def test_a_crash_goes_back_for_repair_also_when_the_loop_was_stopped_in_between(
 
 
 def test_an_edit_goes_back_for_repair_twice_at_most(project, server):
+    ideas = [block("DEPTH = 4", f"DEPTH = {depth}") for depth in (1, 2, 3)]  # made while what is to be mended runs
     wrong = [block(f"WIDTH = wrong{n}", f"WIDTH = wrong{n + 1}") for n in range(2)]
-    server.replies += [block("WIDTH = 64", "WIDTH = wrong0", "an idea"), WORSE, *wrong]  # the second one is made ahead
-    project.online(server, "--experiments", 4)
-    assert [row["status"] for row in project.rows()] == ["keep", "crash", "crash", "crash", "discard"]
-    assert ["Mend it" in request["messages"][1]["content"] for request in server.requests] == [False, False, True, True]
+    server.replies += [block("WIDTH = 64", "WIDTH = wrong0"), ideas[0], wrong[0], ideas[1], wrong[1], ideas[2]]
+    project.online(server, "--experiments", 6)
+    assert [row["status"] for row in project.rows()[1:]] == ["crash", "discard"] * 3
+    assert asked_to_mend(server) == [False, False, True, False, True, False]
 
 
 def test_a_timeout_and_a_refusal_of_the_ruler_do_not_go_back(project, server):
@@ -224,8 +281,62 @@ def test_the_next_edit_is_thought_about_while_an_experiment_runs(project, server
     out = project.online(server, "--experiments", 2)
     assert [row["description"] for row in project.rows()] == ["baseline", "waits", "one layer"]
     told = server.requests[1]["messages"][1]["content"]
-    assert "this experiment runs" in told and "#1 waits" in told and "device busy" in out
+    assert "this experiment runs, and its result isn't known yet: waits." in told and "device busy" in out
     assert len(server.requests) == 2  # after the last experiment nothing is thought about
+
+
+def waiting(project, condition="True"):
+    """A train.py that, under this condition, ends only once the file that is returned is there."""
+    file = project.folder.parent / "asked"
+    waits = f"import os, time\n    while {condition} and not os.path.exists({str(file)!r}):\n        time.sleep(0.01)"
+    project.write("train.py", project.read("train.py").replace("def main():", f"def main():\n    {waits}"))
+    project.commit("waits")
+    return file
+
+
+def test_the_first_edit_is_thought_about_while_the_baseline_runs(project, server):
+    asked = waiting(project)
+    server.replies += [lambda request: asked.touch() or BETTER]
+    project.online(server, "--experiments", 1)
+    assert [row["description"] for row in project.rows()] == ["baseline", "twice the width"] and len(server.requests) == 1
+    told = server.requests[0]["messages"][1]["content"]
+    assert "None yet: this train.py is being measured" in told and "this experiment runs" not in told
+
+
+def test_the_next_edit_is_thought_about_while_the_baseline_runs_again(project, server):
+    asked = waiting(project, "os.environ['AUTORESEARCH_SEED'] == '1'")
+    project.offline("--experiments", 1)
+    server.replies += [lambda request: asked.touch() or BETTER]
+    project.online(server, "--experiments", 1)
+    assert project.rows()[0]["runs"].count(",") == 1 and project.rows()[2]["description"] == "twice the width"
+
+
+def test_nothing_is_thought_about_that_no_time_is_left_for(project, server):
+    project.online(server, "--hours", "0.0000001")
+    assert len(project.rows()) == 1 and not server.requests
+
+
+def test_a_device_whose_runs_are_longer_than_thoughts_never_waits(project, server):
+    """Each request comes while the experiment before has no row yet, and nothing is waited for between two runs."""
+    rows = []
+
+    def think(request):
+        rows.append(project.read("results.tsv").count("\n") - 1)
+        time.sleep(0.3)
+        return block("DEPTH = 4", f"DEPTH = {-len(rows)}", f"idea {len(rows)}")
+
+    slow(project, 1.5)
+    server.default = think
+    out = project.online(server, "--experiments", 5)
+    assert rows == [0, 1, 2, 3, 4] and len(project.rows()) == 6
+    assert "asking" not in out and "bound by the model" not in out and "waiting for" not in out
+
+
+def test_an_edit_made_for_one_that_is_running_is_refused_once_that_has_its_row(project, server):
+    server.replies += [WORSE, WORSE, BETTER]
+    project.online(server, "--experiments", 2)
+    assert "was tried: discard, one layer" in server.requests[2]["messages"][-1]["content"]
+    assert [row["llm_tokens"] for row in project.rows()] == ["0", "100", "200"]
 
 
 def test_an_edit_made_ahead_is_applied_to_what_is_best_when_its_turn_comes(project, server):
@@ -243,21 +354,81 @@ def whole(source):
     "ahead, reason",
     [
         (lambda source: block("WIDTH = 64", "WIDTH = 65", "not that wide"), "not in train.py"),
-        (lambda source: whole("# prepare.Run(\n" + source.replace("DEPTH = 4", "DEPTH = 5")), "the best one is another now"),
+        (lambda source: whole("# prepare.Run(\n" + source.replace("DEPTH = 4", "DEPTH = 5")), "made from an earlier train.py"),
     ],
 )
 def test_an_edit_made_ahead_that_no_longer_applies_is_asked_for_anew(project, server, ahead, reason):
     server.replies += [BETTER, ahead(project.read("train.py")), WORSE]
     out = project.online(server, "--experiments", 2)
-    assert "made ahead, is dropped" in out and reason in out and "(100 for nothing)" in out
+    chat = server.requests[2]["messages"]
+    assert [message["role"] for message in chat] == ["system", "user", "assistant", "user"]
+    assert "WIDTH = 128" in chat[1]["content"] and reason in chat[3]["content"] and "reply refused" in out
     assert [row["description"] for row in project.rows()] == ["baseline", "twice the width", "one layer"]
+    assert [row["llm_tokens"] for row in project.rows()] == ["0", "100", "200"] and "for nothing" not in out
     assert "WIDTH = 128" in project.read("train.py")
 
 
-def test_a_model_that_thinks_longer_than_a_run_is_waited_for_and_the_loop_says_so(project, server):
-    server.replies += [BETTER, lambda request: time.sleep(3) or WORSE]
+def test_of_a_model_that_thinks_longer_than_a_run_the_loop_says_once_that_it_is_bound_by_it(project, server):
+    def slowly(depth):
+        return lambda request: time.sleep(1) or block("DEPTH = 4", f"DEPTH = {depth}")
+
+    server.replies += map(slowly, (1, 2, 3))
+    out = project.online(server, "--experiments", 3)
+    assert out.count("local-model takes longer to answer than a run takes: the loop is bound by the model") == 1
+    assert "waiting for the model" in out and len(project.rows()) == 4
+
+
+@pytest.mark.parametrize("seconds", [0, 20])
+def test_the_loop_can_be_stopped_while_a_request_is_in_flight(project, server, seconds):
+    """While the device waits for the reply, and while it runs."""
+    slow(project, seconds)
+    hold = threading.Event()
+    server.default = lambda request: hold.wait(60) and ""
+    process = project.start("--budget", "30", "--tag", "t", OPENAI_BASE_URL=server.url)
+    project.wait_for(lambda: server.requests and running(project) and (seconds or project.rows()))
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=10)
+    hold.set()
+    assert process.returncode == 0 and "Traceback" not in err and "results.tsv on branch" in out
+    assert not survivors(project.folder)
+
+
+def test_a_reply_that_comes_after_its_request_was_thrown_away_is_counted_and_not_used(project, server):
+    def late(request):
+        project.write("program.md", "# The goal\nTry depth.\n")
+        project.wait_for(lambda: len(server.requests) == 3)
+        return WORSE
+
+    def anew(request):
+        time.sleep(0.5)  # the late one is there first
+        return block("DEPTH = 4", "DEPTH = 5", "a layer")
+
+    server.replies += [BETTER, late, anew]
     out = project.online(server, "--experiments", 2)
-    assert "waiting for local-model, which thinks longer than the run took" in out and len(project.rows()) == 3
+    assert [row["description"] for row in project.rows()] == ["baseline", "twice the width", "a layer"]
+    assert "program.md was changed" in out and "300 tokens (100 for nothing)" in out
+    assert [row["llm_tokens"] for row in project.rows()] == ["0", "100", "100"]
+
+
+def test_what_was_thought_for_an_experiment_that_is_not_begun_any_more_is_counted(project, server):
+    slow(project, 3)
+    server.replies += [BETTER]
+    out = project.online(server, "--hours", "0.0006")
+    assert len(project.rows()) == 1 and "100 tokens (100 for nothing)" in out
+
+
+def test_what_a_failed_thought_cost_is_counted():
+    def ask(chat, unwanted):
+        if len(chat) > 2:
+            raise OSError("away")
+        return "no edit", 100
+
+    facts = loop.Facts(Console(quiet=True), live=True)
+    thought = loop.Thought(ask, 3, facts, "", [{}, {}], "", known=("", {}), mends={})
+    thought.join()
+    assert isinstance(thought.error, OSError) and (facts.tokens, facts.wasted, facts.refused) == (100, 0, 1)
+    thought.drop()
+    assert (facts.tokens, facts.wasted) == (100, 100)
 
 
 def test_a_provider_that_fails_while_an_experiment_runs_is_waited_out_beside_it(project, server):
@@ -655,10 +826,10 @@ def test_a_commit_of_the_persons_in_mid_run_stays_below_the_row(project, server)
         project.git("commit", "--quiet", "-am", "notes")
         return BETTER
 
-    server.replies += [commit]
-    project.online(server, "--experiments", 1)
+    server.replies += [WORSE, commit]
+    project.online(server, "--experiments", 2)
     subjects = project.git("log", "--first-parent", "--format=%s").splitlines()
-    assert subjects[:3] == ["keep: twice the width", "notes", "keep: baseline"] and project.status() == ""
+    assert subjects[-4:] == ["discard: one layer", "notes", "keep: baseline", "start"] and project.status() == ""
 
 
 # ---- preconditions: one sentence, exit 2, nothing changed

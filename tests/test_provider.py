@@ -1,6 +1,7 @@
 """Claims about a provider that fails: what can be waited out is waited out, what is too long is shortened, and the view says so."""
 
 import time
+from threading import Event
 
 import pytest
 from rich.console import Console
@@ -56,7 +57,7 @@ FAULTS = {
 def test_a_fault_is_waited_out_and_said(model, server, name):
     fault, said = FAULTS[name]
     server.replies += [fault, fault, "an edit"]
-    text, tokens = model.ask([*TEXT])
+    text, tokens = model.ask([*TEXT], Event())
     assert text == "an edit" and tokens == 100 and len(server.requests) == 3
     assert said in model.said() and "sk-secret" not in model.said()
 
@@ -67,24 +68,25 @@ def test_a_server_that_went_away_and_comes_back_is_asked_again(model, server):
     said = model.facts.say
     model.facts.say = lambda text: (said(text), setattr(model, "client", real))
     server.replies += ["an edit"]
-    assert model.ask([*TEXT])[0] == "an edit" and "Connection error" in model.said()
+    assert model.ask([*TEXT], Event())[0] == "an edit" and "Connection error" in model.said()
 
 
 def test_waits_grow_up_to_the_longest(model, server, monkeypatch):
-    waits = []
-    monkeypatch.setattr(loop.time, "sleep", waits.append)
+    waits, unwanted = [], Event()
+    monkeypatch.setattr(unwanted, "wait", waits.append)
     monkeypatch.setattr(loop, "WAITS", (5, 600))
     server.replies += [(500, "")] * 10 + [(429, ERROR, {"Retry-After": "7200"}), "an edit"]
-    assert model.ask([*TEXT])[0] == "an edit"
+    assert model.ask([*TEXT], unwanted)[0] == "an edit"
     assert waits == [5, 10, 20, 40, 80, 160, 320, 600, 600, 600, 600]
 
 
 @pytest.mark.parametrize("status, error", [(400, TOO_LONG), (413, {"error": {"message": "Request too large"}}), (422, TOO_LONG)])
 def test_a_context_that_is_too_long_loses_the_refusals_first_and_then_the_history(model, server, monkeypatch, status, error):
-    monkeypatch.setattr(loop.time, "sleep", lambda seconds: pytest.fail("what is too long can't be waited out"))
+    unwanted = Event()
+    monkeypatch.setattr(unwanted, "wait", lambda _: pytest.fail("what is too long can't be waited out"))
     chat = [*TEXT, {"role": "assistant", "content": "a refused reply"}, {"role": "user", "content": "why"}]
     server.replies += [(status, error), (status, error), "an edit"]
-    assert model.ask(chat)[0] == "an edit"
+    assert model.ask(chat, unwanted)[0] == "an edit"
     sizes = [sum(len(message["content"]) for message in request["messages"]) for request in server.requests]
     assert [len(request["messages"]) for request in server.requests] == [4, 2, 2] and sizes[2] < sizes[1] < sizes[0]
     assert (
@@ -94,7 +96,7 @@ def test_a_context_that_is_too_long_loses_the_refusals_first_and_then_the_histor
 
 def test_a_request_that_stays_bad_when_it_is_short_is_asked_again_later(model, server):
     server.replies += [(400, TOO_LONG)] * 5 + ["an edit"]
-    assert model.ask([*TEXT])[0] == "an edit" and "maximum context length" in model.said()
+    assert model.ask([*TEXT], Event())[0] == "an edit" and "maximum context length" in model.said()
 
 
 CUT = {
@@ -110,10 +112,10 @@ CUT = {
 def test_a_reply_that_is_not_whole_is_refused_and_never_applied(model, server, name):
     server.replies += [CUT[name]]
     with pytest.raises(loop.Refused):
-        loop.parse_reply(model.ask([*TEXT])[0])
+        loop.parse_reply(model.ask([*TEXT], Event())[0])
 
 
 @pytest.mark.parametrize("body", [{"choices": []}, {"choices": None}, {}, {"choices": [{}]}, {"choices": [{"message": None}]}])
 def test_an_answer_without_a_choice_is_an_empty_reply(model, server, body):
     server.replies += [(200, body)]
-    assert model.ask([*TEXT]) == ("", 0)
+    assert model.ask([*TEXT], Event()) == ("", 0)

@@ -1,0 +1,205 @@
+"""Where the time goes, in a run and between runs; used by bench.py."""
+
+import json
+import os
+import random
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+from conftest import ROOT, ChatServer, Project
+from soak import Clone
+
+import loop
+
+SOON = 2  # seconds between two runs that a night may lose
+TIMED = """\
+import os, time
+import prepare
+WIDTH = 64
+RATE = 0.5
+SECONDS = 0.0
+if __name__ == "__main__":
+    print("began", os.environ["AUTORESEARCH_STARTED"])
+    prepare.finish(1 + 1 / WIDTH + RATE, SECONDS)
+    print("ended", time.monotonic())
+"""
+
+
+def line(what, figure):
+    print(f"{what:44}  {figure}", flush=True)
+
+
+# ---- a real run
+
+
+def run_of_train(budget):
+    """train.py once, by hand, timed from outside: what timed_run.py found, with the wall clock of a run."""
+    with tempfile.TemporaryDirectory() as folder:
+        started = time.monotonic()
+        environment = os.environ | {"AUTORESEARCH_BUDGET": f"{budget:g}", "AUTORESEARCH_STARTED": str(started)}
+        command = [sys.executable, Path(__file__).parent / "timed_run.py", Path(folder) / "found"]
+        output = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, check=True).stdout
+        print(output.splitlines()[0])
+        found = json.loads((Path(folder) / "found").read_text())
+    return found | {"seconds": found["ended"] - started}
+
+
+def training(budget):
+    """Lines: start-up by its parts, the share of the steps, evaluation, and what batches and log cost of a step."""
+    found = run_of_train(budget)
+    parts, seconds = found["parts"], found["seconds"]
+    names = list(parts)
+    start_up = names[: names.index("the first step") + 1]
+    line("spawn to the end of the first step", f"{sum(parts[name] for name in start_up):7.2f} s")
+    for name in start_up:
+        line(f"  {name}", f"{parts[name]:7.2f} s")
+    steps = parts["the first step"] + parts["the other steps"]
+    line(f"training steps, of a run at {budget:g} s", f"{steps:7.2f} s of {seconds:.2f}: {steps / seconds:.1%} ({found['steps']} steps)")
+    line("evaluation, with its probes", f"{parts['evaluation, with its probes']:7.2f} s")
+    for name, what in (("batches", "loading batches"), ("log", "run.log")):  # on CUDA with what they wait for the device
+        line(f"  {what}, of a step", f"{found['within'][name] / steps:7.2%}")
+    speed = found["tokens"] / steps
+    line("the loader alone", f"{found['loader']:,.0f} tokens/s, {found['loader'] / speed:.0f} times training's {speed:,.0f}")
+
+
+def cycles_of_loop(budget, cycles):
+    """Line: the share of the steps in the real loop, from one run's start to the next one's, with a model that answers at once."""
+    server = ChatServer()
+    server.default = lambda request: loop.random_reply(source_in(request), random.Random(len(server.requests)), "GPU")
+    with tempfile.TemporaryDirectory() as folder:
+        project = Clone(Path(folder))
+        command = [sys.executable, "loop.py", "--tag", "speed", "--budget", f"{budget:g}"]
+        environment = project.environment | {"PATH": os.environ["PATH"], "OPENAI_BASE_URL": server.url}
+        process = subprocess.Popen(command, cwd=project.folder, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        while len(starts := run_starts(project)) <= cycles and process.poll() is None:
+            time.sleep(0.2)
+        process.terminate()
+        process.wait()
+        shares = []
+        for (began, run), (after, _) in zip(starts, starts[1:], strict=False):
+            if match := re.search(r"^training_seconds: +([\d.]+)", (run / "run.log").read_text(), re.MULTILINE):
+                shares.append(float(match[1]) / (after - began))
+    if shares:
+        each = ", ".join(f"{share:.1%}" for share in shares)
+        line("training seconds, cycle over cycle in the loop", f"{statistics.median(shares):7.1%} (median of {each})")
+
+
+def run_starts(project):
+    """[(time, folder)] of the runs so far, by when their train.py was written."""
+    return sorted(((run / "train.py").stat().st_mtime, run) for run in project.folder.glob("runs/*-*-*") if (run / "train.py").exists())
+
+
+def source_in(request):
+    return request["messages"][1]["content"].partition("# train.py\n\n```python\n")[2].partition("\n```")[0]
+
+
+# ---- between runs
+
+
+def timed_project(folder, seconds=0.0):
+    project = Project(Path(folder))
+    project.write("train.py", TIMED.replace("SECONDS = 0.0", f"SECONDS = {seconds}"))
+    project.commit("timed")
+    return project
+
+
+def run_times(project):
+    """(beginnings, ends) of the runs that ended, in their order, by the clock that all processes share."""
+    times = [re.findall(r"^(?:began|ended) ([\d.]+)$", log.read_text(), re.MULTILINE) for log in project.folder.glob("runs/*/run.log")]
+    return tuple(zip(*sorted([float(value) for value in pair] for pair in times if len(pair) == 2), strict=True))
+
+
+def gaps(project, since=0.0):
+    """Seconds from the end of each run to the beginning of the next one."""
+    began, ended = run_times(project)
+    return [after - before for after, before in zip(began[1:], ended, strict=False) if before > since]
+
+
+def grow(project, rows):
+    """Gives the branch `rows` more rows, with the commits that the loop would have made, by git fast-import."""
+    tip = project.git("rev-parse", "autoresearch/t").strip()
+    lines, marks = [], 0
+    who = "committer a <a@b> 1700000000 +0000\n"
+    for number in range(rows):
+        marks += 2
+        message = f"idea {number}\n\nSeed: {number}\nTokens: 0\nTree: {number:016x}\n"
+        source = TIMED.replace("WIDTH = 64", f"WIDTH = {number + 100_000}")
+        parent = f":{marks - 2}" if number else tip
+        lines.append(f"commit refs/heads/edit\nmark :{marks - 1}\n{who}data {len(message)}\n{message}from {parent}\n"
+                     f"M 100644 inline train.py\ndata {len(source)}\n{source}\n")  # fmt: skip
+        lines.append(f"commit refs/heads/autoresearch/t\nmark :{marks}\n{who}data 8\ndiscard\n\nfrom {parent}\nmerge :{marks - 1}\n")
+    subprocess.run(["git", "fast-import", "--quiet", f"--export-marks={project.data}/marks"], cwd=project.folder,
+                   input="".join(lines).encode(), check=True)  # fmt: skip
+    commits = dict(line.split() for line in (project.data / "marks").read_text().splitlines())
+    text = project.git("show", f"{tip}:results.tsv")
+    for number in range(rows):
+        commit = commits[f":{2 * number + 1}"][:7]
+        text += loop.Row(commit, 1.7, 0.5, "discard", f"idea {number} with a few words to it", [1.7], 0, "2026-11-23T00:00:00Z").line()
+    project.git("symbolic-ref", "HEAD", "refs/heads/autoresearch/t")
+    project.git("reset", "--hard", "--quiet")
+    project.write("results.tsv", text)
+    project.commit("rows")
+
+
+def overhead(args):
+    """Seconds from a run's last line to the next one's spawn, with a model that answers at once; start-up; peak resident memory."""
+    server = ChatServer()
+    server.default = lambda request: loop.random_reply(source_in(request), random.Random(len(server.requests)), "GPU")
+    for rows in (10, 10_000):
+        with tempfile.TemporaryDirectory() as folder:
+            project = timed_project(folder)
+            project.offline("--experiments", 1)
+            grow(project, rows - 2)
+            started, peak = time.monotonic(), 0
+            process = project.start("--experiments", args.cycles, OPENAI_BASE_URL=server.url)
+            while process.poll() is None:
+                status = Path(f"/proc/{process.pid}/status")
+                if match := re.search(r"VmHWM:\s+(\d+)", status.read_text() if status.exists() else ""):
+                    peak = max(peak, int(match[1]) / 1024)
+                time.sleep(0.05)
+            first = min(began for began in run_times(project)[0] if began > started) - started
+            between = gaps(project, started)
+            figure = (
+                f"{statistics.median(between):7.2f} s, at most {max(between):.2f}; start to first run {first:.2f} s, peak {peak:.0f} MB"
+            )
+            line(f"the loop between two runs, at {rows:,} rows", figure)
+
+
+def thinking(think, run, cycles):
+    """Line: the gaps between runs of so many seconds, with a model that thinks for so many."""
+    server = ChatServer()
+
+    def worse(request):  # than all before: a verdict after one run
+        number = len(server.requests)
+        time.sleep(think)
+        return f"IDEA: {number}\n\n<<<<<<< SEARCH\nRATE = 0.5\n=======\nRATE = {0.5 + number}\n>>>>>>> REPLACE\n"
+
+    server.default = worse
+    with tempfile.TemporaryDirectory() as folder:
+        project = timed_project(folder, run)
+        process = project.start("--budget", f"{2 * run + 20:g}", "--tag", "t", "--experiments", cycles, OPENAI_BASE_URL=server.url)
+        out, err = process.communicate()
+        assert process.returncode == 0, out + err
+        between = gaps(project)
+    said = ", and the loop says that it is bound by the model" if "bound by the model" in out else ""
+    figure = f"{statistics.median(between):7.2f} s, {sum(gap < SOON for gap in between)} of {len(between)} under {SOON} s{said}"
+    line(f"between runs of {run:g} s, thoughts of {think:g} s", figure)
+
+
+def speed(args):
+    """One table of where the time goes on this machine: start-up, training's share, loader, the loop between runs, thinking beside runs."""
+    training(args.budget)
+    cycles_of_loop(args.budget, args.runs)
+    overhead(args)
+    thoughts = [(args.think, args.run_seconds), (1.5 * args.run_seconds, args.run_seconds)]  # these only wait: both at once
+    threads = [threading.Thread(target=thinking, args=(*seconds, args.thoughts)) for seconds in thoughts]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
