@@ -182,6 +182,30 @@ def test_the_graph_compiles_in_one_piece():
     torch.testing.assert_close(compiled(model, x, x), train.mean_loss(model, x, x))
 
 
+def test_other_learning_rates_compile_nothing_anew():
+    def compiled_code(sizes):
+        graphs = []
+
+        def backend(graph, inputs):
+            graphs.append(graph.code)
+            return graph.forward
+
+        torch.compiler.reset()
+        compiled = partial(torch.compile, backend=backend, fullgraph=True, dynamic=False)
+        model, _ = make(sizes)
+        optimizers, loss_of = train.make_optimizers(model, sizes, compiled), compiled(train.mean_loss)
+        x = torch.zeros(2, T, dtype=torch.int64)
+        for progress in (0.0, 0.5, 0.9):
+            train.learn(loss_of, model, x, x, 1.0)
+            train.optimize(optimizers, progress)
+        return graphs
+
+    sizes = dataclasses.replace(TINY, memory_rows=0)  # as on a GPU
+    code = compiled_code(sizes)
+    other = compiled_code(dataclasses.replace(sizes, matrix_lr=0.1, embed_lr=0.1, ngram_lr=0.1, head_lr=0.1, scalar_lr=0.1))
+    assert code == other and len(code) == 2  # the loss and Muon's iteration: what inductor's cache knows them by is the same
+
+
 def test_out_of_memory_halves_the_micro_batch_and_keeps_the_step(capsys):
     model, _ = make()
     sizes = dataclasses.replace(TINY, micro_batch=8, accumulation=3)
