@@ -468,9 +468,9 @@ def _guard(event, args):
 class Run:
     """One experiment: seeds everything, picks the device, opens the data and starts the clock.
 
-    `device` (torch.device), `seq_len`, `vocab_size` and `train_tokens` (of the train split) are the ruler's facts. Reads AUTORESEARCH_BUDGET (300 s of wall
-    clock for the whole process), _STARTED (time.monotonic() at spawn), _SEED (0), _DATA (~/.cache/autoresearch) and
-    _SPLIT (val; test in the closing audit, which prints test_bpb).
+    `device` (torch.device), `seq_len`, `vocab_size` and `train_tokens` (in the train split) are the ruler's facts.
+    Reads AUTORESEARCH_BUDGET (300 s of wall clock for the whole process), _STARTED (time.monotonic() at spawn), _SEED (0),
+    _DATA (~/.cache/autoresearch) and _SPLIT (val; test in the closing audit, which prints test_bpb).
     """
 
     def __init__(self):

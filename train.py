@@ -27,6 +27,7 @@ MATRIX_DECAY = 0.0  # weight decay of the matrices, per step and unit of learnin
 LOGIT_CAP = 15.0  # logits are bent smoothly into plus or minus this
 QK_SCALE = 1.3  # length given to normalised queries and keys at the start: sharper attention; then learned by head
 NGRAM = 3  # tokens in the longest n-gram that has an embedding; the shortest has 2
+SEEN_NGRAM = 3  # tokens in the longest n-gram that is looked for in the sequence itself; the shortest has 1
 READ_NGRAM = 7  # tokens in the longest n-gram that the memory knows; the shortest has 2
 MOST_LEAD = 7  # votes that a guess of the memory is ahead by, from which on more say no more
 READ_SHARE = 0.6  # of the text, at most, for the memory; what it has read is never trained on
@@ -112,11 +113,19 @@ def rotate(x, cos, sin):
 
 
 def ngram_keys(ids, longest):
-    """A number for each n-gram that ends at a position of ids (B, T): one (B, T) for each n from 2 to `longest`."""
+    """A number for each n-gram that ends at a position of ids (B, T): one (B, T) for each n from 1 to `longest`."""
     keys = [ids]
     for back in range(1, longest):
         keys.append(1_000_003 * keys[-1] + earlier(ids, back) + 1)  # products wrap at 64 bits, which is fine
-    return keys[1:]
+    return keys
+
+
+def followed_before(ids, key, none):
+    """(B, T): what followed the latest earlier position of the sequence with the same key; `none` where there is no such."""
+    after = torch.arange(1, ids.size(1) + 1, device=ids.device)
+    same = (key[:, :, None] == key[:, None, :]) & (after < after[:, None])  # (B, T, T), the earlier positions last
+    latest = (same * after).amax(2)
+    return torch.where(latest > 0, ids.gather(1, latest), none)
 
 
 class Linear(nn.Linear):
@@ -180,11 +189,12 @@ class Block(nn.Module):
 
 
 class Memory(nn.Module):
-    """What mostly followed each n-gram in a part of the text that is read once, much faster than it could be trained on.
+    """Guesses the next token: it is what followed the same n-gram before, in the sequence or in a part of the text that was read once.
 
-    A slot holds the token that won a majority vote (Boyer and Moore, MJRTY, 1991) among those that followed, and its lead.
-    Training text shares documents with what was read and new text doesn't, so guesses are better in training than they will
-    be: random ones among them keep the model from trusting them too much.
+    The first needs no weights and no second layer to find it (n-gram heads: Akyurek et al., arXiv 2401.12973). For the second, each
+    slot holds the token that won a majority vote (Boyer and Moore, 1991) among those that followed, and its lead. Reading is much faster
+    than training. But what is trained on shares documents with what was read, and new text doesn't: guesses are better in
+    training than they will be. Random ones among them keep the model from trusting them too much.
     """
 
     def __init__(self, rows, vocab_size, width):
@@ -192,13 +202,14 @@ class Memory(nn.Module):
         self.vocab_size = vocab_size
         self.guess = nn.Embedding(vocab_size + 1, width)  # of the guessed token; the last row stands for none
         nn.init.normal_(self.guess.weight, std=0.02)
-        self.trust = nn.Parameter(torch.full((READ_NGRAM - 1, MOST_LEAD + 1), 0.3))  # by length of the n-gram, and lead
+        self.trust_seen = nn.Parameter(torch.ones(SEEN_NGRAM))
+        self.trust_read = nn.Parameter(torch.full((READ_NGRAM - 1, MOST_LEAD + 1), 0.3))
         self.token = torch.full((READ_NGRAM - 1, rows), vocab_size, dtype=torch.int16)
         self.lead = torch.zeros((READ_NGRAM - 1, rows), dtype=torch.int8)
 
     def read(self, ids, following):
         """One vote for each n-gram in ids (B, T): for the token that follows it, (B, T)."""
-        for n, key in enumerate(ngram_keys(ids, READ_NGRAM), 2):
+        for n, key in enumerate(ngram_keys(ids, READ_NGRAM)[1:], 2):
             slot, voted = (key % self.token.size(1))[:, n - 1 :].flatten(), following[:, n - 1 :].flatten().short()
             token, lead = self.token[n - 2], self.lead[n - 2]
             before, agrees = lead[slot], token[slot] == voted
@@ -206,15 +217,18 @@ class Memory(nn.Module):
             token[slot[won]] = voted[won]
             lead[slot] = torch.where(agrees | won, before + 1, before - 1).clamp(0, 127)
 
-    def forward(self, keys):
-        """(B, T, width) from the keys of each length of n-gram."""
+    def forward(self, ids, keys):
+        """(B, T, width)"""
         total = 0
-        for n, key in enumerate(keys):
-            slot = key % self.token.size(1)
-            guess, lead = self.token[n][slot].long(), self.lead[n][slot].long().clamp(max=MOST_LEAD)
+        for trust, key in zip(self.trust_seen, keys, strict=False):
+            total = total + trust * self.guess(followed_before(ids, key, self.vocab_size))
+        for trust, token, lead, key in zip(self.trust_read, self.token, self.lead, keys[1:READ_NGRAM], strict=True):
+            slot = key % token.numel()
+            guess = token[slot].long()
             if self.training:
-                guess = torch.where(torch.rand(guess.shape) < DOUBT, torch.randint(self.vocab_size, guess.shape), guess)
-            total = total + self.trust[n][lead][..., None] * self.guess(guess)
+                doubtful = torch.rand_like(guess, dtype=torch.float32) < DOUBT
+                guess = torch.where(doubtful, torch.randint_like(guess, self.vocab_size), guess)
+            total = total + trust[lead[slot].long().clamp(max=MOST_LEAD)][..., None] * self.guess(guess)
         return total
 
 
@@ -243,11 +257,11 @@ class GPT(nn.Module):
     def hidden(self, ids):
         """ids (B, T) -> what the output layer reads, (B, T, width)."""
         x = self.tokens(ids)  # (B, T, width)
-        keys = ngram_keys(ids, max(NGRAM, READ_NGRAM if self.memory else 0))
-        for key in keys[: NGRAM - 1]:
+        keys = ngram_keys(ids, max(NGRAM, SEEN_NGRAM, READ_NGRAM) if self.memory else NGRAM)
+        for key in keys[1:NGRAM]:
             x = x + self.ngrams(key % self.ngrams.num_embeddings)
         if self.memory:
-            x = x + self.memory(keys[: READ_NGRAM - 1])
+            x = x + self.memory(ids, keys)
         x = x0 = norm(x.to(self.dtype))
         for block, mask in zip(self.blocks, self.masks, strict=True):
             x = block(x, x0, ids, self.rotary, mask)
@@ -420,13 +434,13 @@ def learn_by_rows(model, x, y, share):
 
 def read_text(run, memory, batches, rows):
     """Training begins with the memory's reading; returns the batches of the text that is left, which come again and again."""
-    read, most = 0, READ_SHARE * run.train_tokens
-    while run.progress() < READ_TIME and read < most:
-        x, y = map(torch.cat, zip(*itertools.islice(batches, 32), strict=True))
-        memory.read(x, y)
-        read += x.numel()
+    read, at_once = 0, 32 * rows * run.seq_len
+    while run.progress() < READ_TIME and read + at_once <= READ_SHARE * run.train_tokens:
+        memory.read(*map(torch.cat, zip(*itertools.islice(batches, 32), strict=True)))
+        read += at_once
     print(f"read {read / 1e6:.2f} M tokens of {run.train_tokens / 1e6:.2f} M", flush=True)
-    return itertools.cycle(itertools.islice(batches, max(int(run.train_tokens - read) // (rows * run.seq_len), 1)))
+    left = (run.train_tokens - read) // (rows * run.seq_len)
+    return itertools.cycle(itertools.islice(batches, max(left, 1)))
 
 
 def fitting_micro_batch(model, loss_of, sizes, T, device):

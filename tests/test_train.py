@@ -115,7 +115,7 @@ def remembering(text, rows=2**12):
 
     def guesses(ids):
         keys = train.ngram_keys(torch.tensor([ids]), train.READ_NGRAM)
-        return [memory.token[n][key % rows][0, -1].item() for n, key in enumerate(keys)]
+        return [memory.token[n][key % rows][0, -1].item() for n, key in enumerate(keys[1:])]
 
     return memory, guesses
 
@@ -137,10 +137,20 @@ def test_the_memory_knows_longer_ngrams_apart():
 
 def test_the_memory_doubts_its_guesses_in_training_only():
     memory, _ = remembering(list(range(200)))
-    keys = train.ngram_keys(torch.arange(200)[None], train.READ_NGRAM)
-    assert not torch.equal(memory(keys), memory(keys))
+    ids = torch.arange(200)[None]
+    keys = train.ngram_keys(ids, train.READ_NGRAM)
+    assert not torch.equal(memory(ids, keys), memory(ids, keys))
     memory.eval()
-    assert torch.equal(memory(keys), memory(keys))
+    assert torch.equal(memory(ids, keys), memory(ids, keys))
+
+
+def test_what_followed_the_same_ngram_in_the_sequence_is_found():
+    ids = torch.tensor([[5, 6, 7, 5, 8, 6, 5]])
+    one, two = train.ngram_keys(ids, 2)
+    assert train.followed_before(ids, one, -1).tolist() == [[-1, -1, -1, 6, -1, 7, 8]]  # the latest 5 before the last one came before 8
+    ids = torch.tensor([[5, 6, 7, 4, 6, 9, 5, 6]])
+    one, two = train.ngram_keys(ids, 2)
+    assert train.followed_before(ids, one, -1)[0, -1] == 9 and train.followed_before(ids, two, -1)[0, -1] == 7
 
 
 @dataclasses.dataclass
@@ -160,6 +170,12 @@ class Reading:
     def progress(self):
         self.calls += 1
         return float(self.calls > self.calls_until_time_is_over)
+
+
+def test_a_text_too_small_to_share_is_all_for_training(capsys):
+    run, memory = Reading(train_tokens=40 * T), train.Memory(64, VOCABULARY, 8)
+    rest = train.read_text(run, memory, run.batches(1), 1)
+    assert {token for _ in range(40) for token in next(rest)[0].flatten().tolist()} == set(range(40 * T))
 
 
 @pytest.mark.parametrize("calls", [3, 10**6])
