@@ -2,9 +2,11 @@
 
     python loop.py                  run until stopped (Ctrl-C); the same command goes on where it was
     python loop.py --offline        the same loop without an LLM: random search over train.py's constants
+    python loop.py --report         what came of it so far, at any time: what was kept, totals, progress.png
 
 Reads program.md (your goals, before every proposal), train.py and prepare.py. Writes the branch autoresearch/TAG, with
-results.tsv and the kept train.py on it, and runs/ (a folder with code and log for each experiment; git ignores it).
+results.tsv and the kept train.py on it, and two things that git ignores: runs/ (a folder with code and log for each
+experiment) and progress.png (every experiment as a dot).
 """
 
 import argparse
@@ -17,6 +19,8 @@ import fcntl
 import glob
 import hashlib
 import hmac
+import importlib.util
+import io
 import itertools
 import json
 import math
@@ -35,11 +39,11 @@ import time
 import traceback
 import warnings
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from stat import S_ISREG
-from statistics import fmean, stdev
+from statistics import fmean, median, stdev
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -87,6 +91,7 @@ LUCK = 1.5  # standard errors that the best of a night owes to luck, found by si
 HISTORY_KEEPS, HISTORY_OTHERS, HISTORY_PLACES, NEAR_MISSES = 40, 20, 15, 5  # lines in the prompt, whatever the night's length
 STUCK, STUCK_PLACE = 10, 4  # experiments in a row that were not kept, in all and in one place: then the prompt says so
 MOST_CHARS = 200_000  # of a reply: what is longer isn't an edit
+PLOT_SECONDS = 300  # after which a picture that hangs is given up; it takes about two
 TAIL_CHARS = 3000  # of a failed run's log, in the prompt and on the screen
 COLUMNS = ("commit", "val_bpb", "memory_gb", "status", "description", "runs", "llm_tokens", "finished")
 HEADER = "\t".join(COLUMNS) + "\n"
@@ -447,15 +452,24 @@ def write_runs(runs):
     return ",".join(f"{bpb:.6f}" for bpb in runs)
 
 
-def read_rows(text):
-    """The rows of a results.tsv; Stop names the first line that isn't one."""
+def read_rows(text, name="results.tsv on the branch"):
+    """The rows of a results.tsv, the community's with only the first five columns too; Stop names the first line that isn't one."""
+    header, *lines = text.removeprefix("\ufeff").splitlines() or [""]
+    if header and header.split("\t")[:5] != list(COLUMNS[:5]):
+        raise Stop(f"{name} doesn't begin with the header line {' '.join(COLUMNS[:5])} (tabs between them): {one_line(header)!r}")
     rows = []
-    for number, line in enumerate(text.splitlines()[1:], 2):
+    for number, line in enumerate(lines, 2):
         try:
-            commit, bpb, memory, status, description, runs, tokens, finished = line.split("\t")
-            rows.append(Row(commit, float(bpb), float(memory), status, description, read_runs(runs), int(tokens), finished))
+            cells = line.split("\t", header.count("\t"))
+            cells = cells if f"{header}\n" == HEADER else [*cells[:5], "", "0", ""]
+            commit, bpb, memory, status, description, runs, tokens, finished = cells
+            if status not in STYLES:
+                raise ValueError
+            bpb = math.nan if status == "crash" else float(bpb)  # the community writes 0 there
+            runs = read_runs(runs) or [bpb] * (0 < bpb < math.inf)
+            rows.append(Row(commit, bpb, float(memory), status, description, runs, int(tokens), finished))
         except ValueError:
-            raise Stop(f"results.tsv on the branch, line {number}, is not a row: {one_line(line)!r}; mend and commit it") from None
+            raise Stop(f"{name}, line {number}, is not a row: {one_line(line)!r}; mend and commit it") from None
     return rows
 
 
@@ -980,13 +994,29 @@ def find_runs(runs):
     """{pid: resident bytes} of the processes that runs of this checkout started.
 
     The mark stays through setsid and the death of a loop; a child with a cleaned environment is the loop's descendant, for ever
-    where the kernel makes it so (adopt_orphans).
+    where the kernel makes it so (adopt_orphans). What draws the picture is the loop's child too, and no run's.
     """
-    alive = processes(runs)
+    alive, plots = processes(runs), {plot.pid for plot in PLOTS if plot.poll() is None}
     found = {os.getpid()} | {pid for pid, (_, _, marked) in alive.items() if marked}
-    while new := {pid for pid, (parent, _, _) in alive.items() if parent in found} - found:
+    while new := {pid for pid, (parent, _, _) in alive.items() if parent in found} - found - plots:
         found |= new
     return {pid: alive[pid][1] for pid in found - {os.getpid()}}
+
+
+PLOTS = []  # what draws progress.png now: started by plot(), known to find_runs()
+
+
+def plot(folder, tag):
+    """Has progress.png drawn by another process, at the lowest priority and without waiting; one still at it is out of date, and ended."""
+    if importlib.util.find_spec("matplotlib"):
+        PLOTS[:] = [old for old in PLOTS if old.poll() is None]
+        for old in PLOTS:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(old.pid, signal.SIGKILL)
+        with contextlib.suppress(OSError):  # a night without a picture is a night all the same
+            command = ["nice", "-n", "19", sys.executable, "loop.py", "--report", "--tag", tag]
+            quiet = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
+            PLOTS.append(subprocess.Popen(command, cwd=folder, start_new_session=True, **quiet))
 
 
 def adopt_orphans():
@@ -1331,10 +1361,24 @@ def cells(row, best):
     return row.status, f"{row.val_bpb:.4f}{times}", "" if best is None else f"{row.val_bpb - best:+.4f}", row.description
 
 
+def outcome(rows):
+    """What was won, in a line."""
+    if not (kept := [row for row in rows if row.status == "keep" and row.runs]):
+        return "no baseline yet"
+    noise = noise_of(row.runs for row in rows)
+    gain, error = gain_of(kept[0].runs, kept[-1].runs, noise)
+    won = f"best {kept[-1].val_bpb:.4f}, baseline {kept[0].val_bpb:.4f}: gain {gain:.4f} +- {error:.4f}, luck taken off" if kept[1:] else ""
+    return f"{won or f'baseline {kept[0].val_bpb:.4f}'}  ·  noise of a run {noise:.4f}"
+
+
+def counts(rows):
+    """How many there were of each kind; the baseline is no experiment."""
+    number = Counter(row.status for row in rows) - Counter(["keep"])
+    return f"{number.total()} experiments, {number['keep']} kept, {number['crash']} crashed"
+
+
 def totals(facts, now):
     """Two lines: what was won, and what it took."""
-    kept = [row for row in facts.rows if row.status == "keep"]
-    crashed = sum(row.status == "crash" for row in facts.rows)
     minutes = (now - facts.began) / 60
     pace = f"{int(minutes // 60)} h {int(minutes % 60):02} min" + (
         f", {60 * facts.finished / minutes:.1f} an hour" if facts.finished else ""
@@ -1344,13 +1388,7 @@ def totals(facts, now):
     busy += f", waiting for the model {facts.waited / seconds:.0%}" if facts.waited > seconds / 100 else ""
     wasted = f" ({facts.wasted:,} for nothing)" if facts.wasted else ""
     tokens = f"  ·  {facts.tokens:,} tokens{wasted}, {facts.refused} replies refused" if facts.tokens else ""
-    if not kept:
-        return f"no baseline yet\n{pace}"
-    noise = noise_of(row.runs for row in facts.rows)
-    gain, error = gain_of(kept[0].runs, kept[-1].runs, noise)
-    won = f"best {kept[-1].val_bpb:.4f}, baseline {kept[0].val_bpb:.4f}: gain {gain:.4f} +- {error:.4f}, luck taken off" if kept[1:] else ""
-    won = f"{won or f'baseline {kept[0].val_bpb:.4f}'}  ·  noise of a run {noise:.4f}"
-    return f"{won}\n{len(facts.rows) - 1} experiments, {len(kept) - 1} kept, {crashed} crashed  ·  {pace}{busy}{tokens}"
+    return f"{outcome(facts.rows)}\n{counts(facts.rows)}  ·  {pace}{busy}{tokens}"
 
 
 def render(facts, now):
@@ -1378,6 +1416,202 @@ def render(facts, now):
         seconds = now - facts.thinking_since
         parts.append(Text.assemble(("? ", "magenta"), f"{facts.thinking}  {seconds:.0f} s", no_wrap=True, overflow="ellipsis"))
     return Group(*parts, Text(totals(facts, now), "dim"))
+
+
+# ------------------------------------------------------------------------------------------------------------ the report
+
+
+@dataclass
+class Report:
+    """What the rows of a night tell. render_report() shows it, draw() paints it."""
+
+    name: str  # of the branch or the file
+    rows: list
+    failures: dict = field(default_factory=dict)  # {commit: class} of what failed; empty where only a file is known
+
+    def __post_init__(self):
+        self.rows = [replace(row, description=one_line(row.description)) for row in self.rows]  # a file may hold anything
+        self.noise = noise_of(row.runs for row in self.rows)
+        self.kept = [number for number, row in enumerate(self.rows) if row.status == "keep" and row.runs]
+        self.before = [None]  # the lowest kept before each row: what it had to beat; and at the end of all
+        for number, row in enumerate(self.rows):
+            best = self.before[-1]
+            self.before.append(row if number in self.kept and not (best and best.val_bpb <= row.val_bpb) else best)
+
+    def gain(self, number):
+        """By how much a row is lower than what it had to beat."""
+        row, best = self.rows[number], self.before[number]
+        return best.val_bpb - row.val_bpb if best else math.inf
+
+    def clear(self, number):
+        """Whether a gain is more than what luck adds to it."""
+        best = self.before[number]
+        return bool(best) and gain_of(best.runs, self.rows[number].runs, self.noise)[0] > 0
+
+    def near_misses(self):
+        """Not kept, and within a standard error of what they had to beat: the nearest first."""
+        found = [n for n, row in enumerate(self.rows) if row.status == "discard" and row.runs and self.before[n]]
+        errors = {n: gain_of(self.before[n].runs, self.rows[n].runs, self.noise)[1] for n in found}
+        return sorted((n for n in found if self.gain(n) > -errors[n]), key=self.gain, reverse=True)[:NEAR_MISSES]
+
+
+def hours_of(rows):
+    """(hours from the first row to the last, how many rows came in them, hours of pauses, in which the loop was stopped: taken off)."""
+    ends = []
+    for row in rows:
+        with contextlib.suppress(ValueError):  # a log of five columns doesn't say
+            ends.append(datetime.fromisoformat(row.finished.replace("Z", "+00:00")).timestamp())
+    gaps = [max(after - before, 0) / 3600 for before, after in itertools.pairwise(ends)]
+    pauses = [gap for gap in gaps if gap > max(1, 5 * median(gaps))]
+    return sum(gaps) - sum(pauses), len(gaps) - len(pauses), sum(pauses)
+
+
+def listing(report, numbers, last):
+    """A table of these rows: against the lowest kept before each, and with the lowest kept after it."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for name in ("#", "commit", "val_bpb", "change", "clear", "best"):
+        table.add_column(name, no_wrap=True, justify="left" if name in ("commit", "clear") else "right")
+    table.add_column(last, overflow="fold")
+    for number in numbers:
+        row, best = report.rows[number], report.before[number]
+        _, bpb, change, description = cells(row, best and best.val_bpb)
+        clear = "" if not best else "yes" if report.clear(number) else "no"
+        style = "green" if clear == "yes" else ""
+        lowest = f"{report.before[number + 1].val_bpb:.4f}"
+        table.add_row(*(Text(cell, style) for cell in (str(number), row.commit[:7], bpb, change, clear, lowest, description)))
+    return table
+
+
+def render_report(report):
+    """The morning's screen: what was kept, what nearly was, and at the end, where the eye is, the totals."""
+    rows, misses, parts = report.rows, report.near_misses(), [Text(report.name, "bold"), Text()]
+    if report.kept:
+        parts += [listing(report, report.kept, "kept"), Text()]
+    if misses:
+        parts += [listing(report, misses, "worth a second look: not kept, within a standard error"), Text()]
+    crashes = Counter(report.failures.get(row.commit[:7]) or "no edit applied" for row in rows if row.status == "crash")
+    classes = ", ".join(f"{count} {name}" for name, count in crashes.most_common())
+    lines = [outcome(rows), counts(rows) + (f" ({classes})" if crashes and report.failures else "")]
+    hours, timed, pauses = hours_of(rows)
+    tokens = sum(row.llm_tokens for row in rows)
+    if hours:
+        lines[-1] += f"  ·  {hours:.1f} hours, {timed / hours:.1f} an hour" + (f", pauses of {pauses:.1f} hours left out" if pauses else "")
+    lines[-1] += f"  ·  {tokens:,} tokens" if tokens else ""
+    gains = {"kept": len(report.kept) - 1, "clear": sum(map(report.clear, report.kept))}
+    for kind, count in gains.items():
+        if count > 0:
+            spent = [f"{len(rows) / count:.1f} experiments"]
+            spent += [f"{hours / count:.2f} hours"] * (hours > 0) + [f"{tokens / count:,.0f} tokens"] * (tokens > 0)
+            lines.append(f"{count} gains {kind}, one for {', '.join(spent)}")
+    if gains["kept"] > 0:
+        lines.append(f"clear: by more than {LUCK:g} standard errors, which luck alone may give to the best of many")
+    if rows and all(len(row.runs) < 2 for row in rows):
+        lines.append("noise is assumed: nothing here was run twice")
+    return Group(*parts, *(Text(line) for line in lines))
+
+
+PLACES = [(x * far, y * far) for far in (9, 18, 30, 45, 65, 90, 120) for x, y in ((-1, -1), (-0.2, -1), (1, 1), (0.2, 1), (1, -1))]
+
+
+def draw(report, path):
+    """progress.png: each experiment a dot, the best so far a line with the noise around it, and the largest gains named."""
+    signal.alarm(PLOT_SECONDS)  # nobody waits for it: if it hangs, it ends
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.font_manager import FontProperties
+    from matplotlib.path import Path as Line
+    from matplotlib.transforms import Bbox
+
+    rows, kept, count = report.rows, report.kept, len(report.rows)
+    measured = [number for number, row in enumerate(rows) if row.runs]
+    values = sorted(rows[number].val_bpb for number in measured)
+    figure = Figure((12, 6.75), dpi=150)
+    axes, renderer = figure.add_axes((0.07, 0.08, 0.91, 0.8)), FigureCanvasAgg(figure).get_renderer()
+    low = values[0] if values else 0
+    usual = max(low + 4 * (values[3 * (len(values) - 1) // 4] - low), 1.05 * low) if values else 1  # what is higher would flatten the rest
+    shown = [n for n in measured if rows[n].val_bpb <= (2 * low if n in kept else usual)]
+    high = max((rows[n].val_bpb for n in shown), default=1)
+    room = max(high - low, 6 * report.noise)
+    axes.set_ylim(low - 0.4 * room, low + 1.08 * room)  # below the line is room for names
+    axes.set_xlim(-0.01 * count - 0.5, 1.01 * count)
+    small = 1 if count < 300 else 0.5
+    groups = (
+        ("discarded", [n for n in shown if n not in kept], "o", "#9a9a9a", 22),
+        ("kept", [n for n in shown if n in kept], "D", "#00795a", 44),
+        (f"off the scale, up to {max(values, default=0):.4g}", sorted({*measured} - {*shown}), "^", "#5b4bb5", 40),
+        ("crashed", sorted({*range(count)} - {*measured}), "x", "#d55e00", 30),
+    )
+    for name, numbers, marker, colour, size in groups:
+        edge = {"crashed": 0.02, name: None}
+        if numbers:
+            on_edge = marker in "^x"
+            heights = [0.98 if marker == "^" else 0.02] * len(numbers) if on_edge else [rows[n].val_bpb for n in numbers]
+            transform = axes.get_xaxis_transform() if on_edge else axes.transData
+            axes.scatter(numbers, heights, size * small, colour, marker, label=f"{name} ({len(numbers)})", transform=transform, zorder=3)
+    line = [(n + step, best.val_bpb) for n, best in enumerate(report.before[1:]) if best for step in (0, 1)]
+    if line:
+        xs, ys = zip(*line, strict=True)
+        axes.plot(xs, ys, color="#00795a", linewidth=1.5, label="best so far")
+        bounds = [y - report.noise for y in ys], [y + report.noise for y in ys]
+        axes.fill_between(xs, *bounds, color="#00795a", alpha=0.15, linewidth=0, label=f"noise of a run ({report.noise:.4f})")
+    taken, dots = [], axes.transData.transform([(n, rows[n].val_bpb) for n in shown] or [(0, 0)])
+    path_of_best = Line(axes.transData.transform(line)) if line else None
+    points = figure.dpi / 72
+    for number in sorted({*shown} & {*kept}, key=report.gain, reverse=True):
+        text = as_unicode(one_line(rows[number].description, 44))
+        width, height, _ = renderer.get_text_width_height_descent(text, FontProperties(size=8), False)
+        x, y = axes.transData.transform((number, rows[number].val_bpb))
+        for right, up in PLACES:
+            left, bottom = x + right * points - width * (right < 0), y + up * points - height * (up < 0)
+            box = Bbox.from_bounds(left - 3, bottom - 3, width + 6, height + 6)
+            inside = axes.bbox.x0 < box.x0 and box.x1 < axes.bbox.x1 and axes.bbox.y0 + 25 < box.y0 and box.y1 < axes.bbox.y1 - 25
+            if inside and not (box.count_contains(dots) or box.count_overlaps(taken) or path_of_best.intersects_bbox(box, False)):
+                taken.append(box)
+                axes.annotate(text, (number, rows[number].val_bpb), (right, up), textcoords="offset points", fontsize=8, parse_math=False,
+                              ha="right" if right < 0 else "left", va="top" if up < 0 else "bottom",
+                              arrowprops=dict(arrowstyle="-", linewidth=0.5, color="#777777"))  # fmt: skip
+                break
+    axes.set_title(f"{report.name}: {outcome(rows)}", loc="left", pad=30, parse_math=False)
+    axes.set_xlabel("experiment")
+    axes.set_ylabel("val_bpb (lower is better)")
+    axes.grid(alpha=0.2)
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=6, frameon=False, fontsize=9)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png")
+    new = path.with_name(f".{path.name}.{os.getpid()}")  # a name of its own: the loop may draw at the same time
+    new.write_bytes(picture.getvalue())
+    new.replace(path)
+
+
+def read_report(folder, tag, file):
+    """The rows of a file, or else of a branch: the tag's, the one checked out, or the newest. Nothing is locked or written."""
+    if file:
+        if (text := read_text(Path(file))) is None:
+            raise Stop(f"{file} can't be read; --report takes a results.tsv, or nothing for the branch's own")
+        return Report(file, read_rows(text, file))
+    git = Git(folder)
+    newest = ("for-each-ref", "--sort=-committerdate", "--count=1", "--format=%(refname)", "refs/heads/autoresearch/")
+    name = f"autoresearch/{tag.removeprefix('autoresearch/')}" if tag else git.branch()
+    name = name if name.startswith("autoresearch/") else git(*newest).strip().removeprefix("refs/heads/")
+    if not name or not git.find(f"refs/heads/{name}"):
+        raise Stop(f"there is no branch {name or 'autoresearch/...'} to report on yet; run: python loop.py, or give --report a results.tsv")
+    log = git("log", "--first-parent", "--merges", "--format=%P %(trailers:key=Failure,valueonly,separator=%x2C)", f"refs/heads/{name}")
+    failures = {line.split(" ")[1][:7]: line.split(" ")[2] for line in log.splitlines()}
+    return Report(name, read_rows(git.blob(f"refs/heads/{name}", "results.tsv") or HEADER), failures)
+
+
+def report(folder, tag, file, console):
+    """The morning after, or any time before it: table and picture."""
+    night = read_report(folder, tag, file)
+    console.print(render_report(night))
+    if not night.rows:
+        return 0
+    try:
+        draw(night, folder / "progress.png")
+        console.print(Text(f"picture: {folder / 'progress.png'}"), soft_wrap=True)
+    except ImportError:
+        console.print(Text("no picture, as matplotlib is missing; run: pip install -e '.[plot]'"), soft_wrap=True)
+    return 0
 
 
 # ------------------------------------------------------------------------------------------------------------- the night
@@ -1908,6 +2142,7 @@ class Night:
         self.hasty = self.hasty + 1 if result.cause and result.seconds < WAITS[0] else 0
         if not self.facts.live:
             self.facts.say("{:8} {:9} {:>7}  {}".format(*cells(row, best)))
+        plot(self.folder, self.notebook.name)
         if not self.notebook.checked_out():
             self.facts.say(f"this checkout is on another branch now; the row went to {self.notebook.name}, and no file here was touched")
 
@@ -2017,6 +2252,9 @@ def main():
     parser.add_argument("--experiments", type=int, metavar="N", help="stop after N experiments, the baseline not counted")
     parser.add_argument("--hours", type=float, metavar="H", help="stop at the first experiment's end after H hours")
     parser.add_argument("--model", metavar="NAME", help=f"the model to ask ({DEFAULT_MODEL}, or your server's first one)")
+    parser.add_argument(
+        "--report", nargs="?", const="", metavar="FILE", help="what was kept, totals, progress.png: of the branch, or of any results.tsv"
+    )
     parser.add_argument("--offline", action="store_true", help="no LLM: random search over train.py's constants, no key, no network")
     parser.add_argument(
         "--audit", action="store_true", help="run baseline and best again, on fresh seeds and unseen text: is the gain real?"
@@ -2031,6 +2269,8 @@ def main():
     console = Console(highlight=False)
     night = None
     try:
+        if args.report is not None:
+            return report(Path(__file__).resolve().parent, args.tag, args.report, console)
         night = Night(args, Path(__file__).resolve().parent, console)
         night.prepare()
         night.go_on()
