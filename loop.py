@@ -39,7 +39,7 @@ import time
 import traceback
 import warnings
 from collections import Counter
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from stat import S_ISREG
@@ -1427,160 +1427,156 @@ class Report:
 
     name: str  # of the branch or the file
     rows: list
-    failures: dict = field(default_factory=dict)  # {commit: class} of what failed; empty where only a file is known
+    failures: dict = field(default_factory=dict)  # {commit: class} of what crashed; empty where only a file is known
 
     def __post_init__(self):
-        self.rows = [replace(row, description=one_line(row.description)) for row in self.rows]  # a file may hold anything
         self.noise = noise_of(row.runs for row in self.rows)
         self.kept = [number for number, row in enumerate(self.rows) if row.status == "keep" and row.runs]
-        self.before = [None]  # the lowest kept before each row: what it had to beat; and at the end of all
+        self.best = [None]  # the lowest kept before each row, which it had to beat; and after the last
         for number, row in enumerate(self.rows):
-            best = self.before[-1]
-            self.before.append(row if number in self.kept and not (best and best.val_bpb <= row.val_bpb) else best)
+            best = self.best[-1]
+            self.best.append(row if number in self.kept and not (best and best.val_bpb <= row.val_bpb) else best)
 
     def gain(self, number):
-        """By how much a row is lower than what it had to beat."""
-        row, best = self.rows[number], self.before[number]
-        return best.val_bpb - row.val_bpb if best else math.inf
+        """(how much lower a row is than the best before it, the standard error of that); the first is no gain, but matters most."""
+        row, best = self.rows[number], self.best[number]
+        return (best.val_bpb - row.val_bpb, gain_of(best.runs, row.runs, self.noise)[1]) if best else (math.inf, math.inf)
 
     def clear(self, number):
-        """Whether a gain is more than what luck adds to it."""
-        best = self.before[number]
-        return bool(best) and gain_of(best.runs, self.rows[number].runs, self.noise)[0] > 0
-
-    def near_misses(self):
-        """Not kept, and within a standard error of what they had to beat: the nearest first."""
-        found = [n for n, row in enumerate(self.rows) if row.status == "discard" and row.runs and self.before[n]]
-        errors = {n: gain_of(self.before[n].runs, self.rows[n].runs, self.noise)[1] for n in found}
-        return sorted((n for n in found if self.gain(n) > -errors[n]), key=self.gain, reverse=True)[:NEAR_MISSES]
+        """Whether luck alone wouldn't explain a gain."""
+        gain, error = self.gain(number)
+        return gain > LUCK * error
 
 
 def hours_of(rows):
-    """(hours from the first row to the last, how many rows came in them, hours of pauses, in which the loop was stopped: taken off)."""
+    """(hours from the first row to the last, how many came in them, hours of pauses, in which the loop was stopped: not counted)."""
     ends = []
     for row in rows:
         with contextlib.suppress(ValueError):  # a log of five columns doesn't say
             ends.append(datetime.fromisoformat(row.finished.replace("Z", "+00:00")).timestamp())
-    gaps = [max(after - before, 0) / 3600 for before, after in itertools.pairwise(ends)]
+    gaps = [max(after - before, 0) / 3600 for before, after in zip(ends, ends[1:], strict=False)]
     pauses = [gap for gap in gaps if gap > max(1, 5 * median(gaps))]
     return sum(gaps) - sum(pauses), len(gaps) - len(pauses), sum(pauses)
 
 
 def listing(report, numbers, last):
-    """A table of these rows: against the lowest kept before each, and with the lowest kept after it."""
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    for name in ("#", "commit", "val_bpb", "change", "clear", "best"):
-        table.add_column(name, no_wrap=True, justify="left" if name in ("commit", "clear") else "right")
-    table.add_column(last, overflow="fold")
+    """A table of these rows, against the best before each."""
+    table = Table("#", "commit", "val_bpb", "change", "clear", "best", last, box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for column, justify in zip(table.columns[:-1], ("right", "left", "left", "right", "left", "right"), strict=True):
+        column.no_wrap, column.justify = True, justify
     for number in numbers:
-        row, best = report.rows[number], report.before[number]
-        _, bpb, change, description = cells(row, best and best.val_bpb)
-        clear = "" if not best else "yes" if report.clear(number) else "no"
-        style = "green" if clear == "yes" else ""
-        lowest = f"{report.before[number + 1].val_bpb:.4f}"
-        table.add_row(*(Text(cell, style) for cell in (str(number), row.commit[:7], bpb, change, clear, lowest, description)))
+        row, before, after = report.rows[number], *report.best[number : number + 2]
+        _, bpb, change, description = cells(row, before and before.val_bpb)
+        clear = "" if not before else "yes" if report.clear(number) else "no"
+        found = (str(number), row.commit[:8], bpb, change, clear, f"{after.val_bpb:.4f}", one_line(description))
+        table.add_row(*map(Text, found), style="green" if clear == "yes" else "")
     return table
 
 
 def render_report(report):
-    """The morning's screen: what was kept, what nearly was, and at the end, where the eye is, the totals."""
-    rows, misses, parts = report.rows, report.near_misses(), [Text(report.name, "bold"), Text()]
-    if report.kept:
-        parts += [listing(report, report.kept, "kept"), Text()]
-    if misses:
-        parts += [listing(report, misses, "worth a second look: not kept, within a standard error"), Text()]
-    crashes = Counter(report.failures.get(row.commit[:7]) or "no edit applied" for row in rows if row.status == "crash")
-    classes = ", ".join(f"{count} {name}" for name, count in crashes.most_common())
-    lines = [outcome(rows), counts(rows) + (f" ({classes})" if crashes and report.failures else "")]
-    hours, timed, pauses = hours_of(rows)
-    tokens = sum(row.llm_tokens for row in rows)
-    if hours:
-        lines[-1] += f"  ·  {hours:.1f} hours, {timed / hours:.1f} an hour" + (f", pauses of {pauses:.1f} hours left out" if pauses else "")
-    lines[-1] += f"  ·  {tokens:,} tokens" if tokens else ""
-    gains = {"kept": len(report.kept) - 1, "clear": sum(map(report.clear, report.kept))}
-    for kind, count in gains.items():
+    """The morning's screen: what was kept, what nearly was, and the totals, at the end, where the eye is."""
+    rows, kept, parts = report.rows, report.kept, [Text(report.name, "bold")]
+    if kept:
+        parts += [Text(), listing(report, kept, "kept, in order")]
+    near = [n for n, row in enumerate(rows) if row.status == "discard" and row.runs and report.best[n] and sum(report.gain(n)) > 0]
+    if near := sorted(near, key=report.gain, reverse=True)[:NEAR_MISSES]:
+        parts += [
+            Text("\nNear misses, not a standard error worse than the best before: worth a second look"),
+            listing(report, near, "not kept"),
+        ]
+    crashes = Counter(report.failures.get(row.commit[:7]) or "no edit" for row in rows if row.status == "crash")
+    classes = f" ({', '.join(f'{count} {name}' for name, count in crashes.most_common())})" if crashes and report.failures else ""
+    (hours, timed, pauses), tokens = hours_of(rows), sum(row.llm_tokens for row in rows)
+    pace = f"  ·  {hours:.1f} hours, {timed / hours:.1f} an hour" if hours else ""
+    pace += f" (not counting {pauses:.1f} hours of pauses)" if pauses else ""
+    lines = ["", outcome(rows), counts(rows) + classes + pace + (f"  ·  {tokens:,} tokens" if tokens else "")]
+    for kind, count in {"kept": len(kept) - 1, "clear of the noise": sum(map(report.clear, kept))}.items():
         if count > 0:
-            spent = [f"{len(rows) / count:.1f} experiments"]
-            spent += [f"{hours / count:.2f} hours"] * (hours > 0) + [f"{tokens / count:,.0f} tokens"] * (tokens > 0)
-            lines.append(f"{count} gains {kind}, one for {', '.join(spent)}")
-    if gains["kept"] > 0:
-        lines.append(f"clear: by more than {LUCK:g} standard errors, which luck alone may give to the best of many")
-    if rows and all(len(row.runs) < 2 for row in rows):
-        lines.append("noise is assumed: nothing here was run twice")
-    return Group(*parts, *(Text(line) for line in lines))
-
-
-PLACES = [(x * far, y * far) for far in (9, 18, 30, 45, 65, 90, 120) for x, y in ((-1, -1), (-0.2, -1), (1, 1), (0.2, 1), (1, -1))]
+            spent = [f"{(len(rows) - 1) / count:.1f} experiments", *([f"{hours / count:.2f} hours"] if hours else []),
+                     *([f"{tokens / count:,.0f} tokens"] if tokens else [])]  # fmt: skip
+            lines.append(f"gains {kind}: {count}, one for {', '.join(spent)}")
+    if kept[1:]:
+        lines.append(f"clear: by more than {LUCK:g} standard errors, which luck may add to the best of many")
+    if kept and max(len(row.runs) for row in rows) == 1:
+        lines.append("the noise is assumed: nothing here was run twice")
+    return Group(*parts, *map(Text, lines))
 
 
 def draw(report, path):
     """progress.png: each experiment a dot, the best so far a line with the noise around it, and the largest gains named."""
-    signal.alarm(PLOT_SECONDS)  # nobody waits for it: if it hangs, it ends
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    signal.alarm(PLOT_SECONDS)  # if it hangs, it ends: nobody may be there to end it
+    warnings.simplefilter("ignore")  # a font that lacks a sign
     from matplotlib.figure import Figure
-    from matplotlib.font_manager import FontProperties
-    from matplotlib.path import Path as Line
-    from matplotlib.transforms import Bbox
 
-    rows, kept, count = report.rows, report.kept, len(report.rows)
-    measured = [number for number, row in enumerate(rows) if row.runs]
-    values = sorted(rows[number].val_bpb for number in measured)
+    rows, count = report.rows, len(report.rows)
+    values = sorted(row.val_bpb for row in rows if row.runs) or [0.0]
+    low, usual = values[0], max(5 * values[3 * (len(values) - 1) // 4] - 4 * values[0], 1.05 * values[0])
+    # What is higher would flatten the rest; kept rows are the story, and have more room.
+    shown = [n for n, row in enumerate(rows) if row.runs and row.val_bpb <= (2 * low if n in report.kept else usual)]
+    room = max([rows[n].val_bpb - low for n in shown] + [6 * report.noise])
+    bottom, top = low - 0.35 * room, low + 1.1 * room  # below the line is room for names
     figure = Figure((12, 6.75), dpi=150)
-    axes, renderer = figure.add_axes((0.07, 0.08, 0.91, 0.8)), FigureCanvasAgg(figure).get_renderer()
-    low = values[0] if values else 0
-    usual = max(low + 4 * (values[3 * (len(values) - 1) // 4] - low), 1.05 * low) if values else 1  # what is higher would flatten the rest
-    shown = [n for n in measured if rows[n].val_bpb <= (2 * low if n in kept else usual)]
-    high = max((rows[n].val_bpb for n in shown), default=1)
-    room = max(high - low, 6 * report.noise)
-    axes.set_ylim(low - 0.4 * room, low + 1.08 * room)  # below the line is room for names
-    axes.set_xlim(-0.01 * count - 0.5, 1.01 * count)
-    small = 1 if count < 300 else 0.5
-    groups = (
-        ("discarded", [n for n in shown if n not in kept], "o", "#9a9a9a", 22),
-        ("kept", [n for n in shown if n in kept], "D", "#00795a", 44),
-        (f"off the scale, up to {max(values, default=0):.4g}", sorted({*measured} - {*shown}), "^", "#5b4bb5", 40),
-        ("crashed", sorted({*range(count)} - {*measured}), "x", "#d55e00", 30),
-    )
-    for name, numbers, marker, colour, size in groups:
-        edge = {"crashed": 0.02, name: None}
+    axes = figure.add_axes((0.07, 0.08, 0.91, 0.8), xlim=(-0.01 * count - 0.5, 1.01 * count), ylim=(bottom, top))
+    size, edge = 30 if count < 300 else 14, 0.02 * (top - bottom)
+    for name, numbers, marker, colour, scale in (
+        ("discarded", [n for n in shown if n not in report.kept], "o", "#9a9a9a", 0.8),
+        ("kept", [n for n in shown if n in report.kept], "D", "#00795a", 1.5),
+        ("crashed", [n for n, row in enumerate(rows) if not row.runs], "x", "#d55e00", 1),
+        (f"off the scale, up to {values[-1]:.4g}", [n for n, row in enumerate(rows) if row.runs and n not in shown], "^", "#5b4bb5", 1.3),
+    ):
         if numbers:
-            on_edge = marker in "^x"
-            heights = [0.98 if marker == "^" else 0.02] * len(numbers) if on_edge else [rows[n].val_bpb for n in numbers]
-            transform = axes.get_xaxis_transform() if on_edge else axes.transData
-            axes.scatter(numbers, heights, size * small, colour, marker, label=f"{name} ({len(numbers)})", transform=transform, zorder=3)
-    line = [(n + step, best.val_bpb) for n, best in enumerate(report.before[1:]) if best for step in (0, 1)]
-    if line:
-        xs, ys = zip(*line, strict=True)
-        axes.plot(xs, ys, color="#00795a", linewidth=1.5, label="best so far")
-        bounds = [y - report.noise for y in ys], [y + report.noise for y in ys]
-        axes.fill_between(xs, *bounds, color="#00795a", alpha=0.15, linewidth=0, label=f"noise of a run ({report.noise:.4f})")
-    taken, dots = [], axes.transData.transform([(n, rows[n].val_bpb) for n in shown] or [(0, 0)])
-    path_of_best = Line(axes.transData.transform(line)) if line else None
-    points = figure.dpi / 72
-    for number in sorted({*shown} & {*kept}, key=report.gain, reverse=True):
-        text = as_unicode(one_line(rows[number].description, 44))
-        width, height, _ = renderer.get_text_width_height_descent(text, FontProperties(size=8), False)
-        x, y = axes.transData.transform((number, rows[number].val_bpb))
-        for right, up in PLACES:
-            left, bottom = x + right * points - width * (right < 0), y + up * points - height * (up < 0)
-            box = Bbox.from_bounds(left - 3, bottom - 3, width + 6, height + 6)
-            inside = axes.bbox.x0 < box.x0 and box.x1 < axes.bbox.x1 and axes.bbox.y0 + 25 < box.y0 and box.y1 < axes.bbox.y1 - 25
-            if inside and not (box.count_contains(dots) or box.count_overlaps(taken) or path_of_best.intersects_bbox(box, False)):
-                taken.append(box)
-                axes.annotate(text, (number, rows[number].val_bpb), (right, up), textcoords="offset points", fontsize=8, parse_math=False,
-                              ha="right" if right < 0 else "left", va="top" if up < 0 else "bottom",
-                              arrowprops=dict(arrowstyle="-", linewidth=0.5, color="#777777"))  # fmt: skip
-                break
-    axes.set_title(f"{report.name}: {outcome(rows)}", loc="left", pad=30, parse_math=False)
-    axes.set_xlabel("experiment")
-    axes.set_ylabel("val_bpb (lower is better)")
+            heights = [bottom + edge if marker == "x" else min(rows[n].val_bpb, top - edge) for n in numbers]
+            axes.scatter(numbers, heights, scale * size, colour, marker=marker, label=f"{name} ({len(numbers)})", zorder=3)
+    if line := [(n + step, best.val_bpb) for n, best in enumerate(report.best[1:]) if best for step in (0, 1)]:
+        x, y = zip(*line, strict=True)
+        axes.plot(x, y, color="#00795a", label="best so far")
+        band = [bpb - report.noise for bpb in y], [bpb + report.noise for bpb in y]
+        axes.fill_between(x, *band, color="#00795a", alpha=0.15, linewidth=0, label=f"noise of a run, {report.noise:.4f} either way")
+        write_names(report, axes, [n for n in shown if n in report.kept], [(n, rows[n].val_bpb) for n in shown], line)
+    else:
+        axes.set_yticks([])
+    axes.set_title(as_unicode(f"{report.name}:  {outcome(rows)}"), loc="left", pad=28, fontsize=11, parse_math=False)
+    axes.set(xlabel="experiment", ylabel="val_bpb, lower is better")
     axes.grid(alpha=0.2)
-    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=6, frameon=False, fontsize=9)
+    axes.legend(loc="lower left", bbox_to_anchor=(-0.01, 0.99), ncols=6, frameon=False, fontsize=9)
     picture = io.BytesIO()
     figure.savefig(picture, format="png")
-    new = path.with_name(f".{path.name}.{os.getpid()}")  # a name of its own: the loop may draw at the same time
+    new = path.with_name(f".{path.name}.{os.getpid()}")  # a name of its own: the loop may draw at the same moment
     new.write_bytes(picture.getvalue())
     new.replace(path)
+
+
+def write_names(report, axes, numbers, dots, line):
+    """Descriptions beside these rows' dots, as many as find a place on no dot, line or other name; the largest gains choose first."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.font_manager import FontProperties
+    from matplotlib.path import Path as Stroke
+    from matplotlib.transforms import Bbox
+
+    pixels, point, frame = axes.transData.transform, axes.figure.dpi / 72, axes.bbox.padded(-20)
+    renderer, font, dots, strokes, taken = (
+        FigureCanvasAgg(axes.figure).get_renderer(),
+        FontProperties(size=8),
+        pixels(dots),
+        [Stroke(pixels(line))],
+        [],
+    )
+    for number in sorted(numbers, key=report.gain, reverse=True):
+        text, place = as_unicode(one_line(report.rows[number].description, 44)), (number, report.rows[number].val_bpb)
+        width, height, _ = renderer.get_text_width_height_descent(text, font, False)
+        x, y = pixels(place)
+        for far, (right, up) in itertools.product((9, 18, 30, 45, 65, 90, 120), ((-1, -1), (-0.2, -1), (1, 1), (0.2, 1), (1, -1))):
+            corner = x + right * far * point, y + up * far * point  # of the text, the one next to the dot
+            box = Bbox.from_bounds(corner[0] - width * (right < 0), corner[1] - height * (up < 0), width, height).padded(4)
+            stroke = Stroke([(x, y), corner])
+            free = not (box.count_contains(dots) or box.count_overlaps(taken) or any(old.intersects_bbox(box, False) for old in strokes))
+            if free and frame.count_contains(box.get_points()) == 2 and not any(stroke.intersects_bbox(old, False) for old in taken):
+                taken.append(box)
+                strokes.append(stroke)
+                axes.annotate(text, place, (right * far, up * far), textcoords="offset points", fontproperties=font, parse_math=False,
+                              ha="right" if right < 0 else "left", va="top" if up < 0 else "bottom",
+                              arrowprops=dict(arrowstyle="-", linewidth=0.5, color="#777777", relpos=(right < 0, up < 0)))  # fmt: skip
+                break
 
 
 def read_report(folder, tag, file):
@@ -1588,29 +1584,28 @@ def read_report(folder, tag, file):
     if file:
         if (text := read_text(Path(file))) is None:
             raise Stop(f"{file} can't be read; --report takes a results.tsv, or nothing for the branch's own")
-        return Report(file, read_rows(text, file))
-    git = Git(folder)
-    newest = ("for-each-ref", "--sort=-committerdate", "--count=1", "--format=%(refname)", "refs/heads/autoresearch/")
-    name = f"autoresearch/{tag.removeprefix('autoresearch/')}" if tag else git.branch()
-    name = name if name.startswith("autoresearch/") else git(*newest).strip().removeprefix("refs/heads/")
+        return Report(one_line(Path(file).name), read_rows(text, file))
+    git, name = Git(folder), f"autoresearch/{tag.removeprefix('autoresearch/')}" if tag else ""
+    if not name and not (name := git.branch()).startswith("autoresearch/"):
+        newest = "--sort=-committerdate", "--count=1", "--format=%(refname:lstrip=2)", "refs/heads/autoresearch/"
+        name = git("for-each-ref", *newest).strip()
     if not name or not git.find(f"refs/heads/{name}"):
-        raise Stop(f"there is no branch {name or 'autoresearch/...'} to report on yet; run: python loop.py, or give --report a results.tsv")
+        raise Stop(f"there is no branch {name or 'autoresearch/TAG yet'}; run: python loop.py, or name a file: --report results.tsv")
     log = git("log", "--first-parent", "--merges", "--format=%P %(trailers:key=Failure,valueonly,separator=%x2C)", f"refs/heads/{name}")
-    failures = {line.split(" ")[1][:7]: line.split(" ")[2] for line in log.splitlines()}
+    failures = {parents[1][:7]: parents[2] for parents in (line.split(" ") for line in log.splitlines())}
     return Report(name, read_rows(git.blob(f"refs/heads/{name}", "results.tsv") or HEADER), failures)
 
 
 def report(folder, tag, file, console):
-    """The morning after, or any time before it: table and picture."""
+    """The morning after, or any time before it: the table, then the picture."""
     night = read_report(folder, tag, file)
     console.print(render_report(night))
-    if not night.rows:
+    with contextlib.suppress(ImportError):
+        if night.rows:
+            draw(night, folder / "progress.png")
+            console.print(Text(f"picture: {folder / 'progress.png'}"), soft_wrap=True)
         return 0
-    try:
-        draw(night, folder / "progress.png")
-        console.print(Text(f"picture: {folder / 'progress.png'}"), soft_wrap=True)
-    except ImportError:
-        console.print(Text("no picture, as matplotlib is missing; run: pip install -e '.[plot]'"), soft_wrap=True)
+    console.print(Text("no picture: matplotlib is missing; run: pip install -e '.[plot]'"), soft_wrap=True)
     return 0
 
 
