@@ -1537,6 +1537,7 @@ def draw(report, path):
         axes.set_yticks([])
     axes.set_title(as_unicode(f"{report.name}:  {outcome(rows)}"), loc="left", pad=28, fontsize=11, parse_math=False)
     axes.set(xlabel="experiment", ylabel="val_bpb, lower is better")
+    axes.locator_params("x", integer=True)
     axes.grid(alpha=0.2)
     axes.legend(loc="lower left", bbox_to_anchor=(-0.01, 0.99), ncols=6, frameon=False, fontsize=9)
     picture = io.BytesIO()
