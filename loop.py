@@ -1432,10 +1432,10 @@ class Report:
     def __post_init__(self):
         self.noise = noise_of(row.runs for row in self.rows)
         self.kept = [number for number, row in enumerate(self.rows) if row.status == "keep" and row.runs]
-        self.best = [None]  # the lowest kept before each row, which it had to beat; and after the last
-        for number, row in enumerate(self.rows):
-            best = self.best[-1]
-            self.best.append(row if number in self.kept and not (best and best.val_bpb <= row.val_bpb) else best)
+        self.best, best = [None], None  # the lowest kept before each row, which it had to beat; and after the last
+        for row in self.rows:
+            best = row if row.status == "keep" and row.runs and not (best and best.val_bpb <= row.val_bpb) else best
+            self.best.append(best)
 
     def gain(self, number):
         """(how much lower a row is than the best before it, the standard error of that); the first is no gain, but matters most."""
@@ -1454,7 +1454,7 @@ def hours_of(rows):
     for row in rows:
         with contextlib.suppress(ValueError):  # a log of five columns doesn't say
             ends.append(datetime.fromisoformat(row.finished.replace("Z", "+00:00")).timestamp())
-    gaps = [max(after - before, 0) / 3600 for before, after in zip(ends, ends[1:], strict=False)]
+    gaps = [max(after - before, 0) / 3600 for before, after in itertools.pairwise(ends)]
     pauses = [gap for gap in gaps if gap > max(1, 5 * median(gaps))]
     return sum(gaps) - sum(pauses), len(gaps) - len(pauses), sum(pauses)
 
@@ -1480,21 +1480,17 @@ def render_report(report):
         parts += [Text(), listing(report, kept, "kept, in order")]
     near = [n for n, row in enumerate(rows) if row.status == "discard" and row.runs and report.best[n] and sum(report.gain(n)) > 0]
     if near := sorted(near, key=report.gain, reverse=True)[:NEAR_MISSES]:
-        parts += [
-            Text("\nNear misses, not a standard error worse than the best before: worth a second look"),
-            listing(report, near, "not kept"),
-        ]
+        parts += [Text("\nWorth a second look: not a standard error worse than the best before"), listing(report, near, "not kept")]
     crashes = Counter(report.failures.get(row.commit[:7]) or "no edit" for row in rows if row.status == "crash")
     classes = f" ({', '.join(f'{count} {name}' for name, count in crashes.most_common())})" if crashes and report.failures else ""
     (hours, timed, pauses), tokens = hours_of(rows), sum(row.llm_tokens for row in rows)
     pace = f"  ·  {hours:.1f} hours, {timed / hours:.1f} an hour" if hours else ""
     pace += f" (not counting {pauses:.1f} hours of pauses)" if pauses else ""
     lines = ["", outcome(rows), counts(rows) + classes + pace + (f"  ·  {tokens:,} tokens" if tokens else "")]
-    for kind, count in {"kept": len(kept) - 1, "clear of the noise": sum(map(report.clear, kept))}.items():
-        if count > 0:
-            spent = [f"{(len(rows) - 1) / count:.1f} experiments", *([f"{hours / count:.2f} hours"] if hours else []),
-                     *([f"{tokens / count:,.0f} tokens"] if tokens else [])]  # fmt: skip
-            lines.append(f"gains {kind}: {count}, one for {', '.join(spent)}")
+    spent = [(len(rows) - 1, ".1f", "experiments"), (hours, ".2f", "hours"), (tokens, ",.0f", "tokens")]
+    for kind, count in [("kept", len(kept) - 1), ("clear of the noise", sum(map(report.clear, kept)))] if kept[1:] else ():
+        each = ", ".join(f"{total / count:{form}} {unit}" for total, form, unit in spent if total and count)
+        lines.append(f"gains {kind}: {count}{each and f', one for {each}'}")
     if kept[1:]:
         lines.append(f"clear: by more than {LUCK:g} standard errors, which luck may add to the best of many")
     if kept and max(len(row.runs) for row in rows) == 1:
@@ -1511,28 +1507,30 @@ def draw(report, path):
     rows, count = report.rows, len(report.rows)
     values = sorted(row.val_bpb for row in rows if row.runs) or [0.0]
     low, usual = values[0], max(5 * values[3 * (len(values) - 1) // 4] - 4 * values[0], 1.05 * values[0])
+    measured, kept = {n for n, row in enumerate(rows) if row.runs}, set(report.kept)
     # What is higher would flatten the rest; kept rows are the story, and have more room.
-    shown = [n for n, row in enumerate(rows) if row.runs and row.val_bpb <= (2 * low if n in report.kept else usual)]
+    shown = {n for n in measured if rows[n].val_bpb <= (2 * low if n in kept else usual)}
     room = max([rows[n].val_bpb - low for n in shown] + [6 * report.noise])
     bottom, top = low - 0.35 * room, low + 1.1 * room  # below the line is room for names
     figure = Figure((12, 6.75), dpi=150)
     axes = figure.add_axes((0.07, 0.08, 0.91, 0.8), xlim=(-0.01 * count - 0.5, 1.01 * count), ylim=(bottom, top))
     size, edge = 30 if count < 300 else 14, 0.02 * (top - bottom)
     for name, numbers, marker, colour, scale in (
-        ("discarded", [n for n in shown if n not in report.kept], "o", "#9a9a9a", 0.8),
-        ("kept", [n for n in shown if n in report.kept], "D", "#00795a", 1.5),
-        ("crashed", [n for n, row in enumerate(rows) if not row.runs], "x", "#d55e00", 1),
-        (f"off the scale, up to {values[-1]:.4g}", [n for n, row in enumerate(rows) if row.runs and n not in shown], "^", "#5b4bb5", 1.3),
+        ("discarded", shown - kept, "o", "#9a9a9a", 0.8),
+        ("kept", shown & kept, "D", "#00795a", 1.5),
+        ("crashed", {*range(count)} - measured, "x", "#d55e00", 1),
+        (f"off the scale, up to {values[-1]:.4g}", measured - shown, "^", "#5b4bb5", 1.3),
     ):
         if numbers:
             heights = [bottom + edge if marker == "x" else min(rows[n].val_bpb, top - edge) for n in numbers]
-            axes.scatter(numbers, heights, scale * size, colour, marker=marker, label=f"{name} ({len(numbers)})", zorder=3)
-    if line := [(n + step, best.val_bpb) for n, best in enumerate(report.best[1:]) if best for step in (0, 1)]:
+            axes.scatter([*numbers], heights, scale * size, colour, marker=marker, label=f"{name} ({len(numbers)})", zorder=3)
+    steps = [n for n in range(count) if report.best[n + 1] is not report.best[n]] + [count]
+    if line := [(n, report.best[start + 1].val_bpb) for start, end in itertools.pairwise(steps) for n in (start, end)]:
         x, y = zip(*line, strict=True)
         axes.plot(x, y, color="#00795a", label="best so far")
         band = [bpb - report.noise for bpb in y], [bpb + report.noise for bpb in y]
         axes.fill_between(x, *band, color="#00795a", alpha=0.15, linewidth=0, label=f"noise of a run, {report.noise:.4f} either way")
-        write_names(report, axes, [n for n in shown if n in report.kept], [(n, rows[n].val_bpb) for n in shown], line)
+        write_names(report, axes, shown & kept, [(n, rows[n].val_bpb) for n in shown], line)
     else:
         axes.set_yticks([])
     axes.set_title(as_unicode(f"{report.name}:  {outcome(rows)}"), loc="left", pad=28, fontsize=11, parse_math=False)
@@ -1555,13 +1553,8 @@ def write_names(report, axes, numbers, dots, line):
     from matplotlib.transforms import Bbox
 
     pixels, point, frame = axes.transData.transform, axes.figure.dpi / 72, axes.bbox.padded(-20)
-    renderer, font, dots, strokes, taken = (
-        FigureCanvasAgg(axes.figure).get_renderer(),
-        FontProperties(size=8),
-        pixels(dots),
-        [Stroke(pixels(line))],
-        [],
-    )
+    renderer, font = FigureCanvasAgg(axes.figure).get_renderer(), FontProperties(size=8)
+    dots, strokes, taken = pixels(dots), [Stroke(pixels(line))], []
     for number in sorted(numbers, key=report.gain, reverse=True):
         text, place = as_unicode(one_line(report.rows[number].description, 44)), (number, report.rows[number].val_bpb)
         width, height, _ = renderer.get_text_width_height_descent(text, font, False)
@@ -2283,7 +2276,9 @@ def main():
             facts, name = night.facts, night.notebook.name
             if not facts.live:  # the live view's last picture stands above
                 facts.say(totals(facts, time.monotonic()))
-            facts.say(f"results: results.tsv on branch {name}; git log --first-parent {name}; git show COMMIT for any row; logs in runs/")
+            facts.say(
+                f"results: results.tsv on branch {name}; git log --first-parent {name}; git show COMMIT for any row; what was kept: --report"
+            )
     return 0
 
 
