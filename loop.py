@@ -1455,7 +1455,8 @@ def hours_of(rows):
         with contextlib.suppress(ValueError):  # a log of five columns doesn't say
             ends.append(datetime.fromisoformat(row.finished.replace("Z", "+00:00")).timestamp())
     gaps = [max(after - before, 0) / 3600 for before, after in itertools.pairwise(ends)]
-    pauses = [gap for gap in gaps if gap > max(1, 5 * median(gaps))]
+    longest = max(1, 5 * median(gaps)) if gaps else 0  # that may be one experiment, with its repeats and waits
+    pauses = [gap for gap in gaps if gap > longest]
     return sum(gaps) - sum(pauses), len(gaps) - len(pauses), sum(pauses)
 
 
@@ -2276,9 +2277,7 @@ def main():
             facts, name = night.facts, night.notebook.name
             if not facts.live:  # the live view's last picture stands above
                 facts.say(totals(facts, time.monotonic()))
-            facts.say(
-                f"results: results.tsv on branch {name}; git log --first-parent {name}; git show COMMIT for any row; what was kept: --report"
-            )
+            facts.say(f"results: results.tsv on branch {name}; git log --first-parent {name}; git show COMMIT for any row; logs in runs/")
     return 0
 
 
