@@ -2,9 +2,11 @@
 
     python loop.py                  run until stopped (Ctrl-C); the same command goes on where it was
     python loop.py --offline        the same loop without an LLM: random search over train.py's constants
+    python loop.py --report         what came of it so far, at any time: what was kept, totals, progress.png
 
 Reads program.md (your goals, before every proposal), train.py and prepare.py. Writes the branch autoresearch/TAG, with
-results.tsv and the kept train.py on it, and runs/ (a folder with code and log for each experiment; git ignores it).
+results.tsv and the kept train.py on it, and two things that git ignores: runs/ (a folder with code and log for each
+experiment) and progress.png (every experiment as a dot).
 """
 
 import argparse
@@ -17,6 +19,8 @@ import fcntl
 import glob
 import hashlib
 import hmac
+import importlib.util
+import io
 import itertools
 import json
 import math
@@ -39,7 +43,7 @@ from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from stat import S_ISREG
-from statistics import fmean, stdev
+from statistics import fmean, median, stdev
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -87,6 +91,7 @@ LUCK = 1.5  # standard errors that the best of a night owes to luck, found by si
 HISTORY_KEEPS, HISTORY_OTHERS, HISTORY_PLACES, NEAR_MISSES = 40, 20, 15, 5  # lines in the prompt, whatever the night's length
 STUCK, STUCK_PLACE = 10, 4  # experiments in a row that were not kept, in all and in one place: then the prompt says so
 MOST_CHARS = 200_000  # of a reply: what is longer isn't an edit
+PLOT_SECONDS = 300  # after which a picture that hangs is given up; it takes about two
 TAIL_CHARS = 3000  # of a failed run's log, in the prompt and on the screen
 COLUMNS = ("commit", "val_bpb", "memory_gb", "status", "description", "runs", "llm_tokens", "finished")
 HEADER = "\t".join(COLUMNS) + "\n"
@@ -447,15 +452,24 @@ def write_runs(runs):
     return ",".join(f"{bpb:.6f}" for bpb in runs)
 
 
-def read_rows(text):
-    """The rows of a results.tsv; Stop names the first line that isn't one."""
+def read_rows(text, name="results.tsv on the branch"):
+    """The rows of a results.tsv, the community's with only the first five columns too; Stop names the first line that isn't one."""
+    header, *lines = text.removeprefix("\ufeff").splitlines() or [""]
+    if header and header.split("\t")[:5] != list(COLUMNS[:5]):
+        raise Stop(f"{name} doesn't begin with the header line {' '.join(COLUMNS[:5])} (tabs between them): {one_line(header)!r}")
     rows = []
-    for number, line in enumerate(text.splitlines()[1:], 2):
+    for number, line in enumerate(lines, 2):
         try:
-            commit, bpb, memory, status, description, runs, tokens, finished = line.split("\t")
-            rows.append(Row(commit, float(bpb), float(memory), status, description, read_runs(runs), int(tokens), finished))
+            cells = line.split("\t", header.count("\t"))
+            cells = cells if f"{header}\n" == HEADER else [*cells[:5], "", "0", ""]
+            commit, bpb, memory, status, description, runs, tokens, finished = cells
+            if status not in STYLES:
+                raise ValueError
+            bpb = math.nan if status == "crash" else float(bpb)  # the community writes 0 there
+            runs = read_runs(runs) or [bpb] * (0 < bpb < math.inf)
+            rows.append(Row(commit, bpb, float(memory), status, description, runs, int(tokens), finished))
         except ValueError:
-            raise Stop(f"results.tsv on the branch, line {number}, is not a row: {one_line(line)!r}; mend and commit it") from None
+            raise Stop(f"{name}, line {number}, is not a row: {one_line(line)!r}; mend and commit it") from None
     return rows
 
 
@@ -980,13 +994,29 @@ def find_runs(runs):
     """{pid: resident bytes} of the processes that runs of this checkout started.
 
     The mark stays through setsid and the death of a loop; a child with a cleaned environment is the loop's descendant, for ever
-    where the kernel makes it so (adopt_orphans).
+    where the kernel makes it so (adopt_orphans). What draws the picture is the loop's child too, and no run's.
     """
-    alive = processes(runs)
+    alive, plots = processes(runs), {plot.pid for plot in PLOTS if plot.poll() is None}
     found = {os.getpid()} | {pid for pid, (_, _, marked) in alive.items() if marked}
-    while new := {pid for pid, (parent, _, _) in alive.items() if parent in found} - found:
+    while new := {pid for pid, (parent, _, _) in alive.items() if parent in found} - found - plots:
         found |= new
     return {pid: alive[pid][1] for pid in found - {os.getpid()}}
+
+
+PLOTS = []  # what draws progress.png now: started by plot(), known to find_runs()
+
+
+def plot(folder, tag):
+    """Has progress.png drawn by another process, at the lowest priority and without waiting; one still at it is out of date, and ended."""
+    if importlib.util.find_spec("matplotlib"):
+        PLOTS[:] = [old for old in PLOTS if old.poll() is None]
+        for old in PLOTS:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(old.pid, signal.SIGKILL)
+        with contextlib.suppress(OSError):  # a night without a picture is a night all the same
+            command = ["nice", "-n", "19", sys.executable, "loop.py", "--report", "--tag", tag]
+            quiet = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
+            PLOTS.append(subprocess.Popen(command, cwd=folder, start_new_session=True, **quiet))
 
 
 def adopt_orphans():
@@ -1331,10 +1361,24 @@ def cells(row, best):
     return row.status, f"{row.val_bpb:.4f}{times}", "" if best is None else f"{row.val_bpb - best:+.4f}", row.description
 
 
+def outcome(rows):
+    """What was won, in a line."""
+    if not (kept := [row for row in rows if row.status == "keep" and row.runs]):
+        return "no baseline yet"
+    noise = noise_of(row.runs for row in rows)
+    gain, error = gain_of(kept[0].runs, kept[-1].runs, noise)
+    won = f"best {kept[-1].val_bpb:.4f}, baseline {kept[0].val_bpb:.4f}: gain {gain:.4f} +- {error:.4f}, luck taken off" if kept[1:] else ""
+    return f"{won or f'baseline {kept[0].val_bpb:.4f}'}  ·  noise of a run {noise:.4f}"
+
+
+def counts(rows):
+    """How many there were of each kind; the baseline is no experiment."""
+    number = Counter(row.status for row in rows) - Counter(["keep"])
+    return f"{number.total()} experiments, {number['keep']} kept, {number['crash']} crashed"
+
+
 def totals(facts, now):
     """Two lines: what was won, and what it took."""
-    kept = [row for row in facts.rows if row.status == "keep"]
-    crashed = sum(row.status == "crash" for row in facts.rows)
     minutes = (now - facts.began) / 60
     pace = f"{int(minutes // 60)} h {int(minutes % 60):02} min" + (
         f", {60 * facts.finished / minutes:.1f} an hour" if facts.finished else ""
@@ -1344,13 +1388,7 @@ def totals(facts, now):
     busy += f", waiting for the model {facts.waited / seconds:.0%}" if facts.waited > seconds / 100 else ""
     wasted = f" ({facts.wasted:,} for nothing)" if facts.wasted else ""
     tokens = f"  ·  {facts.tokens:,} tokens{wasted}, {facts.refused} replies refused" if facts.tokens else ""
-    if not kept:
-        return f"no baseline yet\n{pace}"
-    noise = noise_of(row.runs for row in facts.rows)
-    gain, error = gain_of(kept[0].runs, kept[-1].runs, noise)
-    won = f"best {kept[-1].val_bpb:.4f}, baseline {kept[0].val_bpb:.4f}: gain {gain:.4f} +- {error:.4f}, luck taken off" if kept[1:] else ""
-    won = f"{won or f'baseline {kept[0].val_bpb:.4f}'}  ·  noise of a run {noise:.4f}"
-    return f"{won}\n{len(facts.rows) - 1} experiments, {len(kept) - 1} kept, {crashed} crashed  ·  {pace}{busy}{tokens}"
+    return f"{outcome(facts.rows)}\n{counts(facts.rows)}  ·  {pace}{busy}{tokens}"
 
 
 def render(facts, now):
@@ -1378,6 +1416,192 @@ def render(facts, now):
         seconds = now - facts.thinking_since
         parts.append(Text.assemble(("? ", "magenta"), f"{facts.thinking}  {seconds:.0f} s", no_wrap=True, overflow="ellipsis"))
     return Group(*parts, Text(totals(facts, now), "dim"))
+
+
+# ------------------------------------------------------------------------------------------------------------ the report
+
+
+@dataclass
+class Report:
+    """What the rows of a night tell. render_report() shows it, draw() paints it."""
+
+    name: str  # of the branch or the file
+    rows: list
+    failures: dict = field(default_factory=dict)  # {commit: class} of what crashed; empty where only a file is known
+
+    def __post_init__(self):
+        self.noise = noise_of(row.runs for row in self.rows)
+        self.kept = [number for number, row in enumerate(self.rows) if row.status == "keep" and row.runs]
+        self.best, best = [None], None  # the lowest kept before each row, which it had to beat; and after the last
+        for row in self.rows:
+            best = row if row.status == "keep" and row.runs and not (best and best.val_bpb <= row.val_bpb) else best
+            self.best.append(best)
+
+    def gain(self, number):
+        """(how much lower a row is than the best before it, the standard error of that); the first is no gain, but matters most."""
+        row, best = self.rows[number], self.best[number]
+        return (best.val_bpb - row.val_bpb, gain_of(best.runs, row.runs, self.noise)[1]) if best else (math.inf, math.inf)
+
+    def clear(self, number):
+        """Whether luck alone wouldn't explain a gain."""
+        gain, error = self.gain(number)
+        return gain > LUCK * error
+
+
+def hours_of(rows):
+    """(hours from the first row to the last, how many came in them, hours of pauses, in which the loop was stopped: not counted)."""
+    ends = []
+    for row in rows:
+        with contextlib.suppress(ValueError):  # a log of five columns doesn't say
+            ends.append(datetime.fromisoformat(row.finished.replace("Z", "+00:00")).timestamp())
+    gaps = [max(after - before, 0) / 3600 for before, after in itertools.pairwise(ends)]
+    longest = max(1, 5 * median(gaps)) if gaps else 0  # that may be one experiment, with its repeats and waits
+    pauses = [gap for gap in gaps if gap > longest]
+    return sum(gaps) - sum(pauses), len(gaps) - len(pauses), sum(pauses)
+
+
+def listing(report, numbers, last):
+    """A table of these rows, against the best before each."""
+    table = Table("#", "commit", "val_bpb", "change", "clear", "best", last, box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for column, justify in zip(table.columns[:-1], ("right", "left", "left", "right", "left", "right"), strict=True):
+        column.no_wrap, column.justify = True, justify
+    for number in numbers:
+        row, before, after = report.rows[number], *report.best[number : number + 2]
+        _, bpb, change, description = cells(row, before and before.val_bpb)
+        clear = "" if not before else "yes" if report.clear(number) else "no"
+        found = (str(number), row.commit[:8], bpb, change, clear, f"{after.val_bpb:.4f}", one_line(description))
+        table.add_row(*map(Text, found), style="green" if clear == "yes" else "")
+    return table
+
+
+def render_report(report):
+    """The morning's screen: what was kept, what nearly was, and the totals, at the end, where the eye is."""
+    rows, kept, parts = report.rows, report.kept, [Text(report.name, "bold")]
+    if kept:
+        parts += [Text(), listing(report, kept, "kept, in order")]
+    near = [n for n, row in enumerate(rows) if row.status == "discard" and row.runs and report.best[n] and sum(report.gain(n)) > 0]
+    if near := sorted(near, key=report.gain, reverse=True)[:NEAR_MISSES]:
+        parts += [Text("\nWorth a second look: not a standard error worse than the best before"), listing(report, near, "not kept")]
+    crashes = Counter(report.failures.get(row.commit[:7]) or "no edit" for row in rows if row.status == "crash")
+    classes = f" ({', '.join(f'{count} {name}' for name, count in crashes.most_common())})" if crashes and report.failures else ""
+    (hours, timed, pauses), tokens = hours_of(rows), sum(row.llm_tokens for row in rows)
+    pace = f"  ·  {hours:.1f} hours, {timed / hours:.1f} an hour" if hours else ""
+    pace += f" (not counting {pauses:.1f} hours of pauses)" if pauses else ""
+    lines = ["", outcome(rows), counts(rows) + classes + pace + (f"  ·  {tokens:,} tokens" if tokens else "")]
+    spent = [(len(rows) - 1, ".1f", "experiments"), (hours, ".2f", "hours"), (tokens, ",.0f", "tokens")]
+    for kind, count in [("kept", len(kept) - 1), ("clear of the noise", sum(map(report.clear, kept)))] if kept[1:] else ():
+        each = ", ".join(f"{total / count:{form}} {unit}" for total, form, unit in spent if total and count)
+        lines.append(f"gains {kind}: {count}{each and f', one for {each}'}")
+    if kept[1:]:
+        lines.append(f"clear: by more than {LUCK:g} standard errors, which luck may add to the best of many")
+    if kept and max(len(row.runs) for row in rows) == 1:
+        lines.append("the noise is assumed: nothing here was run twice")
+    return Group(*parts, *map(Text, lines))
+
+
+def draw(report, path):
+    """progress.png: each experiment a dot, the best so far a line with the noise around it, and the largest gains named."""
+    signal.alarm(PLOT_SECONDS)  # if it hangs, it ends: nobody may be there to end it
+    warnings.simplefilter("ignore")  # a font that lacks a sign
+    from matplotlib.figure import Figure
+
+    rows, count = report.rows, len(report.rows)
+    values = sorted(row.val_bpb for row in rows if row.runs) or [0.0]
+    low, usual = values[0], max(5 * values[3 * (len(values) - 1) // 4] - 4 * values[0], 1.05 * values[0])
+    measured, kept = {n for n, row in enumerate(rows) if row.runs}, set(report.kept)
+    # What is higher would flatten the rest; kept rows are the story, and have more room.
+    shown = {n for n in measured if rows[n].val_bpb <= (2 * low if n in kept else usual)}
+    room = max([rows[n].val_bpb - low for n in shown] + [6 * report.noise])
+    bottom, top = low - 0.35 * room, low + 1.1 * room  # below the line is room for names
+    figure = Figure((12, 6.75), dpi=150)
+    axes = figure.add_axes((0.07, 0.08, 0.91, 0.8), xlim=(-0.01 * count - 0.5, 1.01 * count), ylim=(bottom, top))
+    size, edge = 30 if count < 300 else 14, 0.02 * (top - bottom)
+    for name, numbers, marker, colour, scale in (
+        ("discarded", shown - kept, "o", "#9a9a9a", 0.8),
+        ("kept", shown & kept, "D", "#00795a", 1.5),
+        ("crashed", {*range(count)} - measured, "x", "#d55e00", 1),
+        (f"off the scale, up to {values[-1]:.4g}", measured - shown, "^", "#5b4bb5", 1.3),
+    ):
+        if numbers:
+            heights = [bottom + edge if marker == "x" else min(rows[n].val_bpb, top - edge) for n in numbers]
+            axes.scatter([*numbers], heights, scale * size, colour, marker=marker, label=f"{name} ({len(numbers)})", zorder=3)
+    steps = [n for n in range(count) if report.best[n + 1] is not report.best[n]] + [count]
+    if line := [(n, report.best[start + 1].val_bpb) for start, end in itertools.pairwise(steps) for n in (start, end)]:
+        x, y = zip(*line, strict=True)
+        axes.plot(x, y, color="#00795a", label="best so far")
+        band = [bpb - report.noise for bpb in y], [bpb + report.noise for bpb in y]
+        axes.fill_between(x, *band, color="#00795a", alpha=0.15, linewidth=0, label=f"noise of a run, {report.noise:.4f} either way")
+        write_names(report, axes, shown & kept, [(n, rows[n].val_bpb) for n in shown], line)
+    else:
+        axes.set_yticks([])
+    axes.set_title(as_unicode(f"{report.name}:  {outcome(rows)}"), loc="left", pad=28, fontsize=11, parse_math=False)
+    axes.set(xlabel="experiment", ylabel="val_bpb, lower is better")
+    axes.locator_params("x", integer=True)
+    axes.grid(alpha=0.2)
+    axes.legend(loc="lower left", bbox_to_anchor=(-0.01, 0.99), ncols=6, frameon=False, fontsize=9)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png")
+    new = path.with_name(f".{path.name}.{os.getpid()}")  # a name of its own: the loop may draw at the same moment
+    new.write_bytes(picture.getvalue())
+    new.replace(path)
+
+
+def write_names(report, axes, numbers, dots, line):
+    """Descriptions beside these rows' dots, as many as find a place on no dot, line or other name; the largest gains choose first."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.font_manager import FontProperties
+    from matplotlib.path import Path as Stroke
+    from matplotlib.transforms import Bbox
+
+    pixels, point, frame = axes.transData.transform, axes.figure.dpi / 72, axes.bbox.padded(-20)
+    renderer, font = FigureCanvasAgg(axes.figure).get_renderer(), FontProperties(size=8)
+    dots, strokes, taken = pixels(dots), [Stroke(pixels(line))], []
+    for number in sorted(numbers, key=report.gain, reverse=True):
+        text, place = as_unicode(one_line(report.rows[number].description, 44)), (number, report.rows[number].val_bpb)
+        width, height, _ = renderer.get_text_width_height_descent(text, font, False)
+        x, y = pixels(place)
+        for far, (right, up) in itertools.product((9, 18, 30, 45, 65, 90, 120), ((-1, -1), (-0.2, -1), (1, 1), (0.2, 1), (1, -1))):
+            corner = x + right * far * point, y + up * far * point  # of the text, the one next to the dot
+            box = Bbox.from_bounds(corner[0] - width * (right < 0), corner[1] - height * (up < 0), width, height).padded(4)
+            stroke = Stroke([(x, y), corner])
+            free = not (box.count_contains(dots) or box.count_overlaps(taken) or any(old.intersects_bbox(box, False) for old in strokes))
+            if free and frame.count_contains(box.get_points()) == 2 and not any(stroke.intersects_bbox(old, False) for old in taken):
+                taken.append(box)
+                strokes.append(stroke)
+                axes.annotate(text, place, (right * far, up * far), textcoords="offset points", fontproperties=font, parse_math=False,
+                              ha="right" if right < 0 else "left", va="top" if up < 0 else "bottom",
+                              arrowprops=dict(arrowstyle="-", linewidth=0.5, color="#777777", relpos=(right < 0, up < 0)))  # fmt: skip
+                break
+
+
+def read_report(folder, tag, file):
+    """The rows of a file, or else of a branch: the tag's, the one checked out, or the newest. Nothing is locked or written."""
+    if file:
+        if (text := read_text(Path(file))) is None:
+            raise Stop(f"{file} can't be read; --report takes a results.tsv, or nothing for the branch's own")
+        return Report(one_line(Path(file).name), read_rows(text, file))
+    git, name = Git(folder), f"autoresearch/{tag.removeprefix('autoresearch/')}" if tag else ""
+    if not name and not (name := git.branch()).startswith("autoresearch/"):
+        newest = "--sort=-committerdate", "--count=1", "--format=%(refname:lstrip=2)", "refs/heads/autoresearch/"
+        name = git("for-each-ref", *newest).strip()
+    if not name or not git.find(f"refs/heads/{name}"):
+        raise Stop(f"there is no branch {name or 'autoresearch/TAG yet'}; run: python loop.py, or name a file: --report results.tsv")
+    log = git("log", "--first-parent", "--merges", "--format=%P %(trailers:key=Failure,valueonly,separator=%x2C)", f"refs/heads/{name}")
+    failures = {parents[1][:7]: parents[2] for parents in (line.split(" ") for line in log.splitlines())}
+    return Report(name, read_rows(git.blob(f"refs/heads/{name}", "results.tsv") or HEADER), failures)
+
+
+def report(folder, tag, file, console):
+    """The morning after, or any time before it: the table, then the picture."""
+    night = read_report(folder, tag, file)
+    console.print(render_report(night))
+    with contextlib.suppress(ImportError):
+        if night.rows:
+            draw(night, folder / "progress.png")
+            console.print(Text(f"picture: {folder / 'progress.png'}"), soft_wrap=True)
+        return 0
+    console.print(Text("no picture: matplotlib is missing; run: pip install -e '.[plot]'"), soft_wrap=True)
+    return 0
 
 
 # ------------------------------------------------------------------------------------------------------------- the night
@@ -1908,6 +2132,7 @@ class Night:
         self.hasty = self.hasty + 1 if result.cause and result.seconds < WAITS[0] else 0
         if not self.facts.live:
             self.facts.say("{:8} {:9} {:>7}  {}".format(*cells(row, best)))
+        plot(self.folder, self.notebook.name)
         if not self.notebook.checked_out():
             self.facts.say(f"this checkout is on another branch now; the row went to {self.notebook.name}, and no file here was touched")
 
@@ -2017,6 +2242,9 @@ def main():
     parser.add_argument("--experiments", type=int, metavar="N", help="stop after N experiments, the baseline not counted")
     parser.add_argument("--hours", type=float, metavar="H", help="stop at the first experiment's end after H hours")
     parser.add_argument("--model", metavar="NAME", help=f"the model to ask ({DEFAULT_MODEL}, or your server's first one)")
+    parser.add_argument(
+        "--report", nargs="?", const="", metavar="FILE", help="what was kept, totals, progress.png: of the branch, or of any results.tsv"
+    )
     parser.add_argument("--offline", action="store_true", help="no LLM: random search over train.py's constants, no key, no network")
     parser.add_argument(
         "--audit", action="store_true", help="run baseline and best again, on fresh seeds and unseen text: is the gain real?"
@@ -2031,6 +2259,8 @@ def main():
     console = Console(highlight=False)
     night = None
     try:
+        if args.report is not None:
+            return report(Path(__file__).resolve().parent, args.tag, args.report, console)
         night = Night(args, Path(__file__).resolve().parent, console)
         night.prepare()
         night.go_on()
