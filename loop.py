@@ -34,6 +34,7 @@ import signal
 import site
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -341,6 +342,20 @@ def accept(source, incumbent, tried):
     if row and row.status != "keep":
         raise Refused(f"This very code was tried: {row.status}, {row.description}, val_bpb {row.val_bpb:.6f}. Propose something else.")
     return source
+
+
+def merge(mine, base, theirs):
+    """`mine` with what `theirs` changed of `base` besides, as `git merge-file` joins them; Refused where both changed the same lines."""
+    if theirs == base:
+        return mine
+    with tempfile.TemporaryDirectory() as folder:
+        paths = [Path(folder) / name for name in ("mine", "base", "theirs")]
+        for path, text in zip(paths, (mine, base, theirs), strict=True):
+            path.write_bytes(text.encode("utf-8", "surrogateescape"))
+        done = subprocess.run(["git", "merge-file", "-p", *paths], capture_output=True, start_new_session=True)
+    if done.returncode:
+        raise Refused("An edit kept since changed the same lines of train.py, so this one can't be joined with it.")
+    return done.stdout.decode("utf-8", "surrogateescape")
 
 
 def statements(source):
@@ -715,6 +730,8 @@ class Notebook:
     def open(self):
         """Reads the branch; nothing is written."""
         text = (self.git.blob(self.ref, "results.tsv") or HEADER).rstrip("\n") + "\n"
+        if not text.startswith(HEADER):
+            raise Stop(f"results.tsv on {self.name} has other columns than this loop's, and no ruler is known; begin anew with --tag")
         rows = read_rows(text)
         if len(rows) < len(self.rows):
             raise OSError(errno.EIO, "rows are missing", f"results.tsv on {self.name}")
@@ -825,7 +842,11 @@ class Notebook:
         trailers = read_trailers(self.git.message(commit))
         self.tried[trailers.get("Tree")] = row
         self.touches[row.commit] = trailers.get("Touches")
-        self.publish(compose(f"{row.status}: {row.description}", body, {"Failure": failure} if failure else {}), commit)
+        try:
+            self.publish(compose(f"{row.status}: {row.description}", body, {"Failure": failure} if failure else {}), commit)
+        except BaseException:
+            self.rows.pop()  # whether the branch has it is read from there again
+            raise
         if self.git.find(self.running) == commit:
             self.abandon()
 
@@ -899,7 +920,7 @@ class Output:
         self.pipe, self.log, self.facts = pipe, log, facts
         self.head = self.dropped = 0
         self.tail, self.part = bytearray(), b""
-        self.points = {}  # {progress in whole percent: loss}
+        self.points, self.pace = {}, ""  # {progress in whole percent: loss}; steps and speed of training
         self.thread = threading.Thread(target=self.read, daemon=True)
         self.thread.start()
 
@@ -922,7 +943,7 @@ class Output:
                 for line in lines[-50:]:
                     if match := PROGRESS.fullmatch(line.decode("utf-8", "replace").strip()):
                         step, percent, loss, speed = match.groups()
-                        self.points[int(float(percent))] = float(loss)
+                        self.points[int(float(percent))], self.pace = float(loss), f"{step} steps, {speed} tokens/s"
                         self.facts.show(step=int(step), progress=float(percent) / 100, loss=float(loss), speed=speed)
             if self.dropped:
                 with contextlib.suppress(OSError):
@@ -996,7 +1017,8 @@ def find_runs(runs):
     The mark stays through setsid and the death of a loop; a child with a cleaned environment is the loop's descendant, for ever
     where the kernel makes it so (adopt_orphans). What draws the picture is the loop's child too, and no run's.
     """
-    alive, plots = processes(runs), {plot.pid for plot in PLOTS if plot.poll() is None}
+    plots = {plot.pid for plot in PLOTS if plot.poll() is None}  # asked first: one that ends now is still no run's
+    alive = processes(runs)
     found = {os.getpid()} | {pid for pid, (_, _, marked) in alive.items() if marked}
     while new := {pid for pid, (parent, _, _) in alive.items() if parent in found} - found - plots:
         found |= new
@@ -1183,8 +1205,7 @@ def run_experiment(folder, files, data, fingerprint, seed, budget, facts, split=
         if not result.cause:
             summary = parse_summary(text, secret, seed, budget, fingerprint, split)
             result.bpb, result.memory_gb = float(summary["bpb"]), float(summary["peak_vram_mb"]) / 1024
-            speed = float(summary["total_tokens_M"]) * 1e6 / max(float(summary["training_seconds"]), 1e-9)
-            result.curve = f"{split}_bpb {result.bpb:.6f}, {summary['num_steps']} steps, {speed:,.0f} tokens/s, {result.memory_gb:.1f} GB"
+            result.curve = f"{split}_bpb {result.bpb:.6f}, {output.pace or 'no steps logged'}, {result.memory_gb:.1f} GB"
     except ValueError as error:
         result.failure, result.cause = "refused", str(error)
     result.cause = one_line(result.cause)
@@ -1266,6 +1287,8 @@ class Model:
             try:
                 return self.call(chat)
             except (self.openai.APIError, ValueError) as error:  # ValueError: a body that isn't JSON
+                if unwanted.is_set():
+                    break
                 reason = one_line(str(error).replace(self.client.api_key, "***"), 120)
                 if getattr(error, "status_code", None) in (400, 413, 422) and shorten(chat):
                     self.facts.say(f"the model's server refused the request ({reason}); asking again with less of it")
@@ -1285,7 +1308,7 @@ def shorten(chat):
     if refused := chat[2:]:
         del chat[2:]
     else:
-        chat[1] = chat[1] | {"content": f"{head}{PROPOSE}"}
+        chat[1] = chat[1] | {"content": head + chat[1]["content"].rpartition("\n\n")[2]}  # the request stays
     return bool(refused or history)
 
 
@@ -1542,8 +1565,11 @@ def draw(report, path):
     picture = io.BytesIO()
     figure.savefig(picture, format="png")
     new = path.with_name(f".{path.name}.{os.getpid()}")  # a name of its own: the loop may draw at the same moment
-    new.write_bytes(picture.getvalue())
-    new.replace(path)
+    try:
+        new.write_bytes(picture.getvalue())
+        new.replace(path)
+    finally:
+        new.unlink(missing_ok=True)  # a full disk leaves half of it
 
 
 def write_names(report, axes, numbers, dots, line):
@@ -1648,6 +1674,7 @@ class Thought(threading.Thread):
     source: str  # the train.py that the chat shows
     known: tuple  # the best train.py and what was tried, as accept() wants them
     mends: dict  # trailers that say which crashed experiment it is to mend; empty for a new idea
+    base: str  # the train.py that the crashed one was made from
     tokens: int = 0
     reply: str = ""
     edit: Edit | None = None
@@ -1683,7 +1710,8 @@ class Thought(threading.Thread):
             self.edit = parse_reply(self.reply)
             if self.edit.whole and source != self.source:
                 raise Refused("This whole file was made from an earlier train.py; the best one is another now.")
-            self.new = accept(apply_edit(source, self.edit), incumbent, tried)
+            new = apply_edit(source, self.edit)
+            self.new = accept(merge(new, self.base, incumbent) if self.mends else new, incumbent, tried)
             return True
         except Refused as error:
             self.refusal = str(error)
@@ -1952,21 +1980,23 @@ class Night:
     def think(self, running="", refused=None):
         """Begins the Thought that is ahead now: about a crashed train.py that is to be mended, else about the best so far, while an
         experiment runs (its commit's message); or once more about a `refused` one, which no longer applies."""
-        notebook, program, source, mends = self.notebook, self.notebook.program(), self.notebook.incumbent_source, {}
+        notebook, program, mends = self.notebook, self.notebook.program(), {}
+        source = base = notebook.incumbent_source
         request = PROPOSE + nudge(notebook.rows, notebook.touches)
         request += RUNNING.format(running.splitlines()[0]) if running and notebook.rows else ""  # the baseline may be built on
         if (not refused or refused.mends) and (crash := self.to_repair(running)):
             commit, subject, mends = crash
-            source, request = self.git.blob(commit, "train.py"), REPAIR.format(subject)
+            source, base = self.git.blob(commit, "train.py"), self.git.blob(f"{commit}^", "train.py")
+            request = REPAIR.format(subject)
         if self.model:
             ask, tries, chat = self.model.ask, 1 + REFUSALS, self.question(program, source, request)
         else:  # chance may hit what was tried many times over
             rng = random.Random(f"{notebook.name} {len(notebook.rows)}")
             ask, tries, chat = lambda *_: (random_reply(source, rng, self.other_device), 0), 100, []
         if refused:
-            tries, chat = REFUSALS, chat + refused.chat[-2:]
+            tries, chat = max(refused.tries, 1), chat + refused.chat[-2:]
         known, tokens = (notebook.incumbent_source, dict(notebook.tried)), refused.tokens if refused else 0
-        self.ahead = Thought(ask, tries, self.facts, program, chat, source, known, mends, tokens)
+        self.ahead = Thought(ask, tries, self.facts, program, chat, source, known, mends, base, tokens)
 
     def think_ahead(self, running=""):
         """While something runs (an experiment, by its commit's message, or a repeat), the model thinks about what comes next: so the

@@ -13,6 +13,7 @@ import argparse
 import base64
 import contextlib
 import ctypes
+import errno
 import fcntl
 import gzip
 import hashlib
@@ -190,7 +191,7 @@ def download(repository, commit, *names):
         step = {401: "set HF_TOKEN", 403: "set HF_TOKEN", 429: "wait, or set HF_TOKEN"}.get(status, "check the network and HF_ENDPOINT")
         if isinstance(cause, errors.OfflineModeIsEnabled):
             step = "unset HF_HUB_OFFLINE"
-        if isinstance(cause, UserWarning) or getattr(cause, "errno", None):
+        if isinstance(cause, UserWarning) or getattr(cause, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
             step = "make room or set HF_HOME"
         reason = (str(cause).strip() or type(cause).__name__).splitlines()[0].partition(". ")[0].rstrip(".")
         raise Problem(f"{repository} can't be downloaded ({reason}); {step}, and run it again: complete files are kept") from None
@@ -399,6 +400,8 @@ def prepare(source, root, shards=None):
         except BlockingIOError:
             print("another prepare.py is at work here: waiting for it", file=sys.stderr)
             fcntl.flock(lock, fcntl.LOCK_EX)
+        if _stopped:
+            raise KeyboardInterrupt
         for killed in root.glob(".partial-*"):  # nobody else holds the lock, so nobody is at work there
             shutil.rmtree(killed)
         for folder, meta in data_sets(root).items():

@@ -23,8 +23,6 @@ FINAL_LR = 0.05  # share of the learning rates that is left at the end
 MUON_MEAN = 20.0  # steps that Muon's running mean of gradients looks back
 ADAM_MEAN = 5.0  # steps that AdamW's running mean of gradients looks back
 ADAM_SQUARE = 20.0  # steps that AdamW's running mean of their squares looks back
-MATRIX_DECAY = 0.0  # weight decay of the matrices, per step and unit of learning rate
-LOGIT_CAP = 15.0  # logits are bent smoothly into plus or minus this
 QK_SCALE = 1.3  # length given to normalised queries and keys at the start: sharper attention; then learned by head
 NGRAM = 3  # tokens in the longest n-gram that has an embedding; the shortest has 2
 SEEN_NGRAM = 3  # tokens in the longest n-gram that is looked for in the sequence itself; the shortest has 1
@@ -48,6 +46,7 @@ class Sizes:
     short_window: int  # tokens that a layer with a short window looks back
     long_every: int  # every n-th layer and the last one look back over the whole sequence
     rope_base: float  # radians: about the longest rotary wavelength, in tokens
+    logit_cap: float  # logits are bent smoothly into plus or minus this; 0: they aren't, which on a CPU saves a fifth of a step
     micro_batch: int  # sequences in one forward pass
     accumulation: int  # forward passes in one optimizer step
     matrix_lr: float  # Muon: the spectral norm of one update
@@ -67,6 +66,7 @@ GPU = Sizes(
     short_window=256,
     long_every=5,
     rope_base=200_000.0,
+    logit_cap=15.0,
     micro_batch=32,
     accumulation=4,
     matrix_lr=0.04,
@@ -76,15 +76,16 @@ GPU = Sizes(
     scalar_lr=0.02,
 )
 CPU = Sizes(
-    depth=2,
+    depth=1,
     heads=2,
     head_dim=64,
-    mlp_ratio=4,
+    mlp_ratio=1,
     ngram_rows=524_288,
     memory_rows=4_194_304,
     short_window=256,
     long_every=1,
     rope_base=10_000.0,
+    logit_cap=0.0,
     micro_batch=8,
     accumulation=1,
     matrix_lr=0.02,
@@ -122,9 +123,9 @@ def ngram_keys(ids, longest):
 
 def followed_before(ids, key, none):
     """(B, T): what followed the latest earlier position of the sequence with the same key; `none` where there is no such."""
-    after = torch.arange(1, ids.size(1) + 1, device=ids.device)
+    after = torch.arange(1, ids.size(1) + 1, device=ids.device, dtype=torch.int16)  # as int64 this takes seven times as long
     same = (key[:, :, None] == key[:, None, :]) & (after < after[:, None])  # (B, T, T), the earlier positions last
-    latest = (same * after).amax(2)
+    latest = (same * after).amax(2).long()
     return torch.where(latest > 0, ids.gather(1, latest), none)
 
 
@@ -204,11 +205,11 @@ class Memory(nn.Module):
         nn.init.normal_(self.guess.weight, std=0.02)
         self.trust_seen = nn.Parameter(torch.ones(SEEN_NGRAM))
         self.trust_read = nn.Parameter(torch.full((READ_NGRAM - 1, MOST_LEAD + 1), 0.3))
-        self.token = torch.full((READ_NGRAM - 1, rows), vocab_size, dtype=torch.int16)
-        self.lead = torch.zeros((READ_NGRAM - 1, rows), dtype=torch.int8)
+        self.register_buffer("token", torch.full((READ_NGRAM - 1, rows), vocab_size, dtype=torch.int16))
+        self.register_buffer("lead", torch.zeros((READ_NGRAM - 1, rows), dtype=torch.int8))
 
     def read(self, ids, following):
-        """One vote for each n-gram in ids (B, T): for the token that follows it, (B, T)."""
+        """Each n-gram in ids (B, T) votes for the token that follows it, (B, T); of several votes for one slot, one counts."""
         for n, key in enumerate(ngram_keys(ids, READ_NGRAM)[1:], 2):
             slot, voted = (key % self.token.size(1))[:, n - 1 :].flatten(), following[:, n - 1 :].flatten().short()
             token, lead = self.token[n - 2], self.lead[n - 2]
@@ -246,6 +247,7 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(sizes, vocab_size) for _ in range(sizes.depth))
         self.shortcut = nn.Parameter(torch.tensor(0.5))  # of the embeddings, straight to the output
         self.head = Linear(width, vocab_size, std=0)
+        self.logit_cap = sizes.logit_cap
         frequency = sizes.rope_base ** -torch.linspace(0, 1, sizes.head_dim // 2)
         angle = torch.outer(torch.arange(T), frequency)  # (T, head_dim / 2)
         self.rotary = angle.cos().to(self.dtype), angle.sin().to(self.dtype)
@@ -269,7 +271,8 @@ class GPT(nn.Module):
 
     def logits(self, hidden):
         """(..., width) -> (..., vocab), float32."""
-        return LOGIT_CAP * torch.tanh(self.head(hidden / LOGIT_CAP).float())
+        logits, cap = self.head(hidden).float(), self.logit_cap
+        return cap * torch.tanh(logits / cap) if cap else logits
 
     def forward(self, ids):
         return self.logits(self.hidden(ids))
@@ -354,7 +357,6 @@ class Muon(torch.optim.Optimizer):
             part.view(square.shape).transpose(1, 2).reshape(update.shape)
             for part, square, update in zip(flat, squares, updates, strict=True)
         ]
-        torch._foreach_mul_(group["params"], 1 - group["lr"] * MATRIX_DECAY)
         torch._foreach_add_(group["params"], updates, alpha=-group["lr"])
 
 
@@ -435,12 +437,12 @@ def learn_by_rows(model, x, y, share):
 def read_text(run, memory, batches, rows):
     """Training begins with the memory's reading; returns the batches of the text that is left, which come again and again."""
     read, at_once = 0, 32 * rows * run.seq_len
-    while run.progress() < READ_TIME and read + at_once <= READ_SHARE * run.train_tokens:
+    while run.progress() < READ_TIME and read + at_once <= min(READ_SHARE, 0.9) * run.train_tokens:
         memory.read(*map(torch.cat, zip(*itertools.islice(batches, 32), strict=True)))
         read += at_once
     print(f"read {read / 1e6:.2f} M tokens of {run.train_tokens / 1e6:.2f} M", flush=True)
-    left = (run.train_tokens - read) // (rows * run.seq_len)
-    return itertools.cycle(itertools.islice(batches, max(left, 1)))
+    left = (run.train_tokens - read) // (rows * run.seq_len) - 1  # the last batch may reach into the next round of the text
+    return itertools.cycle(itertools.islice(batches, left)) if read else batches
 
 
 def fitting_micro_batch(model, loss_of, sizes, T, device):

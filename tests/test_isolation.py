@@ -341,6 +341,16 @@ def test_a_git_that_fails_for_a_while_costs_no_row_and_no_proposal(project, serv
     assert [row["description"] for row in project.rows()] == ["baseline", "twice the width", "a layer"] and project.status() == ""
 
 
+def test_a_git_that_fails_once_while_a_row_is_written_costs_no_row(project):
+    project.constants(WAITS="(0.05, 0.2)")
+    once, real = project.folder.parent / "once", shutil.which("git")
+    fails = f'case "$GIT_INDEX_FILE $*" in /*results.tsv*) [ -e {once} ] && rm {once} && exit 128;; esac'
+    path = tools(project.folder.parent, git=f'{fails}\nexec {real} "$@"')
+    once.touch()
+    out = project.offline("--experiments", 2, PATH=f"{path}:{os.environ['PATH']}")
+    assert not once.exists() and "git failed" in out and len(project.rows()) == 3 and project.status() == ""
+
+
 def test_a_full_disk_costs_old_logs_first_and_then_a_wait(tmp_path, monkeypatch):
     runs = tmp_path / "runs"
     for name in ("0001-0-abcdef0", "0002-0-abcdef1", "cache"):

@@ -188,20 +188,28 @@ def asked_to_mend(server):
     return ["Mend it" in request["messages"][1]["content"] for request in server.requests]
 
 
-def test_a_crash_goes_back_and_its_repair_is_an_experiment_of_its_own(project, server):
-    deeper = block("DEPTH = 4", "DEPTH = 5", "a layer")  # made ahead, and kept meanwhile
-    server.replies += [TYPO, deeper, MENDED]
+def test_a_crash_goes_back_and_its_repair_is_an_experiment_of_its_own_with_what_was_kept_since(project, server):
+    line = next(line for line in project.read("train.py").splitlines() if "abs(DEPTH" in line)
+    server.replies += [TYPO, block(line, line.replace("/ 100", "/ 200"), "less for depth"), MENDED]  # the second is kept meanwhile
     project.online(server, "--experiments", 3)
     rows = project.rows()
     assert [(row["status"], row["description"].partition(" [")[0]) for row in rows[1:]] == [
-        ("crash", "twice the width"), ("keep", "a layer"), ("discard", "mended"),
+        ("crash", "twice the width"), ("keep", "less for depth"), ("keep", "mended"),
     ]  # fmt: skip
     asked = server.requests[2]["messages"][1]["content"]
     assert "HALF = WIDTHS // 2" in asked and "NameError: name 'WIDTHS' is not defined" in asked
     assert 'your edit "twice the width [NameError' in asked and asked_to_mend(server) == [False, False, True]
-    mended = project.git("show", f"{rows[3]['commit']}:train.py")  # the crashed file, not the best one
-    assert "WIDTH = 128" in mended and "HALF = WIDTH // 2" in mended and "DEPTH = 4" in mended
+    mended = project.git("show", f"{rows[3]['commit']}:train.py")
+    assert "WIDTH = 128" in mended and "HALF = WIDTH // 2" in mended and "/ 200" in mended
     assert "Repair: 1" in project.git("show", "-s", "--format=%B", rows[3]["commit"])
+
+
+def test_a_repair_never_takes_out_what_was_kept_since_on_the_same_lines(project, server):
+    server.replies += [TYPO, block("DEPTH = 4", "DEPTH = 5", "a layer"), MENDED, MENDED, MENDED]
+    project.online(server, "--experiments", 3)
+    rows = project.rows()
+    assert [row["status"] for row in rows[1:]] == ["crash", "keep", "crash"] and "can't be joined" in rows[3]["description"]
+    assert "DEPTH = 5" in project.read("train.py")
 
 
 def test_the_device_does_not_wait_for_a_repair_while_something_else_is_ready(project, server):
