@@ -1307,7 +1307,7 @@ def shorten(chat):
     head, history, _ = chat[1]["content"].partition("# Results so far")
     if refused := chat[2:]:
         del chat[2:]
-    else:
+    elif history:
         chat[1] = chat[1] | {"content": head + chat[1]["content"].rpartition("\n\n")[2]}  # the request stays
     return bool(refused or history)
 

@@ -910,6 +910,13 @@ def test_a_branch_that_git_cannot_make_is_said(project):
     assert "can't make autoresearch/t" in refusal(project, "--offline", "--tag", "t")
 
 
+def test_a_branch_whose_rows_have_other_columns_is_refused(project):
+    project.git("checkout", "--quiet", "-b", "autoresearch/t")
+    project.write("results.tsv", "commit\tval_bpb\tmemory_gb\tstatus\tdescription\nabc1234\t0.997900\t44.0\tkeep\tbaseline\n")
+    project.commit("a night of the original program")
+    assert "other columns than this loop's" in project.offline(code=2)
+
+
 def test_a_branch_goes_on_with_its_own_ruler_when_main_has_a_newer_one(project):
     project.offline("--experiments", 1)
     project.git("checkout", "--quiet", "main")

@@ -8,7 +8,10 @@ from rich.console import Console
 
 import loop
 
-TEXT = [{"role": "system", "content": "rules"}, {"role": "user", "content": "program and code\n\n# Results so far\n\n" + "a row\n" * 500}]
+TEXT = [
+    {"role": "system", "content": "rules"},
+    {"role": "user", "content": "program and code\n\n# Results so far\n\n" + "a row\n" * 500 + "\n\nMend this edit."},
+]
 HTML = "<html><body><h1>502 Bad Gateway</h1>[bold]nginx[/bold]</body></html>"
 ERROR = {"error": {"message": "Rate limit reached", "type": "requests", "code": "rate_limit_exceeded"}}
 QUOTA = {"error": {"message": "You exceeded your current quota", "type": "insufficient_quota", "code": "insufficient_quota"}}
@@ -89,9 +92,8 @@ def test_a_context_that_is_too_long_loses_the_refusals_first_and_then_the_histor
     assert model.ask(chat, unwanted)[0] == "an edit"
     sizes = [sum(len(message["content"]) for message in request["messages"]) for request in server.requests]
     assert [len(request["messages"]) for request in server.requests] == [4, 2, 2] and sizes[2] < sizes[1] < sizes[0]
-    assert (
-        "program and code" in server.requests[2]["messages"][1]["content"] and "a row" not in server.requests[2]["messages"][1]["content"]
-    )
+    last = server.requests[2]["messages"][1]["content"]
+    assert "program and code" in last and "a row" not in last and last.endswith("Mend this edit.")  # what is asked for stays
 
 
 def test_a_request_that_stays_bad_when_it_is_short_is_asked_again_later(model, server):
