@@ -1938,7 +1938,8 @@ class Night:
         if edit := notebook.person_edit():
             self.facts.say("your edit of train.py is the next experiment")
             return self.begin(edit, "your edit of train.py", "", {"Model": "person", "Seed": seed})
-        thought = self.propose()
+        if not (thought := self.propose()):
+            return
         edit, refusal = thought.edit, thought.refusal
         trailers = {"Model": self.model.name if self.model else "offline", "Seed": seed, "Tokens": thought.tokens, **thought.mends}
         if thought.new is not None:
@@ -2019,8 +2020,8 @@ class Night:
             self.ahead = None
 
     def propose(self):
-        """The thought whose turn it is, at its end: one that was ahead, if it still applies, else one begun now. A crashed experiment
-        that is to be mended comes after what is ahead, while that runs: the device needn't wait for it."""
+        """The thought whose turn it is, at its end: the one ahead, if it still applies, else one begun now; None if the night ends first.
+        A crashed experiment that is to be mended comes after what is ahead, while that runs: the device needn't wait for it."""
         notebook, began = self.notebook, time.monotonic()
         if (thought := self.wanted()) and thought.is_alive():
             self.facts.show(activity=f"waiting for {self.model.name}", since=began, progress=None)
@@ -2033,6 +2034,8 @@ class Night:
                     self.facts.start(f"asking {self.model.name} for an edit")
                 self.think()
             elif thought.is_alive():
+                if self.over():  # --hours, while a provider is waited for
+                    return None
                 thought.join(1)  # then program.md is looked at again
             elif thought.error:
                 self.drop_ahead()

@@ -995,6 +995,13 @@ def test_a_program_md_that_is_not_utf8_is_sent_as_far_as_it_can_be_read(project,
     assert project.status() == ""
 
 
+def test_hours_end_a_night_whose_provider_is_dead(project, server):
+    project.constants(WAITS="(600, 600)")
+    server.default = (503, "")
+    project.online(server, "--hours", "0.001")
+    assert [row["description"] for row in project.rows()] == ["baseline"]
+
+
 @pytest.mark.parametrize("args", [["--budget", "0"], ["--experiments", "-1"], ["--hours", "x"], ["--nonsense"]])
 def test_a_wrong_call_exits_2(project, args):
     project.run("--offline", *args, code=2)
