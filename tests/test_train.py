@@ -158,9 +158,8 @@ class Reading:
     """As much of a prepare.Run as reading needs: every token of its text has a number of its own."""
 
     train_tokens: int = 40 * 32 * T
-    seq_len: int = T
-    calls: int = 0
     calls_until_time_is_over: int = 10**6
+    calls: int = 0
 
     def batches(self, rows):
         text = torch.arange(self.train_tokens).view(-1, rows, T)
@@ -172,23 +171,30 @@ class Reading:
         return float(self.calls > self.calls_until_time_is_over)
 
 
-def test_a_text_too_small_to_share_is_all_for_training(capsys):
-    run, memory = Reading(train_tokens=40 * T), train.Memory(64, VOCABULARY, 8)
-    rest = train.read_text(run, memory, run.batches(1), 1)
-    assert {token for _ in range(40) for token in next(rest)[0].flatten().tolist()} == set(range(40 * T))
+def read_ahead(run, progress, batches_drawn):
+    """(tokens read, tokens that may be drawn in all, what is drawn after it) where so many batches of T tokens came first."""
+    memory, read, batches = train.Memory(64, VOCABULARY, 8), [], run.batches(1)
+    memory.read = lambda x, y: read.extend(x.flatten().tolist())
+    drawn = [token for _ in range(batches_drawn) for token in next(batches)[0].flatten().tolist()]
+    most = train.read_ahead(run, memory, batches, progress, len(drawn))
+    while len(drawn) < most and batches_drawn < 10**4:
+        drawn += next(batches)[0].flatten().tolist()
+        batches_drawn += 1
+    return read, most, drawn
 
 
 @pytest.mark.parametrize("calls", [3, 10**6])
-def test_what_the_memory_has_read_is_never_trained_on(calls, capsys):
-    run, memory = Reading(calls_until_time_is_over=calls), train.Memory(64, VOCABULARY, 8)
-    seen = []
-    memory.read = lambda x, y: seen.extend(x.flatten().tolist())
-    rest = train.read_text(run, memory, run.batches(1), 1)
-    left = (run.train_tokens - len(seen)) // T
-    first, second = ([next(rest)[0].tolist() for _ in range(left)] for _ in range(2))
-    trained = {token for (row,) in first for token in row}
-    assert first == second and len(seen) + len(trained) == run.train_tokens and not trained & set(seen)
-    assert len(seen) == (3 * 32 * T if calls == 3 else train.READ_SHARE * run.train_tokens)
+def test_no_text_is_met_twice_by_training_or_after_reading(calls, capsys):
+    read, most, drawn = read_ahead(run := Reading(calls_until_time_is_over=calls), 0.05, 32)
+    assert len(set(read + drawn)) == len(read) + len(drawn) and run.train_tokens - len(read) - len(drawn) <= 32 * T
+    # At 0.05 it has drawn 1 of 40 draws, so 20 are to be expected, and a tenth more may be: 18 are left to read.
+    assert len(read) == (3 if calls == 3 else 18) * 32 * T
+
+
+@pytest.mark.parametrize("progress, share", [(0.001, 0), (0.9, train.READ_SHARE)])
+def test_what_training_will_reach_is_not_read_nor_more_than_the_share(progress, share, capsys):
+    read, most, _ = read_ahead(run := Reading(), progress, 8)
+    assert len(read) == share * run.train_tokens and (most < run.train_tokens if read else most == float("inf"))
 
 
 def test_the_graph_compiles_in_one_piece():
