@@ -191,7 +191,7 @@ def download(repository, commit, *names):
         step = {401: "set HF_TOKEN", 403: "set HF_TOKEN", 429: "wait, or set HF_TOKEN"}.get(status, "check the network and HF_ENDPOINT")
         if isinstance(cause, errors.OfflineModeIsEnabled):
             step = "unset HF_HUB_OFFLINE"
-        if isinstance(cause, UserWarning) or getattr(cause, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+        if isinstance(cause, UserWarning) or getattr(cause, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             step = "make room or set HF_HOME"
         reason = (str(cause).strip() or type(cause).__name__).splitlines()[0].partition(". ")[0].rstrip(".")
         raise Problem(f"{repository} can't be downloaded ({reason}); {step}, and run it again: complete files are kept") from None
