@@ -160,6 +160,23 @@ class Project:
         raise AssertionError("never happened")
 
 
+def prepare_main(monkeypatch, capsys, *arguments):
+    """prepare.py's main() in this process: (exit code, stderr); signals are handled as before."""
+    import prepare
+
+    monkeypatch.setattr(sys, "argv", ["prepare.py", *map(str, arguments)])
+    handlers = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]
+    try:
+        prepare.main()
+        code = 0
+    except SystemExit as exit:
+        code = exit.code
+    finally:
+        for number, handler in handlers:
+            signal.signal(number, handler)
+    return code, capsys.readouterr().err
+
+
 @pytest.fixture(scope="session")
 def data(tmp_path_factory):
     """A tiny data set for the real ruler: made-up words in a made-up order, as bytes that need several tokens each."""

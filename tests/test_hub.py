@@ -22,6 +22,7 @@ from urllib.parse import urlsplit
 import pyarrow
 import pyarrow.parquet
 import pytest
+from conftest import prepare_main
 
 import prepare
 
@@ -167,20 +168,7 @@ def call(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(prepare, "_stopped", [])
     monkeypatch.setenv("AUTORESEARCH_DATA", str(tmp_path / "data"))
 
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["prepare.py", *map(str, arguments)])
-        handlers = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]
-        try:
-            prepare.main()
-            code = 0
-        except SystemExit as exit:
-            code = exit.code
-        finally:
-            for number, handler in handlers:
-                signal.signal(number, handler)
-        return code, capsys.readouterr().err
-
-    return call
+    return lambda *arguments: prepare_main(monkeypatch, capsys, *arguments)
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiktoken.load
+from conftest import prepare_main
 
 import prepare
 
@@ -53,17 +54,7 @@ def call(tiny, tmp_path, monkeypatch, capsys):
 
     def call(source):
         monkeypatch.setenv("AUTORESEARCH_DATA", str(tmp_path / "data"))
-        monkeypatch.setattr(sys, "argv", ["prepare.py", "--source", str(source)])
-        before = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]
-        try:
-            prepare.main()
-            code = 0
-        except SystemExit as exit:
-            code = exit.code
-        finally:
-            for number, handler in before:
-                signal.signal(number, handler)
-        return code, capsys.readouterr().err
+        return prepare_main(monkeypatch, capsys, "--source", source)
 
     return call
 
