@@ -96,6 +96,7 @@ class Project:
         (self.folder / "program.md").write_text("# The goal\nLower val_bpb.\n")
         (self.folder / "notes.txt").write_text("a person's file\n")
         self.environment = {"PATH": os.environ["PATH"], "HOME": str(folder), "AUTORESEARCH_DATA": str(self.data)}
+        self.environment |= {"PYTHONPATH": str(STAND_IN / "no_pictures")}  # each takes longer than most tests
         self.git("init", "--quiet", "--initial-branch=main")
         self.commit("start")
 

@@ -169,7 +169,7 @@ def drawn(project):
 
 def test_a_loop_draws_the_picture_and_the_checkout_stays_clean(project):
     pytest.importorskip("matplotlib")
-    project.offline("--experiments", 2)
+    project.offline("--experiments", 2, PYTHONPATH="")
     project.wait_for(lambda: drawn(project))
     assert project.status() == "" and len(project.rows()) == 3
 
