@@ -794,20 +794,22 @@ class Notebook:
         """The kept row that has to be beaten: the lowest, so that simpler files, kept at equal results, can't lower the bar bit by bit."""
         return min((row for row in self.rows if row.status == "keep"), key=lambda row: row.val_bpb)
 
-    def remember(self, commit, runs):
-        """The running experiment, committed anew with its runs so far: where a start after a kill goes on."""
+    def remember(self, commit, runs, seconds):
+        """The running experiment, committed anew with its runs so far and what they took: where a start after a kill goes on."""
         message = self.git.message(commit)
-        message = compose(message.rstrip().rpartition("\n\n")[0], "", read_trailers(message) | {"Runs": write_runs(runs)})
+        trailers = read_trailers(message) | {"Runs": write_runs(runs), "Seconds": f"{seconds:.1f}"}
+        message = compose(message.rstrip().rpartition("\n\n")[0], "", trailers)
         again = self.git.commit_tree(f"{commit}^{{tree}}", [f"{commit}^"], message)
         self.begin(again)
         return again
 
-    def repeat(self, row, bpb):
+    def repeat(self, row, result):
         """Adds a run to a row that stands."""
-        row.runs.append(bpb)
+        row.runs.append(result.bpb)
         row.val_bpb = fmean(row.runs)
-        self.text = HEADER + "".join(row.line() for row in self.rows)
-        self.publish(compose(f"repeat: {row.description}, {bpb:.6f}", "", {}))
+        message = compose(f"repeat: {row.description}, {result.bpb:.6f}", "", {"Seconds": f"{result.seconds:.1f}"})
+        self.publish(message, HEADER + "".join(row.line() for row in self.rows), self.incumbent_source)
+        self.refresh()
 
     def audited(self):
         """{(commit, seed): test bits per byte} of the audit's runs so far."""
@@ -832,29 +834,25 @@ class Notebook:
         commits = {row.commit[:7] for row in self.rows[-count:]}  # a merge of the person's is none
         return [(commit, message) for commit, message in found if commit[:7] in commits][::-1]
 
-    def record(self, commit, row, body="", failure=""):
-        """Appends the row by a commit with two parents, the branch's tip and the experiment."""
+    def record(self, commit, row, body, trailers):
+        """Appends the row by a commit with two parents, the branch's tip and the experiment; what is remembered follows the branch."""
         row.commit = self.git("rev-parse", "--short=7", commit).strip()
-        if row.status == "keep":
-            self.incumbent, self.incumbent_source = row, self.git.blob(commit, "train.py")
+        source = self.git.blob(commit, "train.py") if row.status == "keep" else self.incumbent_source
+        known = read_trailers(self.git.message(commit))
+        self.publish(compose(f"{row.status}: {row.description}", body, trailers), self.text + row.line(), source, commit)
         self.rows.append(row)
-        self.text += row.line()
-        trailers = read_trailers(self.git.message(commit))
-        self.tried[trailers.get("Tree")] = row
-        self.touches[row.commit] = trailers.get("Touches")
-        try:
-            self.publish(compose(f"{row.status}: {row.description}", body, {"Failure": failure} if failure else {}), commit)
-        except BaseException:
-            self.rows.pop()  # whether the branch has it is read from there again
-            raise
+        self.tried[known.get("Tree")], self.touches[row.commit] = row, known.get("Touches")
+        if row.status == "keep":
+            self.incumbent, self.incumbent_source = row, source
+        self.refresh(commit)
         if self.git.find(self.running) == commit:
             self.abandon()
 
-    def publish(self, message, commit=None):
-        """Moves the branch on: results.tsv, the incumbent's train.py, and the experiment as second parent; the checkout follows."""
+    def publish(self, message, text, source, commit=None):
+        """Moves the branch on: results.tsv, the train.py to beat, and the experiment as second parent."""
         program, before = (self.git.blob(version, "program.md") for version in (commit, f"{commit}^")) if commit else (None, None)
         for last in [False] * 20 + [True]:
-            tip, files = self.tip(), {"results.tsv": self.text, "train.py": self.incumbent_source}
+            tip, files = self.tip(), {"results.tsv": text, "train.py": source}
             if program and self.git.blob(tip, "program.md") == before:  # else the person committed another one in mid-run
                 files["program.md"] = program
             outcome = self.git.commit([tip, commit] if commit else [tip], files, message)
@@ -865,7 +863,7 @@ class Notebook:
                 if last:
                     raise
                 time.sleep(0.1)
-        self.refresh(commit)
+        self.text = text
 
     def refresh(self, commit=None):
         """After the row of `commit`, or at the start: checkout and index follow the branch, where they hold what the loop put there."""
@@ -1975,7 +1973,7 @@ class Night:
         results = "None yet: this train.py is being measured for the first time."
         if notebook.rows:
             results = history(notebook.rows, notebook.incumbent, notebook.noise(), notebook.touches)
-        runs = "\n\n".join(message.rpartition("\n\nFailure: ")[0] or message for _, message in notebook.latest(LAST_RUNS))
+        runs = "\n\n".join(message.rstrip().rpartition("\n\n")[0] for _, message in notebook.latest(LAST_RUNS))  # without trailers
         return messages(setting, program, source, results, runs, request)
 
     def think(self, running="", refused=None):
@@ -2077,7 +2075,7 @@ class Night:
         """Runs a begun experiment, as often as it takes to judge it, and writes its row."""
         notebook, message = self.notebook, self.git.message(commit)
         trailers, baseline, status = read_trailers(message), notebook.incumbent is None, "again"
-        runs, seed = read_runs(trailers.get("Runs", "")), int(trailers["Seed"])
+        runs, seed, seconds = read_runs(trailers.get("Runs", "")), int(trailers["Seed"]), float(trailers.get("Seconds", 0))
         while status == "again":
             number = f", run {len(runs) + 1}" if runs else ""
             self.think_ahead(message)
@@ -2090,17 +2088,18 @@ class Night:
                 continue
             with self.interrupts.hold():
                 runs.append(result.bpb)
+                seconds += result.seconds
                 status = "crash" if result.cause else "keep" if baseline else self.verdict(commit, runs)
                 if status == "again":
-                    commit = notebook.remember(commit, runs)
+                    commit = notebook.remember(commit, runs, seconds)
                 else:
-                    self.finish(commit, message, status, result, runs)
+                    self.finish(commit, message, status, result, runs, seconds)
 
-    def finish(self, commit, message, status, result, runs=()):
+    def finish(self, commit, message, status, result, runs=(), seconds=0.0):
         """The row of an experiment that ran."""
         cause = f" [{result.cause}]" if result.cause else ""
         tokens = int(read_trailers(message).get("Tokens", 0))
-        self.add_row(commit, status, result, one_line(message.splitlines()[0], 120) + cause, tokens, runs)
+        self.add_row(commit, status, result, one_line(message.splitlines()[0], 120) + cause, tokens, runs, seconds)
 
     def to_blame(self, result):
         """Whether a run's result is its code's own; else it is to be run again. After failures that tell of the machine the incumbent runs:
@@ -2129,7 +2128,7 @@ class Night:
                 break
             self.facts.wait(backoff(failed), f"the best so far fails too, so the machine is at fault ({result.cause})")
         with self.interrupts.hold():
-            self.notebook.repeat(row, result.bpb)
+            self.notebook.repeat(row, result)
         return not failed
 
     def seed(self, row, failed=0):
@@ -2152,16 +2151,17 @@ class Night:
                 self.repeats = ()  # the verdicts go on with what is known
             return
         with self.interrupts.hold():
-            self.notebook.repeat(row, result.bpb)
+            self.notebook.repeat(row, result)
         self.facts.say(f"the baseline again: {result.bpb:.6f}; noise of a run {self.notebook.noise():.4f}")
 
-    def add_row(self, commit, status, result, description, tokens, runs=()):
+    def add_row(self, commit, status, result, description, tokens, runs=(), seconds=0.0):
         best = self.notebook.incumbent.val_bpb if self.notebook.incumbent else None
         runs = [] if result.cause else list(runs)
         finished = f"{datetime.now(timezone.utc):%Y-%m-%dT%H:%M:%SZ}"
         row = Row("", fmean(runs) if runs else math.nan, result.memory_gb, status, description, runs, tokens, finished)
         log = "".join(f"\n| {line}" for line in result.tail.splitlines()) if result.cause else ""
-        self.notebook.record(commit, row, result.curve + log, result.failure)
+        trailers = {"Failure": result.failure} if result.failure else {}
+        self.notebook.record(commit, row, result.curve + log, trailers | {"Seconds": f"{seconds:.1f}"})
         self.hasty = self.hasty + 1 if result.cause and result.seconds < WAITS[0] else 0
         if not self.facts.live:
             self.facts.say("{:8} {:9} {:>7}  {}".format(*cells(row, best)))

@@ -30,7 +30,7 @@ def steps(model, optimizers, count=5):
     x = torch.randint(VOCABULARY, (4, T), generator=torch.Generator().manual_seed(1))
     for step in range(count):
         loss = train.learn_by_rows(model, x, x, 1.0)
-        train.optimize(optimizers, step / count)
+        train.optimize(optimizers, model, step / count)
     return loss.item()
 
 
@@ -219,7 +219,7 @@ def test_other_learning_rates_compile_nothing_anew():
         x = torch.zeros(2, T, dtype=torch.int64)
         for progress in (0.0, 0.5, 0.9):
             train.learn(loss_of, model, x, x, 1.0)
-            train.optimize(optimizers, progress)
+            train.optimize(optimizers, model, progress)
         return graphs
 
     sizes = dataclasses.replace(TINY, memory_rows=0, logit_cap=15.0)  # as on a GPU
