@@ -1,12 +1,14 @@
-"""The researcher's day: ask for an edit of train.py, run it, judge it, keep or revert it with git, write the row; again.
+"""The researcher's day, again and again: ask an LLM for an edit of train.py, run it,
+judge it, keep or revert it with git, write a row of results.tsv.
 
-    python loop.py                  run until stopped (Ctrl-C); the same command goes on where it was
-    python loop.py --offline        the same loop without an LLM: random search over train.py's constants
-    python loop.py --report         what came of it so far, at any time: what was kept, totals, progress.png
+    python loop.py             run until Ctrl-C; the same command goes on where it was
+    python loop.py --offline   the same without an LLM: random search over constants
+    python loop.py --report    what came of it so far, at any time; draws progress.png
+    python loop.py --audit     is the gain real? baseline and best on unseen text
 
-Reads program.md (your goals, before every proposal), train.py and prepare.py. Writes the branch autoresearch/TAG, with
-results.tsv and the kept train.py on it, and two things that git ignores: runs/ (a folder with code and log for each
-experiment) and progress.png (every experiment as a dot).
+Reads program.md (your goals, before every proposal), train.py and prepare.py. Writes
+the branch autoresearch/TAG, with results.tsv and the kept train.py on it, and what git
+ignores: runs/ (code and log of each run) and progress.png (each experiment a dot).
 """
 
 import argparse
@@ -135,6 +137,15 @@ Use as many blocks as the edit needs; each is applied to the result of the one b
 To write train.py anew, give the whole file in one ```python fence instead. Never abbreviate with "..." or "unchanged".
 """
 
+EPILOG = """\
+environment:
+  OPENAI_API_KEY        of the model's provider; a server of your own may need none
+  OPENAI_BASE_URL       your own server, e.g. http://localhost:11434/v1
+  AUTORESEARCH_DATA     where prepare.py put the text (~/.cache/autoresearch)
+
+Edit program.md at any time to steer. `git show COMMIT` is the edit of any row, kept or
+not. Exit status: 2 for what you have to mend first, 1 for what failed, else 0.
+"""
 
 RUNNING = """
 While you think, this experiment runs, and its result isn't known yet: {}. Don't build on it, and propose something else."""
@@ -2281,25 +2292,20 @@ def explain(error):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description="Runs experiments on train.py until stopped, and goes on where it was. Steer with program.md, read results.tsv.",
-        epilog="The model is any that OPENAI_API_KEY and OPENAI_BASE_URL lead to, as the openai package reads them.",
-    )  # fmt: skip
-    parser.add_argument("--tag", help="the branch autoresearch/TAG (default: the one checked out, else today's date)")
-    parser.add_argument("--budget", type=float, metavar="S", help=f"hard wall clock of one run, in seconds ({BUDGET}, or the branch's)")
-    parser.add_argument("--experiments", type=int, metavar="N", help="stop after N experiments, the baseline not counted")
-    parser.add_argument("--hours", type=float, metavar="H", help="stop at the first experiment's end after H hours")
-    parser.add_argument("--model", metavar="NAME", help=f"the model to ask ({DEFAULT_MODEL}, or your server's first one)")
-    parser.add_argument(
-        "--report", nargs="?", const="", metavar="FILE", help="what was kept, totals, progress.png: of the branch, or of any results.tsv"
-    )
-    parser.add_argument("--offline", action="store_true", help="no LLM: random search over train.py's constants, no key, no network")
-    parser.add_argument(
-        "--audit", action="store_true", help="run baseline and best again, on fresh seeds and unseen text: is the gain real?"
-    )
-    parser.add_argument(
-        "--sandbox", choices=("auto", "require", "off"), default="auto", help="put runs in a bwrap cage: where that works, always, never"
-    )
+    parser = argparse.ArgumentParser(description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter)
+    group = parser.add_argument_group("the night")
+    group.add_argument("--tag", help="the branch autoresearch/TAG (default: the one checked out, else today's date)")
+    group.add_argument("--budget", type=float, metavar="S", help=f"hard wall clock of one run, in seconds ({BUDGET}, or the branch's)")
+    group.add_argument("--experiments", type=int, metavar="N", help="stop after N experiments, the baseline not counted")
+    group.add_argument("--hours", type=float, metavar="H", help="stop at the first experiment's end after H hours")
+    group = parser.add_argument_group("who proposes")
+    group.add_argument("--model", metavar="NAME", help=f"the model to ask ({DEFAULT_MODEL}, or your server's first one)")
+    group.add_argument("--offline", action="store_true", help="no LLM: random search over train.py's constants")
+    group = parser.add_argument_group("the morning after")
+    group.add_argument("--report", nargs="?", const="", metavar="FILE", help="show what was kept: of the branch, or of any results.tsv")
+    group.add_argument("--audit", action="store_true", help="run baseline and best again, on fresh seeds and unseen text")
+    group = parser.add_argument_group("the cage")
+    group.add_argument("--sandbox", choices=("auto", "require", "off"), default="auto", help="bwrap: where it works, or stop, or never")
     args = parser.parse_args()
     if any(value is not None and not 0 < value < math.inf for value in (args.budget, args.experiments, args.hours)):
         parser.error("--budget, --experiments and --hours take a number above 0")
