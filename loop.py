@@ -11,6 +11,7 @@ experiment) and progress.png (every experiment as a dot).
 
 import argparse
 import ast
+import codecs
 import contextlib
 import ctypes
 import difflib
@@ -39,16 +40,16 @@ import threading
 import time
 import traceback
 import warnings
-from collections import Counter
+from collections import Counter, deque
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from stat import S_ISREG
 from statistics import fmean, median, stdev
 
+from rich.cells import cell_len
 from rich.console import Console, Group
 from rich.live import Live
-from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
@@ -92,6 +93,7 @@ LUCK = 1.5  # standard errors that the best of a night owes to luck, found by si
 HISTORY_KEEPS, HISTORY_OTHERS, HISTORY_PLACES, NEAR_MISSES = 40, 20, 15, 5  # lines in the prompt, whatever the night's length
 STUCK, STUCK_PLACE = 10, 4  # experiments in a row that were not kept, in all and in one place: then the prompt says so
 MOST_CHARS = 200_000  # of a reply: what is longer isn't an edit
+LOSS_SPAN = 5  # percent of a run over which the loss shown is a mean
 PLOT_SECONDS = 300  # after which a picture that hangs is given up; it takes about two
 TAIL_CHARS = 3000  # of a failed run's log, in the prompt and on the screen
 COLUMNS = ("commit", "val_bpb", "memory_gb", "status", "description", "runs", "llm_tokens", "finished")
@@ -940,9 +942,11 @@ class Output:
                 *lines, self.part = (self.part[-4096:] + chunk).split(b"\n")
                 for line in lines[-50:]:
                     if match := PROGRESS.fullmatch(line.decode("utf-8", "replace").strip()):
-                        step, percent, loss, speed = match.groups()
-                        self.points[int(float(percent))], self.pace = float(loss), f"{step} steps, {speed} tokens/s"
-                        self.facts.show(step=int(step), progress=float(percent) / 100, loss=float(loss), speed=speed)
+                        percent, half = int(float(match[2])), max(self.points, default=0) < 50
+                        self.points[percent], self.pace = float(match[3]), f"{match[1]} steps, {match[4]} tokens/s"
+                        self.facts.show(points=dict(self.points), pace=self.pace)
+                        if half and percent >= 50:
+                            self.facts.say(race(self.points, self.facts.rival), seen=True)
             if self.dropped:
                 with contextlib.suppress(OSError):
                     left_out = max(self.dropped - LOG_TAIL, 0)
@@ -959,6 +963,12 @@ class Output:
         marks = [next((loss for percent, loss in points if percent >= mark), None) for mark in (25, 50, 75)]
         marks += [loss for _, loss in points[-1:]]
         return " ".join(f"{loss:.3f}" for loss in marks if loss is not None)
+
+
+def read_curve(runs, row):
+    """[(percent, loss)] along the runs of a row, of those whose logs are still there."""
+    logs = [log for log in runs.glob(f"*-{row.commit[:7]}/run.log") if log.is_file() and log.stat().st_size < 2 * LOG_HEAD] if row else []
+    return [(int(float(line[2])), float(line[3])) for log in logs for line in PROGRESS.finditer(read_text(log) or "")]
 
 
 def environment(folder, runs, data, **values):
@@ -1281,7 +1291,7 @@ class Model:
         rest is waited out."""
         failed = 0
         while not unwanted.is_set():
-            self.facts.show(thinking=f"{self.name} thinks about the next edit", thinking_since=time.monotonic())
+            self.facts.show(thinking=f"{self.name} {self.facts.task}", thinking_since=time.monotonic())
             try:
                 return self.call(chat)
             except (self.openai.APIError, ValueError) as error:  # ValueError: a body that isn't JSON
@@ -1295,7 +1305,7 @@ class Model:
                 with contextlib.suppress(AttributeError, TypeError, ValueError):  # no response, no header, a date in it
                     seconds = min(max(float(error.response.headers.get("retry-after")), 1), WAITS[1])
                 self.facts.say(f"the model's server failed ({reason}); going on in {seconds:.0f} s")
-                self.facts.show(thinking=f"waiting {seconds:.0f} s for the model's server: {reason}", thinking_since=time.monotonic())
+                self.facts.show(thinking=f"the model's server failed: {reason}", thinking_since=time.monotonic() + seconds)
                 unwanted.wait(seconds)
         return "", 0
 
@@ -1318,16 +1328,17 @@ class Facts:
     """What the screen shows; render() draws it, Live redraws it, and without a terminal say() prints lines."""
 
     console: Console
-    live: bool
+    live: bool = False  # whether the view is on the screen now
     title: str = ""
     budget: float = BUDGET
     rows: list = field(default_factory=list)
     activity: str = ""
-    since: float = field(default_factory=time.monotonic)
-    progress: float | None = None  # of the training time; None when nothing runs
-    step: int = 0
-    loss: float = math.nan
-    speed: str = "-"
+    since: float = field(default_factory=time.monotonic)  # or, where it lies ahead, until when
+    why: str = ""  # the reasoning behind the experiment that runs
+    points: dict | None = None  # {percent of the training time: loss} of the run; None when nothing runs
+    pace: str = ""  # its steps and speed
+    rival: list = field(default_factory=list)  # [(percent, loss)] of the best so far
+    said: deque = field(default_factory=lambda: deque(maxlen=200))
     began: float = field(default_factory=time.monotonic)
     before: int = 1  # rows that were there when this session began; the baseline counts as one
     tokens: int = 0  # of the model, this session
@@ -1335,43 +1346,53 @@ class Facts:
     counting: threading.Lock = field(default_factory=threading.Lock)  # of the two: a thought that was thrown away may still end
     busy: float = 0.0  # seconds in which something ran
     waited: float = 0.0  # seconds in which nothing did, because the model still thought
-    thinking: str = ""  # what the model does, maybe while something else is done
-    thinking_since: float = 0.0
+    task: str = ""  # what the model is asked for
+    thinking: str = ""  # what the model does, maybe while something else is done, or its idea
+    thinking_since: float = 0.0  # or until when
     refused: int = 0  # replies of the model that could not be applied
-
-    @property
-    def finished(self):
-        """Experiments of this session."""
-        return max(len(self.rows) - self.before, 0)
 
     def show(self, **values):
         vars(self).update(values)
 
-    def start(self, activity, progress=None):
-        """A new thing is done now: shown on a terminal, a line elsewhere."""
-        self.show(activity=activity, since=time.monotonic(), progress=progress, step=0, loss=math.nan, speed="-")
-        if not self.live:
-            self.say(activity)
+    def start(self, activity, why="", points=None, rival=()):
+        """A new thing is done now."""
+        self.show(activity=activity, since=time.monotonic(), why=why, points=points, pace="", rival=rival)
+        self.say(f"{activity}: {one_line(why)}" if why else activity, seen=True)
 
-    def say(self, text):
-        """A line that stays, above the live view if there is one. Never markup: model text may hold brackets."""
-        # The terminal, the pipe (rich wants to exit then) or the disk that nohup.out is on may be gone: the night isn't.
-        with contextlib.suppress(OSError, SystemExit):
-            self.console.print(Text(f"{datetime.now():%H:%M:%S}  {text}"), soft_wrap=True)
+    def say(self, text, seen=False):
+        """A line that stays, but where it is `seen` in the view anyway. Never markup: model text may hold brackets."""
+        text = f"{datetime.now():%H:%M:%S}  {text}"
+        if not self.live:
+            # The terminal, the pipe (rich wants to exit then) or the disk that nohup.out is on may be gone: the night isn't.
+            with contextlib.suppress(OSError, SystemExit):
+                self.console.print(Text(text), soft_wrap=True)
+        if not seen:
+            self.said.append(text)
 
     def wait(self, seconds, reason):
         """Sleeps, and says why."""
         self.say(f"{reason}; going on in {seconds:.0f} s")
         before = self.activity
-        self.show(activity=f"waiting {seconds:.0f} s: {reason}", since=time.monotonic(), progress=None)
+        self.show(activity=f"waiting: {reason.strip().splitlines()[-1]}", since=time.monotonic() + seconds, why="", points=None)
         time.sleep(seconds)
         self.show(activity=before, since=time.monotonic())
 
-    def __rich__(self):
-        return render(self, time.monotonic())
+    def __rich_console__(self, console, options):
+        yield render(self, time.monotonic(), options.max_width, options.height or options.size.height - 3)  # 3: for a prompt
 
 
-STYLES = {"keep": "green", "discard": "dim", "crash": "red"}
+STYLES = {"keep": "green", "discard": "", "crash": "red"}  # legible on dark and on light
+BLOCKS = " ▁▂▃▄▅▆▇█"
+ASCII = dict(zip(BLOCKS + "━─·…", " __--==##=--.", strict=True))
+# The view's parts and how many lines each may have, the most important first: what the window has no room for is left out.
+SHARES = (("now", 1), ("run", 2), ("totals", 1), ("rows", 1), ("next", 1), ("title", 1), ("why", 1), ("rows", 4), ("totals", 2),
+          ("said", 1), ("chart", 4), ("rows", 8), ("totals", 9), ("why", 4), ("title", 2), ("chart", 11), ("said", 8), ("rows", 9999))  # fmt: skip
+ROW = "{:8} {:9} {:>7}  {}"
+
+
+def stand_ins(error):
+    """Signs that the terminal's encoding lacks, in ASCII and as wide."""
+    return "".join(ASCII.get(sign, "?" * cell_len(sign)) for sign in error.object[error.start : error.end]), error.end
 
 
 def cells(row, best):
@@ -1379,7 +1400,7 @@ def cells(row, best):
     if row.status == "crash":
         return row.status, "", "", row.description
     times = f" x{len(row.runs)}" if len(row.runs) > 1 else ""
-    return row.status, f"{row.val_bpb:.4f}{times}", "" if best is None else f"{row.val_bpb - best:+.4f}", row.description
+    return row.status, f"{row.val_bpb:.4f}{times}", f"{row.val_bpb - best.val_bpb:+.4f}" if best else "", row.description
 
 
 def outcome(rows):
@@ -1399,44 +1420,69 @@ def counts(rows):
 
 
 def totals(facts, now):
-    """Two lines: what was won, and what it took."""
-    minutes = (now - facts.began) / 60
-    pace = f"{int(minutes // 60)} h {int(minutes % 60):02} min" + (
-        f", {60 * facts.finished / minutes:.1f} an hour" if facts.finished else ""
-    )
-    seconds = max(now - facts.began, 1e-9)
-    busy = f"  ·  device busy {facts.busy / seconds:.0%}" if facts.busy else ""
-    busy += f", waiting for the model {facts.waited / seconds:.0%}" if facts.waited > seconds / 100 else ""
+    """Four lines: what was won, and what it took."""
+    seconds, finished = max(now - facts.began, 1e-9), len(facts.rows) - facts.before
+    pace = f"{seconds // 3600:.0f} h {seconds // 60 % 60:02.0f} min"
+    pace += f", {3600 * finished / seconds:.1f} an hour" if finished > 0 else ""
+    if busy := facts.busy + (now - facts.since) * (facts.points is not None):
+        pace += f"  ·  device busy {100 * min(busy / seconds, 1):.0f} %"
+    pace += f", waiting for the model {100 * facts.waited / seconds:.0f} %" if facts.waited > seconds / 100 else ""
     wasted = f" ({facts.wasted:,} for nothing)" if facts.wasted else ""
-    tokens = f"  ·  {facts.tokens:,} tokens{wasted}, {facts.refused} replies refused" if facts.tokens else ""
-    return f"{outcome(facts.rows)}\n{counts(facts.rows)}  ·  {pace}{busy}{tokens}"
+    tokens = f"\n{facts.tokens:,} tokens{wasted}, {facts.refused} replies refused" if facts.tokens else ""
+    return f"{outcome(facts.rows)}  ·  {counts(facts.rows)}\n{pace}{tokens}".replace("  ·  noise", "\nnoise")
 
 
-def render(facts, now):
-    """The live view: the latest rows, what is done now, the totals."""
-    table = Table.grid(padding=(0, 2), expand=True)
-    for column in (dict(), dict(justify="right"), dict(justify="right"), dict(ratio=1, overflow="ellipsis")):
-        table.add_column(no_wrap=True, **column)
-    best, shown = None, []
-    for row in facts.rows:
-        shown.append((row, best))
-        best = row.val_bpb if row.status == "keep" else best
-    for row, before in shown[-12:]:
-        table.add_row(*(Text(cell, STYLES[row.status]) for cell in cells(row, before)))
-    parts = [Text(facts.title, "bold", no_wrap=True, overflow="ellipsis"), table]
-    if facts.activity:
-        seconds = now - facts.since
-        parts.append(Text.assemble(("> ", "cyan"), (facts.activity, "bold"), f"  {seconds:.0f} s", no_wrap=True, overflow="ellipsis"))
-        if (progress := facts.progress) is not None:  # read once: the output's thread writes it
-            bar = Table.grid(padding=(0, 2))
-            detail = f"step {facts.step:,}  loss {facts.loss:.4f}  {facts.speed} tokens/s" if facts.step else "starting"
-            left = max(facts.budget - seconds, 0)
-            bar.add_row(ProgressBar(total=1, completed=progress, width=24), Text(f"{progress:4.0%}  {detail}  {left:.0f} s left"))
-            parts.append(bar)
-    if facts.thinking:
-        seconds = now - facts.thinking_since
-        parts.append(Text.assemble(("? ", "magenta"), f"{facts.thinking}  {seconds:.0f} s", no_wrap=True, overflow="ellipsis"))
-    return Group(*parts, Text(totals(facts, now), "dim"))
+def race(points, rival):
+    """The loss of a run, against the best so far's at the same point of its own. It is the loss of single batches, with another seed:
+    so both are means over the last LOSS_SPAN percent of the run, and nothing is compared before there are as many."""
+    now = max(points)
+    near = [[loss for percent, loss in curve if now - LOSS_SPAN < percent <= now] for curve in (points.items(), rival)]
+    loss, best = (round(fmean(losses or [math.nan]), 3) for losses in near)
+    against = f": {loss - best:+.3f} against the best so far, which had {best:.3f} there" if near[1] and now >= LOSS_SPAN else ""
+    return f"loss {loss:.3f} at {now} %{against}"
+
+
+def chart(values, width, height):
+    """Lines: these falling values as columns, and below them the first and the last one."""
+    scale = (8 * height - 9) / (values[0] - values[-1] or 1)
+    levels = [1 + round((values[column * len(values) // width] - values[-1]) * scale) for column in range(width)]
+    lines = ["".join(BLOCKS[min(max(level - 8 * below, 0), 8)] for level in levels) for below in reversed(range(height - 1))]
+    first, last = f"baseline {values[0]:.4f}", f"best {values[-1]:.4f}"
+    return [*(Text(line, "green") for line in lines), *fit(f"{first}{last:>{max(width - len(first) - 1, 0)}}", width)]
+
+
+def fit(text, width, most=1, style="", start=""):
+    """At most so many lines of a text in a window of this width, broken between words: no number is cut."""
+    lines = Text(text, style).wrap(None, max(width - cell_len(str(start)) - 1, 1)) if text else []
+    if lines[most:]:
+        lines[most - 1].append("…")
+    return [Text.assemble(start, line) for line in lines[:most]]
+
+
+def render(facts, now, width, height):
+    """The live view in a window of this size: from top to bottom its parts, as functions of the lines that SHARES leaves them."""
+    points, best = facts.points, Report("", facts.rows).best  # points: read once, a thread writes them
+    rows, values, said = [*zip(facts.rows, best, strict=False)][::-1], [row.val_bpb for row in best if row], [*facts.said][::-1]
+    percent, size = min(max(points or {}, default=0), 100), min(width // 3, 80)
+    bar = Text.assemble("  ", ("━" * (done := size * percent // 100), "green"), "─" * (size - done), "  ")
+    state = f"{percent} %  {max(facts.since + facts.budget - now, 0):.0f} s left  {facts.pace or 'starting'}" * (points is not None)
+    loss, what = race(points, facts.rival) if points else "", ((facts.activity, facts.since), (facts.thinking, facts.thinking_since))
+    activity, thinking = (text and f"{abs(now - since):.0f} s{' more' * (since > now)}  {text}" for text, since in what)
+    parts = {
+        "title": lambda n: fit(facts.title, width, n, "bold"),
+        "chart": lambda n: chart(values, width, n) if n > 1 < len(values) else [],
+        "rows": lambda n: [line for row, old in rows[:n][::-1] for line in fit(ROW.format(*cells(row, old)), width, 1, STYLES[row.status])],
+        "said": lambda n: [line for text in said[:n][::-1] for line in fit(text.splitlines()[-1], width)],
+        "now": lambda n: fit(activity, width, n, "bold", "> "),
+        "why": lambda n: fit(one_line(facts.why, 999), width, n, start="  "),
+        "run": lambda n: [*fit(state, width, start=bar), *fit(loss, width, start="  ")][:n],
+        "next": lambda n: fit(thinking, width, n, start="? "),
+        "totals": lambda n: fit(totals(facts, now), width, n),
+    }
+    taken = Counter()
+    for name, most in SHARES:
+        taken[name] = len(parts[name](min(most, height - taken.total() + taken[name])))
+    return Group(*itertools.chain(*(part(taken[name]) for name, part in parts.items())))
 
 
 # ------------------------------------------------------------------------------------------------------------ the report
@@ -1488,7 +1534,7 @@ def listing(report, numbers, last):
         column.no_wrap, column.justify = True, justify
     for number in numbers:
         row, before, after = report.rows[number], *report.best[number : number + 2]
-        _, bpb, change, description = cells(row, before and before.val_bpb)
+        _, bpb, change, description = cells(row, before)
         clear = "" if not before else "yes" if report.clear(number) else "no"
         found = (str(number), row.commit[:8], bpb, change, clear, f"{after.val_bpb:.4f}", one_line(description))
         table.add_row(*map(Text, found), style="green" if clear == "yes" else "")
@@ -1696,7 +1742,10 @@ class Thought(threading.Thread):
                     self.facts.wasted += used if self.unwanted.is_set() else 0
                 if not self.unwanted.is_set():
                     self.facts.show(thinking="")
-                    self.apply(*self.known)
+                    if self.apply(*self.known) and self.chat:
+                        self.facts.show(thinking=f"next: {self.edit.description}", thinking_since=time.monotonic())
+                        if self.facts.points is not None:  # else its turn is now
+                            self.facts.say(self.facts.thinking, seen=True)
         except Exception as error:  # comes up again where the edit is due, and is waited out there
             self.error = error
 
@@ -1732,7 +1781,7 @@ class Night:
 
     def __init__(self, args, folder, console):
         self.args, self.folder, self.runs = args, folder, folder / "runs"
-        self.facts = Facts(console, console.is_terminal and not console.is_dumb_terminal)
+        self.facts = Facts(console)
         self.git = Git(folder)
         current = self.git.branch()
         tag = (args.tag or (current if current.startswith("autoresearch/") else f"{datetime.now():%Y-%m-%d}")).removeprefix("autoresearch/")
@@ -1919,8 +1968,7 @@ class Night:
         facts, most = self.facts, f"{self.budget:g} s" if self.budget < 120 else f"{self.budget / 60:.3g} min"
         facts.title = f"{self.notebook.name}  ·  {self.data.name}  ·  {self.ruler['Device']}  ·  {who}"
         facts.rows = self.notebook.rows  # read again, if the branch was made only now
-        if not facts.live:
-            facts.say(facts.title)
+        facts.say(facts.title, seen=True)
         first = "going on with" if self.notebook.incumbent else f"first the baseline (at most {most}), then"
         facts.say(
             f"{first} experiments of at most {most} each, {3600 / self.budget:.0f} or more an hour; Ctrl-C stops, the same command goes on"
@@ -1948,6 +1996,7 @@ class Night:
                 commit = notebook.experiment(notebook.incumbent_source, description, refusal, trailers)
                 self.add_row(commit, "crash", Result(cause=refusal), description, thought.tokens)
         self.ahead = None  # only now: what fails before is done again, with the same proposal
+        self.facts.show(thinking="")
 
     def begin(self, source, description, reasoning, trailers):
         with self.interrupts.hold():
@@ -1987,6 +2036,7 @@ class Night:
             commit, subject, mends = crash
             source, base = self.git.blob(commit, "train.py"), self.git.blob(f"{commit}^", "train.py")
             request = REPAIR.format(subject)
+        self.facts.show(task=f"mends the crash of {subject}" if mends else "thinks about the next edit")
         if self.model:
             ask, tries, chat = self.model.ask, 1 + REFUSALS, self.question(program, source, request)
         else:  # chance may hit what was tried many times over
@@ -2022,7 +2072,7 @@ class Night:
         A crashed experiment that is to be mended comes after what is ahead, while that runs: the device needn't wait for it."""
         notebook, began = self.notebook, time.monotonic()
         if (thought := self.wanted()) and thought.is_alive():
-            self.facts.show(activity=f"waiting for {self.model.name}", since=began, progress=None)
+            self.facts.show(activity=f"waiting for {self.model.name}", since=began, why="", points=None)
             if notebook.rows[-1].runs and not self.bound:
                 self.bound = True
                 self.facts.say(f"{self.model.name} takes longer to answer than a run takes: the loop is bound by the model")
@@ -2044,13 +2094,13 @@ class Night:
             else:
                 self.think(refused=thought)
 
-    def measure(self, commit, seed, activity, split="val"):
+    def measure(self, commit, seed, activity, split="val", why=""):
         """One run of a commit's train.py under the committed ruler: a Result. What was measured and not yet written isn't run again."""
         if self.measured[0] == (commit, seed, split):
             return self.measured[1]
         make_room(self.runs)
         self.check_data()
-        self.facts.start(activity, progress=0.0)
+        self.facts.start(activity, why, {}, read_curve(self.runs, self.notebook.incumbent))
         files = {"train.py": self.git.blob(commit, "train.py"), "prepare.py": self.prepare_py}
         folder = self.runs / f"{seed // SEEDS:04}-{seed % SEEDS}-{commit[:7]}"
         result = run_experiment(folder, files, self.data, self.fingerprint, seed, self.budget, self.facts, split, self.watch, self.caged)
@@ -2077,9 +2127,10 @@ class Night:
         trailers, baseline, status = read_trailers(message), notebook.incumbent is None, "again"
         runs, seed, seconds = read_runs(trailers.get("Runs", "")), int(trailers["Seed"]), float(trailers.get("Seconds", 0))
         while status == "again":
-            number = f", run {len(runs) + 1}" if runs else ""
+            number = f"run {len(runs) + 1} of up to {MOST_RUNS}: " if runs else ""
+            activity = f"{number}#{len(notebook.rows)} {message.splitlines()[0]}"
             self.think_ahead(message)
-            result = self.measure(commit, seed + len(runs), f"#{len(notebook.rows)} {message.splitlines()[0]}{number}")
+            result = self.measure(commit, seed + len(runs), activity, why="\n".join(message.strip().split("\n\n")[1:-1]))
             if baseline and result.cause:
                 notebook.abandon()
                 advice = f"mend train.py and commit it\n\nthe end of {result.log}:\n{result.tail}"
@@ -2155,7 +2206,7 @@ class Night:
         self.facts.say(f"the baseline again: {result.bpb:.6f}; noise of a run {self.notebook.noise():.4f}")
 
     def add_row(self, commit, status, result, description, tokens, runs=(), seconds=0.0):
-        best = self.notebook.incumbent.val_bpb if self.notebook.incumbent else None
+        best = self.notebook.incumbent
         runs = [] if result.cause else list(runs)
         finished = f"{datetime.now(timezone.utc):%Y-%m-%dT%H:%M:%SZ}"
         row = Row("", fmean(runs) if runs else math.nan, result.memory_gb, status, description, runs, tokens, finished)
@@ -2163,8 +2214,7 @@ class Night:
         trailers = {"Failure": result.failure} if result.failure else {}
         self.notebook.record(commit, row, result.curve + log, trailers | {"Seconds": f"{seconds:.1f}"})
         self.hasty = self.hasty + 1 if result.cause and result.seconds < WAITS[0] else 0
-        if not self.facts.live:
-            self.facts.say("{:8} {:9} {:>7}  {}".format(*cells(row, best)))
+        self.facts.say(ROW.format(*cells(row, best)), seen=True)
         plot(self.folder, self.notebook.name)
         if not self.notebook.checked_out():
             self.facts.say(f"this checkout is on another branch now; the row went to {self.notebook.name}, and no file here was touched")
@@ -2227,9 +2277,26 @@ class Night:
             prune(self.runs, RUNS_BYTES)
         return True
 
+    @contextlib.contextmanager
+    def view(self):
+        """The live view, where there is a terminal for it. It has a screen of its own, all of which is drawn each time: nothing flickers,
+        and nothing is left over when the window changes. What was said and the last picture stay on the terminal."""
+        facts, said = self.facts, len(self.facts.said)
+        live = Live(facts, console=facts.console, screen=True, refresh_per_second=2)
+        try:
+            if facts.console.is_interactive:
+                facts.show(live=True)
+                live.start(refresh=True)
+            yield
+        finally:
+            with self.interrupts.hold(), contextlib.suppress(OSError):  # the terminal may be gone
+                live.stop()
+                if facts.live:
+                    lines, facts.said, facts.live = [*facts.said][said:], deque(), False
+                    facts.console.print(*map(Text, lines), facts, sep="\n", soft_wrap=True)
+
     def go_on(self):
-        live = Live(self.facts, console=self.facts.console, refresh_per_second=4) if self.facts.live else contextlib.nullcontext()
-        with live:
+        with self.view():
             try:
                 self.facts.show(began=time.monotonic(), before=max(len(self.facts.rows), 1))
                 if self.args.audit:
@@ -2253,7 +2320,7 @@ class Night:
             finally:
                 kill_runs(self.runs)  # also what was being started when a signal came
                 self.drop_ahead()
-                self.facts.show(activity="")
+                self.facts.show(activity="", why="", points=None)
 
 
 def explain(error):
@@ -2288,7 +2355,8 @@ def main():
     args = parser.parse_args()
     if any(value is not None and not 0 < value < math.inf for value in (args.budget, args.experiments, args.hours)):
         parser.error("--budget, --experiments and --hours take a number above 0")
-    sys.stdout.reconfigure(errors="replace")  # a terminal that isn't UTF-8 must not end the night
+    codecs.register_error("stand-ins", stand_ins)
+    sys.stdout.reconfigure(errors="stand-ins")  # a terminal that isn't UTF-8 must not end the night
     console = Console(highlight=False)
     night = None
     try:
@@ -2308,7 +2376,7 @@ def main():
     with contextlib.suppress(OSError):  # the terminal may be gone
         if night and night.facts.title:
             facts, name = night.facts, night.notebook.name
-            if not facts.live:  # the live view's last picture stands above
+            if not facts.console.is_interactive:  # there the view's last picture stands above
                 facts.say(totals(facts, time.monotonic()))
             facts.say(f"results: results.tsv on branch {name}; git log --first-parent {name}; git show COMMIT for any row; logs in runs/")
     return 0
