@@ -47,7 +47,6 @@ from pathlib import Path
 from stat import S_ISREG
 from statistics import fmean, median, stdev
 
-from rich.cells import cell_len
 from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
@@ -960,9 +959,8 @@ class Output:
     def curve(self):
         """Loss at quarters of the run, as far as it came."""
         points = sorted(dict(self.points).items())
-        marks = [next((loss for percent, loss in points if percent >= mark), None) for mark in (25, 50, 75)]
-        marks += [loss for _, loss in points[-1:]]
-        return " ".join(f"{loss:.3f}" for loss in marks if loss is not None)
+        marks = [[loss for percent, loss in points if percent >= mark][:1] for mark in (25, 50, 75)]
+        return " ".join(f"{loss:.3f}" for loss in [*itertools.chain(*marks), *(loss for _, loss in points[-1:])])
 
 
 def read_curve(runs, row):
@@ -1305,7 +1303,7 @@ class Model:
                 with contextlib.suppress(AttributeError, TypeError, ValueError):  # no response, no header, a date in it
                     seconds = min(max(float(error.response.headers.get("retry-after")), 1), WAITS[1])
                 self.facts.say(f"the model's server failed ({reason}); going on in {seconds:.0f} s")
-                self.facts.show(thinking=f"the model's server failed: {reason}", thinking_since=time.monotonic() + seconds)
+                self.facts.show(thinking=f"waiting for the model's server: {reason}", thinking_since=time.monotonic() + seconds)
                 unwanted.wait(seconds)
         return "", 0
 
@@ -1372,27 +1370,20 @@ class Facts:
     def wait(self, seconds, reason):
         """Sleeps, and says why."""
         self.say(f"{reason}; going on in {seconds:.0f} s")
-        before = self.activity
         self.show(activity=f"waiting: {reason.strip().splitlines()[-1]}", since=time.monotonic() + seconds, why="", points=None)
         time.sleep(seconds)
-        self.show(activity=before, since=time.monotonic())
 
-    def __rich_console__(self, console, options):
-        yield render(self, time.monotonic(), options.max_width, options.height or options.size.height - 3)  # 3: for a prompt
+    def picture(self, spare=0):
+        return render(self, time.monotonic(), self.console.width, self.console.height - spare)
 
 
 STYLES = {"keep": "green", "discard": "", "crash": "red"}  # legible on dark and on light
-BLOCKS = " ▁▂▃▄▅▆▇█"
-ASCII = dict(zip(BLOCKS + "━─·…", " __--==##=--.", strict=True))
+ROW = "{:8} {:9} {:>7}  {}"
+BLOCKS = " ▁▂▃▄▅▆▇█░"  # of a column: how full a cell is, and what lies below it
+ASCII = dict(zip(BLOCKS + "━─·…", " __--==##:=--.", strict=True))  # where the terminal isn't UTF-8
 # The view's parts and how many lines each may have, the most important first: what the window has no room for is left out.
 SHARES = (("now", 1), ("run", 2), ("totals", 1), ("rows", 1), ("next", 1), ("title", 1), ("why", 1), ("rows", 4), ("totals", 2),
-          ("said", 1), ("chart", 4), ("rows", 8), ("totals", 9), ("why", 4), ("title", 2), ("chart", 11), ("said", 8), ("rows", 9999))  # fmt: skip
-ROW = "{:8} {:9} {:>7}  {}"
-
-
-def stand_ins(error):
-    """Signs that the terminal's encoding lacks, in ASCII and as wide."""
-    return "".join(ASCII.get(sign, "?" * cell_len(sign)) for sign in error.object[error.start : error.end]), error.end
+          ("said", 1), ("chart", 4), ("rows", 8), ("totals", 4), ("why", 4), ("chart", 9), ("said", 8), ("rows", 9999))  # fmt: skip
 
 
 def cells(row, best):
@@ -1422,8 +1413,7 @@ def counts(rows):
 def totals(facts, now):
     """Four lines: what was won, and what it took."""
     seconds, finished = max(now - facts.began, 1e-9), len(facts.rows) - facts.before
-    pace = f"{seconds // 3600:.0f} h {seconds // 60 % 60:02.0f} min"
-    pace += f", {3600 * finished / seconds:.1f} an hour" if finished > 0 else ""
+    pace = f"{seconds // 3600:.0f} h {seconds // 60 % 60:02.0f} min" + f", {3600 * finished / seconds:.1f} an hour" * (finished > 0)
     if busy := facts.busy + (now - facts.since) * (facts.points is not None):
         pace += f"  ·  device busy {100 * min(busy / seconds, 1):.0f} %"
     pace += f", waiting for the model {100 * facts.waited / seconds:.0f} %" if facts.waited > seconds / 100 else ""
@@ -1436,24 +1426,24 @@ def race(points, rival):
     """The loss of a run, against the best so far's at the same point of its own. It is the loss of single batches, with another seed:
     so both are means over the last LOSS_SPAN percent of the run, and nothing is compared before there are as many."""
     now = max(points)
-    near = [[loss for percent, loss in curve if now - LOSS_SPAN < percent <= now] for curve in (points.items(), rival)]
-    loss, best = (round(fmean(losses or [math.nan]), 3) for losses in near)
-    against = f": {loss - best:+.3f} against the best so far, which had {best:.3f} there" if near[1] and now >= LOSS_SPAN else ""
-    return f"loss {loss:.3f} at {now} %{against}"
+    mine, its = ([loss for percent, loss in curve if now - LOSS_SPAN < percent <= now] for curve in (points.items(), rival))
+    loss, best = round(fmean(mine), 3), round(fmean(its or [0]), 3)
+    against = f": {loss - best:+.3f} against the best so far, which had {best:.3f} there"
+    return f"loss {loss:.3f} at {now} %{against if its and now >= LOSS_SPAN else ''}"
 
 
 def chart(values, width, height):
     """Lines: these falling values as columns, and below them the first and the last one."""
     scale = (8 * height - 9) / (values[0] - values[-1] or 1)
     levels = [1 + round((values[column * len(values) // width] - values[-1]) * scale) for column in range(width)]
-    lines = ["".join(BLOCKS[min(max(level - 8 * below, 0), 8)] for level in levels) for below in reversed(range(height - 1))]
-    first, last = f"baseline {values[0]:.4f}", f"best {values[-1]:.4f}"
-    return [*(Text(line, "green") for line in lines), *fit(f"{first}{last:>{max(width - len(first) - 1, 0)}}", width)]
+    lines = ["".join(BLOCKS[min(max(level - 8 * below, 0), 9)] for level in levels) for below in reversed(range(height - 1))]
+    ends = f"baseline {values[0]:<10.4f}{f'best {values[-1]:.4f}':>{max(width - 20, 0)}}"
+    return [Text(line, "green") for line in lines] + fit(ends, width)
 
 
 def fit(text, width, most=1, style="", start=""):
     """At most so many lines of a text in a window of this width, broken between words: no number is cut."""
-    lines = Text(text, style).wrap(None, max(width - cell_len(str(start)) - 1, 1)) if text else []
+    lines = Text(text, style).wrap(None, max(width - len(start) - 1, 1)) if text else []
     if lines[most:]:
         lines[most - 1].append("…")
     return [Text.assemble(start, line) for line in lines[:most]]
@@ -1495,6 +1485,7 @@ class Report:
     name: str  # of the branch or the file
     rows: list
     failures: dict = field(default_factory=dict)  # {commit: class} of what crashed; empty where only a file is known
+    seconds: dict = field(default_factory=dict)  # {commit: what ran since the row before it}; likewise
 
     def __post_init__(self):
         self.noise = noise_of(row.runs for row in self.rows)
@@ -1515,16 +1506,18 @@ class Report:
         return gain > LUCK * error
 
 
-def hours_of(rows):
-    """(hours from the first row to the last, how many came in them, hours of pauses, in which the loop was stopped: not counted)."""
+def hours_of(report):
+    """(hours from the first row to the last, how many came in them, hours of pauses, in which the loop was stopped: not counted;
+    the share of the hours in which something ran, 0 where that isn't known)."""
     ends = []
-    for row in rows:
+    for row in report.rows:
         with contextlib.suppress(ValueError):  # a log of five columns doesn't say
-            ends.append(datetime.fromisoformat(row.finished.replace("Z", "+00:00")).timestamp())
-    gaps = [max(after - before, 0) / 3600 for before, after in itertools.pairwise(ends)]
-    longest = max(1, 5 * median(gaps)) if gaps else 0  # that may be one experiment, with its repeats and waits
-    pauses = [gap for gap in gaps if gap > longest]
-    return sum(gaps) - sum(pauses), len(gaps) - len(pauses), sum(pauses)
+            ends.append((datetime.fromisoformat(row.finished.replace("Z", "+00:00")).timestamp(), report.seconds.get(row.commit[:7])))
+    gaps = [(max(after - before, 0) / 3600, seconds) for (before, _), (after, seconds) in itertools.pairwise(ends)]
+    longest = max(1, 5 * median(gap for gap, _ in gaps)) if gaps else 0  # that may be one experiment, with its repeats and waits
+    counted = [(gap, seconds) for gap, seconds in gaps if gap <= longest]
+    hours, ran = sum(gap for gap, _ in counted), [seconds for _, seconds in counted]
+    return hours, len(counted), sum(gap for gap, _ in gaps) - hours, min(sum(ran) / 3600 / hours, 1) if hours and None not in ran else 0
 
 
 def listing(report, numbers, last):
@@ -1534,9 +1527,8 @@ def listing(report, numbers, last):
         column.no_wrap, column.justify = True, justify
     for number in numbers:
         row, before, after = report.rows[number], *report.best[number : number + 2]
-        _, bpb, change, description = cells(row, before)
         clear = "" if not before else "yes" if report.clear(number) else "no"
-        found = (str(number), row.commit[:8], bpb, change, clear, f"{after.val_bpb:.4f}", one_line(description))
+        found = (str(number), row.commit[:8], *cells(row, before)[1:3], clear, f"{after.val_bpb:.4f}", one_line(row.description))
         table.add_row(*map(Text, found), style="green" if clear == "yes" else "")
     return table
 
@@ -1551,18 +1543,17 @@ def render_report(report):
         parts += [Text("\nWorth a second look: not a standard error worse than the best before"), listing(report, near, "not kept")]
     crashes = Counter(report.failures.get(row.commit[:7]) or "no edit" for row in rows if row.status == "crash")
     classes = f" ({', '.join(f'{count} {name}' for name, count in crashes.most_common())})" if crashes and report.failures else ""
-    (hours, timed, pauses), tokens = hours_of(rows), sum(row.llm_tokens for row in rows)
+    (hours, timed, pauses, busy), tokens = hours_of(report), sum(row.llm_tokens for row in rows)
     pace = f"  ·  {hours:.1f} hours, {timed / hours:.1f} an hour" if hours else ""
+    pace += f", device busy {100 * busy:.0f} %" if busy else ""
     pace += f" (not counting {pauses:.1f} hours of pauses)" if pauses else ""
     lines = ["", outcome(rows), counts(rows) + classes + pace + (f"  ·  {tokens:,} tokens" if tokens else "")]
     spent = [(len(rows) - 1, ".1f", "experiments"), (hours, ".2f", "hours"), (tokens, ",.0f", "tokens")]
     for kind, count in [("kept", len(kept) - 1), ("clear of the noise", sum(map(report.clear, kept)))] if kept[1:] else ():
         each = ", ".join(f"{total / count:{form}} {unit}" for total, form, unit in spent if total and count)
         lines.append(f"gains {kind}: {count}{each and f', one for {each}'}")
-    if kept[1:]:
-        lines.append(f"clear: by more than {LUCK:g} standard errors, which luck may add to the best of many")
-    if kept and max(len(row.runs) for row in rows) == 1:
-        lines.append("the noise is assumed: nothing here was run twice")
+    lines += [f"clear: by more than {LUCK:g} standard errors, which luck may add to the best of many"] * bool(kept[1:])
+    lines += ["the noise is assumed: nothing here was run twice"] * bool(kept and max(len(row.runs) for row in rows) == 1)
     return Group(*parts, *map(Text, lines))
 
 
@@ -1656,21 +1647,26 @@ def read_report(folder, tag, file):
         name = git("for-each-ref", *newest).strip()
     if not name or not git.find(f"refs/heads/{name}"):
         raise Stop(f"there is no branch {name or 'autoresearch/TAG yet'}; run: python loop.py, or name a file: --report results.tsv")
-    log = git("log", "--first-parent", "--merges", "--format=%P %(trailers:key=Failure,valueonly,separator=%x2C)", f"refs/heads/{name}")
-    failures = {parents[1][:7]: parents[2] for parents in (line.split(" ") for line in log.splitlines())}
-    return Report(name, read_rows(git.blob(f"refs/heads/{name}", "results.tsv") or HEADER), failures)
+    wanted = "%x09".join(f"%(trailers:key={name},valueonly,separator=%x2C)" for name in ("Failure", "Seconds"))
+    failures, seconds, ran = {}, {}, 0.0
+    for line in git("log", "--first-parent", "--reverse", f"--format=%P%x09{wanted}", f"refs/heads/{name}").splitlines():
+        parents, failure, more = line.split("\t")
+        ran += float(more or 0)  # a repeat's too, for which there is no row
+        if commit := parents.partition(" ")[2][:7]:
+            failures[commit], seconds[commit], ran = failure, ran if more else None, 0.0
+    return Report(name, read_rows(git.blob(f"refs/heads/{name}", "results.tsv") or HEADER), failures, seconds)
 
 
 def report(folder, tag, file, console):
     """The morning after, or any time before it: the table, then the picture."""
     night = read_report(folder, tag, file)
     console.print(render_report(night))
-    with contextlib.suppress(ImportError):
+    try:
         if night.rows:
             draw(night, folder / "progress.png")
             console.print(Text(f"picture: {folder / 'progress.png'}"), soft_wrap=True)
-        return 0
-    console.print(Text("no picture: matplotlib is missing; run: pip install -e '.[plot]'"), soft_wrap=True)
+    except ImportError:
+        console.print(Text("no picture: matplotlib is missing; run: pip install -e '.[plot]'"), soft_wrap=True)
     return 0
 
 
@@ -1744,8 +1740,7 @@ class Thought(threading.Thread):
                     self.facts.show(thinking="")
                     if self.apply(*self.known) and self.chat:
                         self.facts.show(thinking=f"next: {self.edit.description}", thinking_since=time.monotonic())
-                        if self.facts.points is not None:  # else its turn is now
-                            self.facts.say(self.facts.thinking, seen=True)
+                        self.facts.say(self.facts.thinking, seen=True)
         except Exception as error:  # comes up again where the edit is due, and is waited out there
             self.error = error
 
@@ -1970,9 +1965,8 @@ class Night:
         facts.rows = self.notebook.rows  # read again, if the branch was made only now
         facts.say(facts.title, seen=True)
         first = "going on with" if self.notebook.incumbent else f"first the baseline (at most {most}), then"
-        facts.say(
-            f"{first} experiments of at most {most} each, {3600 / self.budget:.0f} or more an hour; Ctrl-C stops, the same command goes on"
-        )
+        pace = f"at most {most} each, {3600 / self.budget:.0f} or more an hour"
+        facts.say(f"{first} experiments of {pace}; Ctrl-C stops, the same command goes on")
 
     # ---- the cycle
 
@@ -1996,7 +1990,6 @@ class Night:
                 commit = notebook.experiment(notebook.incumbent_source, description, refusal, trailers)
                 self.add_row(commit, "crash", Result(cause=refusal), description, thought.tokens)
         self.ahead = None  # only now: what fails before is done again, with the same proposal
-        self.facts.show(thinking="")
 
     def begin(self, source, description, reasoning, trailers):
         with self.interrupts.hold():
@@ -2089,7 +2082,7 @@ class Night:
                 self.drop_ahead()
                 raise thought.error
             elif thought.new is None or thought.apply(notebook.incumbent_source, notebook.tried):
-                self.facts.waited += time.monotonic() - began
+                self.facts.show(waited=self.facts.waited + time.monotonic() - began, thinking="")
                 return thought
             else:
                 self.think(refused=thought)
@@ -2127,8 +2120,7 @@ class Night:
         trailers, baseline, status = read_trailers(message), notebook.incumbent is None, "again"
         runs, seed, seconds = read_runs(trailers.get("Runs", "")), int(trailers["Seed"]), float(trailers.get("Seconds", 0))
         while status == "again":
-            number = f"run {len(runs) + 1} of up to {MOST_RUNS}: " if runs else ""
-            activity = f"{number}#{len(notebook.rows)} {message.splitlines()[0]}"
+            activity = f"run {len(runs) + 1} of up to {MOST_RUNS}: " * bool(runs) + f"#{len(notebook.rows)} {message.splitlines()[0]}"
             self.think_ahead(message)
             result = self.measure(commit, seed + len(runs), activity, why="\n".join(message.strip().split("\n\n")[1:-1]))
             if baseline and result.cause:
@@ -2279,13 +2271,12 @@ class Night:
 
     @contextlib.contextmanager
     def view(self):
-        """The live view, where there is a terminal for it. It has a screen of its own, all of which is drawn each time: nothing flickers,
-        and nothing is left over when the window changes. What was said and the last picture stay on the terminal."""
-        facts, said = self.facts, len(self.facts.said)
-        live = Live(facts, console=facts.console, screen=True, refresh_per_second=2)
+        """The live view, where there is a terminal. All of a screen of its own is drawn each time: no flicker, no rest after a resize."""
+        facts, console, said = self.facts, self.facts.console, len(self.facts.said)
+        live = Live(get_renderable=facts.picture, console=console, screen=True, refresh_per_second=2)
         try:
-            if facts.console.is_interactive:
-                facts.show(live=True)
+            facts.live = console.is_interactive
+            if facts.live:
                 live.start(refresh=True)
             yield
         finally:
@@ -2293,7 +2284,7 @@ class Night:
                 live.stop()
                 if facts.live:
                     lines, facts.said, facts.live = [*facts.said][said:], deque(), False
-                    facts.console.print(*map(Text, lines), facts, sep="\n", soft_wrap=True)
+                    console.print(*map(Text, lines), facts.picture(spare=3), sep="\n", soft_wrap=True)
 
     def go_on(self):
         with self.view():
@@ -2355,8 +2346,10 @@ def main():
     args = parser.parse_args()
     if any(value is not None and not 0 < value < math.inf for value in (args.budget, args.experiments, args.hours)):
         parser.error("--budget, --experiments and --hours take a number above 0")
-    codecs.register_error("stand-ins", stand_ins)
-    sys.stdout.reconfigure(errors="stand-ins")  # a terminal that isn't UTF-8 must not end the night
+    codecs.register_error(
+        "ascii", lambda error: ("".join(ASCII.get(sign, "?") for sign in error.object[error.start : error.end]), error.end)
+    )
+    sys.stdout.reconfigure(errors="ascii")  # a terminal that isn't UTF-8 must not end the night
     console = Console(highlight=False)
     night = None
     try:
