@@ -1354,8 +1354,8 @@ class Facts:
 
     def start(self, activity, why="", points=None, rival=()):
         """A new thing is done now."""
+        self.say(f"{activity}: {one_line(why)}" if why not in ("", self.why) else activity, seen=True)
         self.show(activity=activity, since=time.monotonic(), why=why, points=points, pace="", rival=rival)
-        self.say(f"{activity}: {one_line(why)}" if why else activity, seen=True)
 
     def say(self, text, seen=False):
         """A line that stays, but where it is `seen` in the view anyway. Never markup: model text may hold brackets."""
@@ -1446,7 +1446,7 @@ def fit(text, width, most=1, style="", start=""):
     lines = Text(text, style).wrap(None, max(width - len(start) - 1, 1)) if text else []
     if lines[most:]:
         lines[most - 1].append("…")
-    return [Text.assemble(start, line) for line in lines[:most]]
+    return [Text.assemble(start, line, no_wrap=True, overflow="crop") for line in lines[:most]]
 
 
 def render(facts, now, width, height):
@@ -1554,7 +1554,7 @@ def render_report(report):
         lines.append(f"gains {kind}: {count}{each and f', one for {each}'}")
     lines += [f"clear: by more than {LUCK:g} standard errors, which luck may add to the best of many"] * bool(kept[1:])
     lines += ["the noise is assumed: nothing here was run twice"] * bool(kept and max(len(row.runs) for row in rows) == 1)
-    return Group(*parts, *map(Text, lines))
+    return Group(*parts, *(Text(part) for line in lines for part in line.split("  ·  ")))
 
 
 def draw(report, path):
@@ -1647,10 +1647,9 @@ def read_report(folder, tag, file):
         name = git("for-each-ref", *newest).strip()
     if not name or not git.find(f"refs/heads/{name}"):
         raise Stop(f"there is no branch {name or 'autoresearch/TAG yet'}; run: python loop.py, or name a file: --report results.tsv")
-    wanted = "%x09".join(f"%(trailers:key={name},valueonly,separator=%x2C)" for name in ("Failure", "Seconds"))
-    failures, seconds, ran = {}, {}, 0.0
-    for line in git("log", "--first-parent", "--reverse", f"--format=%P%x09{wanted}", f"refs/heads/{name}").splitlines():
-        parents, failure, more = line.split("\t")
+    form = "--format=%P%x09" + "%x09".join(f"%(trailers:key={key},valueonly,separator=%x2C)" for key in ("Failure", "Seconds"))
+    log, failures, seconds, ran = git("log", "--first-parent", "--reverse", form, f"refs/heads/{name}"), {}, {}, 0.0
+    for parents, failure, more in (line.split("\t") for line in log.splitlines()):
         ran += float(more or 0)  # a repeat's too, for which there is no row
         if commit := parents.partition(" ")[2][:7]:
             failures[commit], seconds[commit], ran = failure, ran if more else None, 0.0
