@@ -1434,7 +1434,7 @@ def race(points, rival):
 
 def chart(values, width, height):
     """Lines: these falling values as columns, and below them the first and the last one."""
-    scale = (8 * height - 9) / (values[0] - values[-1] or 1)
+    scale = (8 * height - 9) / (values[0] - values[-1])
     levels = [1 + round((values[column * len(values) // width] - values[-1]) * scale) for column in range(width)]
     lines = ["".join(BLOCKS[min(max(level - 8 * below, 0), 9)] for level in levels) for below in reversed(range(height - 1))]
     ends = f"baseline {values[0]:<10.4f}{f'best {values[-1]:.4f}':>{max(width - 20, 0)}}"
@@ -1460,7 +1460,7 @@ def render(facts, now, width, height):
     activity, thinking = (text and f"{abs(now - since):.0f} s{' more' * (since > now)}  {text}" for text, since in what)
     parts = {
         "title": lambda n: fit(facts.title, width, n, "bold"),
-        "chart": lambda n: chart(values, width, n) if n > 1 < len(values) else [],
+        "chart": lambda n: chart(values, width, n) if n > 1 and values[:1] > values[-1:] else [],
         "rows": lambda n: [line for row, old in rows[:n][::-1] for line in fit(ROW.format(*cells(row, old)), width, 1, STYLES[row.status])],
         "said": lambda n: [line for text in said[:n][::-1] for line in fit(text.splitlines()[-1], width)],
         "now": lambda n: fit(activity, width, n, "bold", "> "),

@@ -160,10 +160,10 @@ def test_the_chart_falls_from_the_first_value_to_the_last():
     assert [line[20] for line in columns] == [" ", "▁", "░", "░"]  # half of the way, and an eighth of a cell
 
 
-def test_the_chart_needs_two_rows_and_bears_equal_ones():
-    assert "baseline 1.0000  " not in screen(busy_night(rows=[row(0, "keep", 1.0)]))
-    shown = screen(busy_night(rows=[row(0, "keep", 1.0), row(1, bpb=1.1), row(2, "crash")]))
-    assert "baseline 1.0000  " in shown and "▁" * 80 in shown
+def test_there_is_no_chart_before_the_first_gain():
+    rows = [row(0, "keep", 1.0), row(1, bpb=1.1), row(2, "crash")]
+    assert "baseline 1.0000  " not in screen(busy_night(rows=rows))
+    assert "baseline 1.0000  " in screen(busy_night(rows=[*rows, row(3, "keep", 0.9)]))
 
 
 # ---- a real terminal
