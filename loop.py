@@ -1378,7 +1378,7 @@ class Facts:
 
 
 STYLES = {"keep": "green", "discard": "", "crash": "red"}  # legible on dark and on light
-ROW = "{:8} {:9} {:>7}  {}"
+ROW = "{:8} {:9} {:>7}  {}"  # its cells
 BLOCKS = " ▁▂▃▄▅▆▇█░"  # of a column: how full a cell is, and what lies below it
 ASCII = dict(zip(BLOCKS + "━─·…", " __--==##:=--.", strict=True))  # where the terminal isn't UTF-8
 # The view's parts and how many lines each may have, the most important first: what the window has no room for is left out.
@@ -2095,8 +2095,12 @@ class Night:
         self.facts.start(activity, why, {}, read_curve(self.runs, self.notebook.incumbent))
         files = {"train.py": self.git.blob(commit, "train.py"), "prepare.py": self.prepare_py}
         folder = self.runs / f"{seed // SEEDS:04}-{seed % SEEDS}-{commit[:7]}"
-        result = run_experiment(folder, files, self.data, self.fingerprint, seed, self.budget, self.facts, split, self.watch, self.caged)
-        self.facts.busy += result.seconds
+        try:
+            result = run_experiment(
+                folder, files, self.data, self.fingerprint, seed, self.budget, self.facts, split, self.watch, self.caged
+            )
+        finally:
+            self.facts.show(busy=self.facts.busy + time.monotonic() - self.facts.since, points=None)
         self.measured = (commit, seed, split), result
         return result
 
@@ -2211,7 +2215,7 @@ class Night:
             self.facts.say(f"this checkout is on another branch now; the row went to {self.notebook.name}, and no file here was touched")
 
     def audit(self):
-        """Baseline and best again, in turns, on fresh seeds and text that no decision has seen; runs that were made are not made again."""
+        """Lines for the end: baseline and best again, in turns, on fresh seeds and text that no decision has seen; no run is made twice."""
         notebook, test = self.notebook, self.notebook.audited()
         first, best = notebook.rows[0], notebook.incumbent
         seeds = range(AUDIT_SEED, AUDIT_SEED + AUDIT_PAIRS)
@@ -2230,11 +2234,8 @@ class Night:
         pairs = [pair for pair in pairs if None not in pair]
         if len(pairs) < 2:
             raise Stop("too many runs of the audit failed, see above; the same command tries them again", 1)
-        self.facts.say(
-            f"baseline {first.commit} and best {best.commit} ({best.description}), the same {len(pairs)} fresh seeds, test text:"
-        )
-        for line in audit_report(pairs, first.val_bpb, best.val_bpb, gain_of(first.runs, best.runs, notebook.noise())[0]):
-            self.facts.say(line)
+        both = f"baseline {first.commit} and best {best.commit} ({best.description}), the same {len(pairs)} fresh seeds, test text:"
+        return both, *audit_report(pairs, first.val_bpb, best.val_bpb, gain_of(first.runs, best.runs, notebook.noise())[0])
 
     def over(self, more=0):
         """Whether --experiments or --hours says to stop, once there are so many more rows; never before there is a baseline."""
@@ -2356,7 +2357,8 @@ def main():
             return report(Path(__file__).resolve().parent, args.tag, args.report, console)
         night = Night(args, Path(__file__).resolve().parent, console)
         night.prepare()
-        night.go_on()
+        for line in night.go_on() or ():
+            night.facts.say(line)
     except Stop as stop:
         print(f"loop.py: {stop}", file=sys.stderr)
         return stop.code

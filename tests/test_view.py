@@ -214,6 +214,13 @@ def test_the_last_picture_and_what_was_said_stay_when_the_night_ends(project, se
     assert "\x1b[2J" not in terminal.sent and "\x1b[2K" not in terminal.sent  # what is erased before it is drawn flickers
 
 
+def test_what_an_audit_found_stands_below_the_last_picture(project, server):
+    server.replies += [BETTER]
+    project.online(server, "--experiments", 1)
+    code, after = Terminal(project, "--audit").end()
+    assert code == 0 and after.index("1 experiments, 1 kept") < after.index("audited gain 0.0078") < after.index("results: ")
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_the_cursor_and_the_screen_come_back_after_a_signal(project, number):
     slow(project)
