@@ -13,6 +13,7 @@ ignores: runs/ (code and log of each run) and progress.png (each experiment a do
 
 import argparse
 import ast
+import codecs
 import contextlib
 import ctypes
 import difflib
@@ -41,7 +42,7 @@ import threading
 import time
 import traceback
 import warnings
-from collections import Counter
+from collections import Counter, deque
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -50,7 +51,6 @@ from statistics import fmean, median, stdev
 
 from rich.console import Console, Group
 from rich.live import Live
-from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
@@ -94,6 +94,7 @@ LUCK = 1.5  # standard errors that the best of a night owes to luck, found by si
 HISTORY_KEEPS, HISTORY_OTHERS, HISTORY_PLACES, NEAR_MISSES = 40, 20, 15, 5  # lines in the prompt, whatever the night's length
 STUCK, STUCK_PLACE = 10, 4  # experiments in a row that were not kept, in all and in one place: then the prompt says so
 MOST_CHARS = 200_000  # of a reply: what is longer isn't an edit
+LOSS_SPAN = 5  # percent of a run over which the loss shown is a mean
 PLOT_SECONDS = 300  # after which a picture that hangs is given up; it takes about two
 TAIL_CHARS = 3000  # of a failed run's log, in the prompt and on the screen
 COLUMNS = ("commit", "val_bpb", "memory_gb", "status", "description", "runs", "llm_tokens", "finished")
@@ -959,9 +960,11 @@ class Output:
                 *lines, self.part = (self.part[-4096:] + chunk).split(b"\n")
                 for line in lines[-50:]:
                     if match := PROGRESS.fullmatch(line.decode("utf-8", "replace").strip()):
-                        step, percent, loss, speed = match.groups()
-                        self.points[int(float(percent))], self.pace = float(loss), f"{step} steps, {speed} tokens/s"
-                        self.facts.show(step=int(step), progress=float(percent) / 100, loss=float(loss), speed=speed)
+                        percent, half = int(float(match[2])), max(self.points, default=0) < 50
+                        self.points[percent], self.pace = float(match[3]), f"{match[1]} steps, {match[4]} tokens/s"
+                        self.facts.show(points=dict(self.points), pace=self.pace)
+                        if half and percent >= 50:
+                            self.facts.say(race(self.points, self.facts.rival), seen=True)
             if self.dropped:
                 with contextlib.suppress(OSError):
                     left_out = max(self.dropped - LOG_TAIL, 0)
@@ -975,9 +978,14 @@ class Output:
     def curve(self):
         """Loss at quarters of the run, as far as it came."""
         points = sorted(dict(self.points).items())
-        marks = [next((loss for percent, loss in points if percent >= mark), None) for mark in (25, 50, 75)]
-        marks += [loss for _, loss in points[-1:]]
-        return " ".join(f"{loss:.3f}" for loss in marks if loss is not None)
+        marks = [[loss for percent, loss in points if percent >= mark][:1] for mark in (25, 50, 75)]
+        return " ".join(f"{loss:.3f}" for loss in [*itertools.chain(*marks), *(loss for _, loss in points[-1:])])
+
+
+def read_curve(runs, row):
+    """[(percent, loss)] along the runs of a row, of those whose logs are still there."""
+    logs = [log for log in runs.glob(f"*-{row.commit[:7]}/run.log") if log.is_file() and log.stat().st_size < 2 * LOG_HEAD] if row else []
+    return [(int(float(line[2])), float(line[3])) for log in logs for line in PROGRESS.finditer(read_text(log) or "")]
 
 
 def environment(folder, runs, data, **values):
@@ -1300,7 +1308,7 @@ class Model:
         rest is waited out."""
         failed = 0
         while not unwanted.is_set():
-            self.facts.show(thinking=f"{self.name} thinks about the next edit", thinking_since=time.monotonic())
+            self.facts.show(thinking=f"{self.name} {self.facts.task}", thinking_since=time.monotonic())
             try:
                 return self.call(chat)
             except (self.openai.APIError, ValueError) as error:  # ValueError: a body that isn't JSON
@@ -1314,7 +1322,7 @@ class Model:
                 with contextlib.suppress(AttributeError, TypeError, ValueError):  # no response, no header, a date in it
                     seconds = min(max(float(error.response.headers.get("retry-after")), 1), WAITS[1])
                 self.facts.say(f"the model's server failed ({reason}); going on in {seconds:.0f} s")
-                self.facts.show(thinking=f"waiting {seconds:.0f} s for the model's server: {reason}", thinking_since=time.monotonic())
+                self.facts.show(thinking=f"waiting for the model's server: {reason}", thinking_since=time.monotonic() + seconds)
                 unwanted.wait(seconds)
         return "", 0
 
@@ -1337,16 +1345,17 @@ class Facts:
     """What the screen shows; render() draws it, Live redraws it, and without a terminal say() prints lines."""
 
     console: Console
-    live: bool
+    live: bool = False  # whether the view is on the screen now
     title: str = ""
     budget: float = BUDGET
     rows: list = field(default_factory=list)
     activity: str = ""
-    since: float = field(default_factory=time.monotonic)
-    progress: float | None = None  # of the training time; None when nothing runs
-    step: int = 0
-    loss: float = math.nan
-    speed: str = "-"
+    since: float = field(default_factory=time.monotonic)  # or, where it lies ahead, until when
+    why: str = ""  # the reasoning behind the experiment that runs
+    points: dict | None = None  # {percent of the training time: loss} of the run; None when nothing runs
+    pace: str = ""  # its steps and speed
+    rival: list = field(default_factory=list)  # [(percent, loss)] of the best so far
+    said: deque = field(default_factory=lambda: deque(maxlen=200))
     began: float = field(default_factory=time.monotonic)
     before: int = 1  # rows that were there when this session began; the baseline counts as one
     tokens: int = 0  # of the model, this session
@@ -1354,43 +1363,46 @@ class Facts:
     counting: threading.Lock = field(default_factory=threading.Lock)  # of the two: a thought that was thrown away may still end
     busy: float = 0.0  # seconds in which something ran
     waited: float = 0.0  # seconds in which nothing did, because the model still thought
-    thinking: str = ""  # what the model does, maybe while something else is done
-    thinking_since: float = 0.0
+    task: str = ""  # what the model is asked for
+    thinking: str = ""  # what the model does, maybe while something else is done, or its idea
+    thinking_since: float = 0.0  # or until when
     refused: int = 0  # replies of the model that could not be applied
-
-    @property
-    def finished(self):
-        """Experiments of this session."""
-        return max(len(self.rows) - self.before, 0)
 
     def show(self, **values):
         vars(self).update(values)
 
-    def start(self, activity, progress=None):
-        """A new thing is done now: shown on a terminal, a line elsewhere."""
-        self.show(activity=activity, since=time.monotonic(), progress=progress, step=0, loss=math.nan, speed="-")
-        if not self.live:
-            self.say(activity)
+    def start(self, activity, why="", points=None, rival=()):
+        """A new thing is done now."""
+        self.say(f"{activity}: {one_line(why)}" if why not in ("", self.why) else activity, seen=True)
+        self.show(activity=activity, since=time.monotonic(), why=why, points=points, pace="", rival=rival)
 
-    def say(self, text):
-        """A line that stays, above the live view if there is one. Never markup: model text may hold brackets."""
-        # The terminal, the pipe (rich wants to exit then) or the disk that nohup.out is on may be gone: the night isn't.
-        with contextlib.suppress(OSError, SystemExit):
-            self.console.print(Text(f"{datetime.now():%H:%M:%S}  {text}"), soft_wrap=True)
+    def say(self, text, seen=False):
+        """A line that stays, but where it is `seen` in the view anyway. Never markup: model text may hold brackets."""
+        text = f"{datetime.now():%H:%M:%S}  {text}"
+        if not self.live:
+            # The terminal, the pipe (rich wants to exit then) or the disk that nohup.out is on may be gone: the night isn't.
+            with contextlib.suppress(OSError, SystemExit):
+                self.console.print(Text(text), soft_wrap=True)
+        if not seen:
+            self.said.append(text)
 
     def wait(self, seconds, reason):
         """Sleeps, and says why."""
         self.say(f"{reason}; going on in {seconds:.0f} s")
-        before = self.activity
-        self.show(activity=f"waiting {seconds:.0f} s: {reason}", since=time.monotonic(), progress=None)
+        self.show(activity=f"waiting: {reason.strip().splitlines()[-1]}", since=time.monotonic() + seconds, why="", points=None)
         time.sleep(seconds)
-        self.show(activity=before, since=time.monotonic())
 
-    def __rich__(self):
-        return render(self, time.monotonic())
+    def picture(self, spare=0):
+        return render(self, time.monotonic(), self.console.width, self.console.height - spare)
 
 
-STYLES = {"keep": "green", "discard": "dim", "crash": "red"}
+STYLES = {"keep": "green", "discard": "", "crash": "red"}  # legible on dark and on light
+ROW = "{:8} {:9} {:>7}  {}"  # its cells
+BLOCKS = " ▁▂▃▄▅▆▇█░"  # of a column: how full a cell is, and what lies below it
+ASCII = dict(zip(BLOCKS + "━─·…", " __--==##:=--.", strict=True))  # where the terminal isn't UTF-8
+# The view's parts and how many lines each may have, the most important first: what the window has no room for is left out.
+SHARES = (("now", 1), ("run", 2), ("totals", 1), ("rows", 1), ("next", 1), ("title", 1), ("why", 1), ("rows", 4), ("totals", 2),
+          ("said", 1), ("chart", 4), ("rows", 8), ("totals", 4), ("why", 4), ("chart", 9), ("said", 8), ("rows", 9999))  # fmt: skip
 
 
 def cells(row, best):
@@ -1398,7 +1410,7 @@ def cells(row, best):
     if row.status == "crash":
         return row.status, "", "", row.description
     times = f" x{len(row.runs)}" if len(row.runs) > 1 else ""
-    return row.status, f"{row.val_bpb:.4f}{times}", "" if best is None else f"{row.val_bpb - best:+.4f}", row.description
+    return row.status, f"{row.val_bpb:.4f}{times}", f"{row.val_bpb - best.val_bpb:+.4f}" if best else "", row.description
 
 
 def outcome(rows):
@@ -1418,44 +1430,68 @@ def counts(rows):
 
 
 def totals(facts, now):
-    """Two lines: what was won, and what it took."""
-    minutes = (now - facts.began) / 60
-    pace = f"{int(minutes // 60)} h {int(minutes % 60):02} min" + (
-        f", {60 * facts.finished / minutes:.1f} an hour" if facts.finished else ""
-    )
-    seconds = max(now - facts.began, 1e-9)
-    busy = f"  ·  device busy {facts.busy / seconds:.0%}" if facts.busy else ""
-    busy += f", waiting for the model {facts.waited / seconds:.0%}" if facts.waited > seconds / 100 else ""
+    """Four lines: what was won, and what it took."""
+    seconds, finished = max(now - facts.began, 1e-9), len(facts.rows) - facts.before
+    pace = f"{seconds // 3600:.0f} h {seconds // 60 % 60:02.0f} min" + f", {3600 * finished / seconds:.1f} an hour" * (finished > 0)
+    if busy := facts.busy + (now - facts.since) * (facts.points is not None):
+        pace += f"  ·  device busy {100 * min(busy / seconds, 1):.0f} %"
+    pace += f", waiting for the model {100 * facts.waited / seconds:.0f} %" if facts.waited > seconds / 100 else ""
     wasted = f" ({facts.wasted:,} for nothing)" if facts.wasted else ""
-    tokens = f"  ·  {facts.tokens:,} tokens{wasted}, {facts.refused} replies refused" if facts.tokens else ""
-    return f"{outcome(facts.rows)}\n{counts(facts.rows)}  ·  {pace}{busy}{tokens}"
+    tokens = f"\n{facts.tokens:,} tokens{wasted}, {facts.refused} replies refused" if facts.tokens else ""
+    return f"{outcome(facts.rows)}  ·  {counts(facts.rows)}\n{pace}{tokens}".replace("  ·  noise", "\nnoise")
 
 
-def render(facts, now):
-    """The live view: the latest rows, what is done now, the totals."""
-    table = Table.grid(padding=(0, 2), expand=True)
-    for column in (dict(), dict(justify="right"), dict(justify="right"), dict(ratio=1, overflow="ellipsis")):
-        table.add_column(no_wrap=True, **column)
-    best, shown = None, []
-    for row in facts.rows:
-        shown.append((row, best))
-        best = row.val_bpb if row.status == "keep" else best
-    for row, before in shown[-12:]:
-        table.add_row(*(Text(cell, STYLES[row.status]) for cell in cells(row, before)))
-    parts = [Text(facts.title, "bold", no_wrap=True, overflow="ellipsis"), table]
-    if facts.activity:
-        seconds = now - facts.since
-        parts.append(Text.assemble(("> ", "cyan"), (facts.activity, "bold"), f"  {seconds:.0f} s", no_wrap=True, overflow="ellipsis"))
-        if (progress := facts.progress) is not None:  # read once: the output's thread writes it
-            bar = Table.grid(padding=(0, 2))
-            detail = f"step {facts.step:,}  loss {facts.loss:.4f}  {facts.speed} tokens/s" if facts.step else "starting"
-            left = max(facts.budget - seconds, 0)
-            bar.add_row(ProgressBar(total=1, completed=progress, width=24), Text(f"{progress:4.0%}  {detail}  {left:.0f} s left"))
-            parts.append(bar)
-    if facts.thinking:
-        seconds = now - facts.thinking_since
-        parts.append(Text.assemble(("? ", "magenta"), f"{facts.thinking}  {seconds:.0f} s", no_wrap=True, overflow="ellipsis"))
-    return Group(*parts, Text(totals(facts, now), "dim"))
+def race(points, rival):
+    """The loss of a run, against the best so far's at the same point of its own. It is the loss of single batches, with another seed:
+    so both are means over the last LOSS_SPAN percent of the run, and nothing is compared before there are as many."""
+    now = max(points)
+    mine, its = ([loss for percent, loss in curve if now - LOSS_SPAN < percent <= now] for curve in (points.items(), rival))
+    loss, best = round(fmean(mine), 3), round(fmean(its or [0]), 3)
+    against = f": {loss - best:+.3f} against the best so far, which had {best:.3f} there"
+    return f"loss {loss:.3f} at {now} %{against if its and now >= LOSS_SPAN else ''}"
+
+
+def chart(values, width, height):
+    """Lines: these falling values as columns, and below them the first and the last one."""
+    scale = (8 * height - 9) / (values[0] - values[-1])
+    levels = [1 + round((values[column * len(values) // width] - values[-1]) * scale) for column in range(width)]
+    lines = ["".join(BLOCKS[min(max(level - 8 * below, 0), 9)] for level in levels) for below in reversed(range(height - 1))]
+    ends = f"baseline {values[0]:<10.4f}{f'best {values[-1]:.4f}':>{max(width - 20, 0)}}"
+    return [Text(line, "green") for line in lines] + fit(ends, width)
+
+
+def fit(text, width, most=1, style="", start=""):
+    """At most so many lines of a text in a window of this width, broken between words: no number is cut."""
+    lines = Text(text, style).wrap(None, max(width - len(start) - 1, 1)) if text else []
+    if lines[most:]:
+        lines[most - 1].append("…")
+    return [Text.assemble(start, line, no_wrap=True, overflow="crop") for line in lines[:most]]
+
+
+def render(facts, now, width, height):
+    """The live view in a window of this size: from top to bottom its parts, as functions of the lines that SHARES leaves them."""
+    points, best = facts.points, Report("", facts.rows).best  # points: read once, a thread writes them
+    rows, values, said = [*zip(facts.rows, best, strict=False)][::-1], [row.val_bpb for row in best if row], [*facts.said][::-1]
+    percent, size = min(max(points or {}, default=0), 100), min(width // 3, 80)
+    bar = Text.assemble("  ", ("━" * (done := size * percent // 100), "green"), "─" * (size - done), "  ")
+    state = f"{percent} %  {max(facts.since + facts.budget - now, 0):.0f} s left  {facts.pace or 'starting'}" * (points is not None)
+    loss, what = race(points, facts.rival) if points else "", ((facts.activity, facts.since), (facts.thinking, facts.thinking_since))
+    activity, thinking = (text and f"{abs(now - since):.0f} s{' more' * (since > now)}  {text}" for text, since in what)
+    parts = {
+        "title": lambda n: fit(facts.title, width, n, "bold"),
+        "chart": lambda n: chart(values, width, n) if n > 1 and values[:1] > values[-1:] else [],
+        "rows": lambda n: [line for row, old in rows[:n][::-1] for line in fit(ROW.format(*cells(row, old)), width, 1, STYLES[row.status])],
+        "said": lambda n: [line for text in said[:n][::-1] for line in fit(text.splitlines()[-1], width)],
+        "now": lambda n: fit(activity, width, n, "bold", "> "),
+        "why": lambda n: fit(one_line(facts.why, 999), width, n, start="  "),
+        "run": lambda n: [*fit(state, width, start=bar), *fit(loss, width, start="  ")][:n],
+        "next": lambda n: fit(thinking, width, n, start="? "),
+        "totals": lambda n: fit(totals(facts, now), width, n),
+    }
+    taken = Counter()
+    for name, most in SHARES:
+        taken[name] = len(parts[name](min(most, height - taken.total() + taken[name])))
+    return Group(*itertools.chain(*(part(taken[name]) for name, part in parts.items())))
 
 
 # ------------------------------------------------------------------------------------------------------------ the report
@@ -1468,6 +1504,7 @@ class Report:
     name: str  # of the branch or the file
     rows: list
     failures: dict = field(default_factory=dict)  # {commit: class} of what crashed; empty where only a file is known
+    seconds: dict = field(default_factory=dict)  # {commit: what ran since the row before it}; likewise
 
     def __post_init__(self):
         self.noise = noise_of(row.runs for row in self.rows)
@@ -1488,16 +1525,18 @@ class Report:
         return gain > LUCK * error
 
 
-def hours_of(rows):
-    """(hours from the first row to the last, how many came in them, hours of pauses, in which the loop was stopped: not counted)."""
+def hours_of(report):
+    """(hours from the first row to the last, how many came in them, hours of pauses, in which the loop was stopped: not counted;
+    the share of the hours in which something ran, 0 where that isn't known)."""
     ends = []
-    for row in rows:
+    for row in report.rows:
         with contextlib.suppress(ValueError):  # a log of five columns doesn't say
-            ends.append(datetime.fromisoformat(row.finished.replace("Z", "+00:00")).timestamp())
-    gaps = [max(after - before, 0) / 3600 for before, after in itertools.pairwise(ends)]
-    longest = max(1, 5 * median(gaps)) if gaps else 0  # that may be one experiment, with its repeats and waits
-    pauses = [gap for gap in gaps if gap > longest]
-    return sum(gaps) - sum(pauses), len(gaps) - len(pauses), sum(pauses)
+            ends.append((datetime.fromisoformat(row.finished.replace("Z", "+00:00")).timestamp(), report.seconds.get(row.commit[:7])))
+    gaps = [(max(after - before, 0) / 3600, seconds) for (before, _), (after, seconds) in itertools.pairwise(ends)]
+    longest = max(1, 5 * median(gap for gap, _ in gaps)) if gaps else 0  # that may be one experiment, with its repeats and waits
+    counted = [(gap, seconds) for gap, seconds in gaps if gap <= longest]
+    hours, ran = sum(gap for gap, _ in counted), [seconds for _, seconds in counted]
+    return hours, len(counted), sum(gap for gap, _ in gaps) - hours, min(sum(ran) / 3600 / hours, 1) if hours and None not in ran else 0
 
 
 def listing(report, numbers, last):
@@ -1507,9 +1546,8 @@ def listing(report, numbers, last):
         column.no_wrap, column.justify = True, justify
     for number in numbers:
         row, before, after = report.rows[number], *report.best[number : number + 2]
-        _, bpb, change, description = cells(row, before and before.val_bpb)
         clear = "" if not before else "yes" if report.clear(number) else "no"
-        found = (str(number), row.commit[:8], bpb, change, clear, f"{after.val_bpb:.4f}", one_line(description))
+        found = (str(number), row.commit[:8], *cells(row, before)[1:3], clear, f"{after.val_bpb:.4f}", one_line(row.description))
         table.add_row(*map(Text, found), style="green" if clear == "yes" else "")
     return table
 
@@ -1524,19 +1562,18 @@ def render_report(report):
         parts += [Text("\nWorth a second look: not a standard error worse than the best before"), listing(report, near, "not kept")]
     crashes = Counter(report.failures.get(row.commit[:7]) or "no edit" for row in rows if row.status == "crash")
     classes = f" ({', '.join(f'{count} {name}' for name, count in crashes.most_common())})" if crashes and report.failures else ""
-    (hours, timed, pauses), tokens = hours_of(rows), sum(row.llm_tokens for row in rows)
+    (hours, timed, pauses, busy), tokens = hours_of(report), sum(row.llm_tokens for row in rows)
     pace = f"  ·  {hours:.1f} hours, {timed / hours:.1f} an hour" if hours else ""
+    pace += f", device busy {100 * busy:.0f} %" if busy else ""
     pace += f" (not counting {pauses:.1f} hours of pauses)" if pauses else ""
     lines = ["", outcome(rows), counts(rows) + classes + pace + (f"  ·  {tokens:,} tokens" if tokens else "")]
     spent = [(len(rows) - 1, ".1f", "experiments"), (hours, ".2f", "hours"), (tokens, ",.0f", "tokens")]
     for kind, count in [("kept", len(kept) - 1), ("clear of the noise", sum(map(report.clear, kept)))] if kept[1:] else ():
         each = ", ".join(f"{total / count:{form}} {unit}" for total, form, unit in spent if total and count)
         lines.append(f"gains {kind}: {count}{each and f', one for {each}'}")
-    if kept[1:]:
-        lines.append(f"clear: by more than {LUCK:g} standard errors, which luck may add to the best of many")
-    if kept and max(len(row.runs) for row in rows) == 1:
-        lines.append("the noise is assumed: nothing here was run twice")
-    return Group(*parts, *map(Text, lines))
+    lines += [f"clear: by more than {LUCK:g} standard errors, which luck may add to the best of many"] * bool(kept[1:])
+    lines += ["the noise is assumed: nothing here was run twice"] * bool(kept and max(len(row.runs) for row in rows) == 1)
+    return Group(*parts, *(Text(part) for line in lines for part in line.split("  ·  ")))
 
 
 def draw(report, path):
@@ -1629,21 +1666,25 @@ def read_report(folder, tag, file):
         name = git("for-each-ref", *newest).strip()
     if not name or not git.find(f"refs/heads/{name}"):
         raise Stop(f"there is no branch {name or 'autoresearch/TAG yet'}; run: python loop.py, or name a file: --report results.tsv")
-    log = git("log", "--first-parent", "--merges", "--format=%P %(trailers:key=Failure,valueonly,separator=%x2C)", f"refs/heads/{name}")
-    failures = {parents[1][:7]: parents[2] for parents in (line.split(" ") for line in log.splitlines())}
-    return Report(name, read_rows(git.blob(f"refs/heads/{name}", "results.tsv") or HEADER), failures)
+    form = "--format=%P%x09" + "%x09".join(f"%(trailers:key={key},valueonly,separator=%x2C)" for key in ("Failure", "Seconds"))
+    log, failures, seconds, ran = git("log", "--first-parent", "--reverse", form, f"refs/heads/{name}"), {}, {}, 0.0
+    for parents, failure, more in (line.split("\t") for line in log.splitlines()):
+        ran += float(more or 0)  # a repeat's too, for which there is no row
+        if commit := parents.partition(" ")[2][:7]:
+            failures[commit], seconds[commit], ran = failure, ran if more else None, 0.0
+    return Report(name, read_rows(git.blob(f"refs/heads/{name}", "results.tsv") or HEADER), failures, seconds)
 
 
 def report(folder, tag, file, console):
     """The morning after, or any time before it: the table, then the picture."""
     night = read_report(folder, tag, file)
     console.print(render_report(night))
-    with contextlib.suppress(ImportError):
+    try:
         if night.rows:
             draw(night, folder / "progress.png")
             console.print(Text(f"picture: {folder / 'progress.png'}"), soft_wrap=True)
-        return 0
-    console.print(Text("no picture: matplotlib is missing; run: pip install -e '.[plot]'"), soft_wrap=True)
+    except ImportError:
+        console.print(Text("no picture: matplotlib is missing; run: pip install -e '.[plot]'"), soft_wrap=True)
     return 0
 
 
@@ -1714,7 +1755,9 @@ class Thought(threading.Thread):
                     self.facts.wasted += used if self.unwanted.is_set() else 0
                 if not self.unwanted.is_set():
                     self.facts.show(thinking="")
-                    self.apply(*self.known)
+                    if self.apply(*self.known) and self.chat:
+                        self.facts.show(thinking=f"next: {self.edit.description}", thinking_since=time.monotonic())
+                        self.facts.say(self.facts.thinking, seen=True)
         except Exception as error:  # comes up again where the edit is due, and is waited out there
             self.error = error
 
@@ -1750,7 +1793,7 @@ class Night:
 
     def __init__(self, args, folder, console):
         self.args, self.folder, self.runs = args, folder, folder / "runs"
-        self.facts = Facts(console, console.is_terminal and not console.is_dumb_terminal)
+        self.facts = Facts(console)
         self.git = Git(folder)
         current = self.git.branch()
         tag = (args.tag or (current if current.startswith("autoresearch/") else f"{datetime.now():%Y-%m-%d}")).removeprefix("autoresearch/")
@@ -1939,12 +1982,10 @@ class Night:
         facts, most = self.facts, f"{self.budget:g} s" if self.budget < 120 else f"{self.budget / 60:.3g} min"
         facts.title = f"{self.notebook.name}  ·  {self.data.name}  ·  {self.ruler['Device']}  ·  {who}"
         facts.rows = self.notebook.rows  # read again, if the branch was made only now
-        if not facts.live:
-            facts.say(facts.title)
+        facts.say(facts.title, seen=True)
         first = "going on with" if self.notebook.incumbent else f"first the baseline (at most {most}), then"
-        facts.say(
-            f"{first} experiments of at most {most} each, {3600 / self.budget:.0f} or more an hour; Ctrl-C stops, the same command goes on"
-        )
+        pace = f"at most {most} each, {3600 / self.budget:.0f} or more an hour"
+        facts.say(f"{first} experiments of {pace}; Ctrl-C stops, the same command goes on")
 
     # ---- the cycle
 
@@ -2010,6 +2051,7 @@ class Night:
             commit, subject, mends = crash
             source, base = self.git.blob(commit, "train.py"), self.git.blob(f"{commit}^", "train.py")
             request = REPAIR.format(subject)
+        self.facts.show(task=f"mends the crash of {subject}" if mends else "thinks about the next edit")
         if self.model:
             ask, tries, chat = self.model.ask, 1 + REFUSALS, self.question(source, request)
         else:  # chance may hit what was tried many times over
@@ -2048,7 +2090,7 @@ class Night:
         A crashed experiment that is to be mended comes after what is ahead, while that runs: the device needn't wait for it."""
         notebook, began = self.notebook, time.monotonic()
         if (thought := self.wanted()) and thought.is_alive():
-            self.facts.show(activity=f"waiting for {self.model.name}", since=began, progress=None)
+            self.facts.show(activity=f"waiting for {self.model.name}", since=began, why="", points=None)
             if notebook.rows[-1].runs and not self.bound:
                 self.bound = True
                 self.facts.say(f"{self.model.name} takes longer to answer than a run takes: the loop is bound by the model")
@@ -2065,22 +2107,26 @@ class Night:
                 self.drop_ahead()
                 raise thought.error
             elif thought.new is None or thought.apply(notebook.incumbent_source, notebook.tried):
-                self.facts.waited += time.monotonic() - began
+                self.facts.show(waited=self.facts.waited + time.monotonic() - began, thinking="")
                 return thought
             else:
                 self.think(refused=thought)
 
-    def measure(self, commit, seed, activity, split="val"):
+    def measure(self, commit, seed, activity, split="val", why=""):
         """One run of a commit's train.py under the committed ruler: a Result. What was measured and not yet written isn't run again."""
         if self.measured[0] == (commit, seed, split):
             return self.measured[1]
         make_room(self.runs)
         self.check_data()
-        self.facts.start(activity, progress=0.0)
+        self.facts.start(activity, why, {}, read_curve(self.runs, self.notebook.incumbent))
         files = {"train.py": self.git.blob(commit, "train.py"), "prepare.py": self.prepare_py}
         folder = self.runs / f"{seed // SEEDS:04}-{seed % SEEDS}-{commit[:7]}"
-        result = run_experiment(folder, files, self.data, self.fingerprint, seed, self.budget, self.facts, split, self.watch, self.caged)
-        self.facts.busy += result.seconds
+        try:
+            result = run_experiment(
+                folder, files, self.data, self.fingerprint, seed, self.budget, self.facts, split, self.watch, self.caged
+            )
+        finally:
+            self.facts.show(busy=self.facts.busy + time.monotonic() - self.facts.since, points=None)
         self.measured = (commit, seed, split), result
         return result
 
@@ -2103,9 +2149,9 @@ class Night:
         trailers, baseline, status = read_trailers(message), notebook.incumbent is None, "again"
         runs, seed, seconds = read_runs(trailers.get("Runs", "")), int(trailers["Seed"]), float(trailers.get("Seconds", 0))
         while status == "again":
-            number = f", run {len(runs) + 1}" if runs else ""
+            activity = f"run {len(runs) + 1} of up to {MOST_RUNS}: " * bool(runs) + f"#{len(notebook.rows)} {message.splitlines()[0]}"
             self.think_ahead(message)
-            result = self.measure(commit, seed + len(runs), f"#{len(notebook.rows)} {message.splitlines()[0]}{number}")
+            result = self.measure(commit, seed + len(runs), activity, why="\n".join(message.strip().split("\n\n")[1:-1]))
             if baseline and result.cause:
                 notebook.abandon()
                 advice = f"mend train.py and commit it\n\nthe end of {result.log}:\n{result.tail}"
@@ -2181,7 +2227,7 @@ class Night:
         self.facts.say(f"the baseline again: {result.bpb:.6f}; noise of a run {self.notebook.noise():.4f}")
 
     def add_row(self, commit, status, result, description, tokens, runs=(), seconds=0.0):
-        best = self.notebook.incumbent.val_bpb if self.notebook.incumbent else None
+        best = self.notebook.incumbent
         runs = [] if result.cause else list(runs)
         finished = f"{datetime.now(timezone.utc):%Y-%m-%dT%H:%M:%SZ}"
         row = Row("", fmean(runs) if runs else math.nan, result.memory_gb, status, description, runs, tokens, finished)
@@ -2189,14 +2235,13 @@ class Night:
         trailers = {"Failure": result.failure} if result.failure else {}
         self.notebook.record(commit, row, result.curve + log, trailers | {"Seconds": f"{seconds:.1f}"})
         self.hasty = self.hasty + 1 if result.cause and result.seconds < WAITS[0] else 0
-        if not self.facts.live:
-            self.facts.say("{:8} {:9} {:>7}  {}".format(*cells(row, best)))
+        self.facts.say(ROW.format(*cells(row, best)), seen=True)
         plot(self.folder, self.notebook.name)
         if not self.notebook.checked_out():
             self.facts.say(f"this checkout is on another branch now; the row went to {self.notebook.name}, and no file here was touched")
 
     def audit(self):
-        """Baseline and best again, in turns, on fresh seeds and text that no decision has seen; runs that were made are not made again."""
+        """Lines for the end: baseline and best again, in turns, on fresh seeds and text that no decision has seen; no run is made twice."""
         notebook, test = self.notebook, self.notebook.audited()
         first, best = notebook.rows[0], notebook.incumbent
         seeds = range(AUDIT_SEED, AUDIT_SEED + AUDIT_PAIRS)
@@ -2215,11 +2260,8 @@ class Night:
         pairs = [pair for pair in pairs if None not in pair]
         if len(pairs) < 2:
             raise Stop("too many runs of the audit failed, see above; the same command tries them again", 1)
-        self.facts.say(
-            f"baseline {first.commit} and best {best.commit} ({best.description}), the same {len(pairs)} fresh seeds, test text:"
-        )
-        for line in audit_report(pairs, first.val_bpb, best.val_bpb, gain_of(first.runs, best.runs, notebook.noise())[0]):
-            self.facts.say(line)
+        both = f"baseline {first.commit} and best {best.commit} ({best.description}), the same {len(pairs)} fresh seeds, test text:"
+        return both, *audit_report(pairs, first.val_bpb, best.val_bpb, gain_of(first.runs, best.runs, notebook.noise())[0])
 
     def over(self, more=0):
         """Whether --experiments or --hours says to stop, once there are so many more rows; never before there is a baseline."""
@@ -2253,9 +2295,25 @@ class Night:
             prune(self.runs, RUNS_BYTES)
         return True
 
+    @contextlib.contextmanager
+    def view(self):
+        """The live view, where there is a terminal. All of a screen of its own is drawn each time: no flicker, no rest after a resize."""
+        facts, console, said = self.facts, self.facts.console, len(self.facts.said)
+        live = Live(get_renderable=facts.picture, console=console, screen=True, refresh_per_second=2)
+        try:
+            facts.live = console.is_interactive
+            if facts.live:
+                live.start(refresh=True)
+            yield
+        finally:
+            with self.interrupts.hold(), contextlib.suppress(OSError):  # the terminal may be gone
+                live.stop()
+                if facts.live:
+                    lines, facts.said, facts.live = [*facts.said][said:], deque(), False
+                    console.print(*map(Text, lines), facts.picture(spare=3), sep="\n", soft_wrap=True)
+
     def go_on(self):
-        live = Live(self.facts, console=self.facts.console, refresh_per_second=4) if self.facts.live else contextlib.nullcontext()
-        with live:
+        with self.view():
             try:
                 self.facts.show(began=time.monotonic(), before=max(len(self.facts.rows), 1))
                 if self.args.audit:
@@ -2279,7 +2337,7 @@ class Night:
             finally:
                 kill_runs(self.runs)  # also what was being started when a signal came
                 self.drop_ahead()
-                self.facts.show(activity="")
+                self.facts.show(activity="", why="", points=None)
 
 
 def explain(error):
@@ -2309,7 +2367,10 @@ def main():
     args = parser.parse_args()
     if any(value is not None and not 0 < value < math.inf for value in (args.budget, args.experiments, args.hours)):
         parser.error("--budget, --experiments and --hours take a number above 0")
-    sys.stdout.reconfigure(errors="replace")  # a terminal that isn't UTF-8 must not end the night
+    codecs.register_error(
+        "ascii", lambda error: ("".join(ASCII.get(sign, "?") for sign in error.object[error.start : error.end]), error.end)
+    )
+    sys.stdout.reconfigure(errors="ascii")  # a terminal that isn't UTF-8 must not end the night
     console = Console(highlight=False)
     night = None
     try:
@@ -2317,7 +2378,8 @@ def main():
             return report(Path(__file__).resolve().parent, args.tag, args.report, console)
         night = Night(args, Path(__file__).resolve().parent, console)
         night.prepare()
-        night.go_on()
+        for line in night.go_on() or ():
+            night.facts.say(line)
     except Stop as stop:
         print(f"loop.py: {stop}", file=sys.stderr)
         return stop.code
@@ -2329,7 +2391,7 @@ def main():
     with contextlib.suppress(OSError):  # the terminal may be gone
         if night and night.facts.title:
             facts, name = night.facts, night.notebook.name
-            if not facts.live:  # the live view's last picture stands above
+            if not facts.console.is_interactive:  # there the view's last picture stands above
                 facts.say(totals(facts, time.monotonic()))
             facts.say(f"results: results.tsv on branch {name}; git log --first-parent {name}; git show COMMIT for any row; logs in runs/")
     return 0

@@ -181,7 +181,7 @@ def test_the_model_and_the_person_are_told_the_noise(seeded, server):
     out = seeded.online(server, "--experiments", 3)
     assert "Another seed alone moves val_bpb by about 0.0007" in server.requests[1]["messages"][1]["content"]
     assert "noise of a run 0.0007" in out and "the baseline again: 1.016625" in out
-    assert re.search(r"baseline 1\.0161.*noise of a run 0\.\d{4}", out)
+    assert re.search(r"baseline 1\.0161\nnoise of a run 0\.\d{4}", out)
 
 
 # ---- the audit

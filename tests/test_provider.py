@@ -27,7 +27,7 @@ def model(server, monkeypatch):
     monkeypatch.setattr(loop, "WAITS", (0.01, 0.03))
     monkeypatch.setattr(loop, "REPLY_SECONDS", 0.5)
     console = Console(record=True, width=300, quiet=False, file=open("/dev/null", "w"))
-    model = loop.Model(None, loop.Facts(console, live=True))
+    model = loop.Model(None, loop.Facts(console))
     model.said = lambda: console.export_text(clear=False)
     return model
 

@@ -113,8 +113,18 @@ def test_the_best_is_the_lowest_kept_not_the_last():
 def test_hours_leave_out_the_days_on_which_the_loop_was_stopped():
     times = ["2026-11-23T20:00:00Z", "2026-11-23T20:30:00Z", "2026-11-23T21:00:00Z", "2026-11-25T21:00:00Z", "2026-11-25T21:30:00Z"]
     report = night(*(("keep" if not number else "discard", [1.0], finished) for number, finished in enumerate(times)))
-    assert loop.hours_of(report.rows) == (1.5, 3, 48.0)
+    assert loop.hours_of(report) == (1.5, 3, 48.0, 0)
     assert "1.5 hours, 2.0 an hour (not counting 48.0 hours of pauses)" in screen(report, 200)
+
+
+def test_the_devices_busy_share_is_of_the_hours_that_count():
+    times = ["2026-11-23T20:00:00Z", "2026-11-23T20:30:00Z", "2026-11-23T21:00:00Z", "2026-11-25T21:00:00Z"]
+    report = night(*(("keep" if not number else "discard", [1.0], finished) for number, finished in enumerate(times)))
+    assert "device busy" not in screen(report)
+    report.seconds = dict(zip((row.commit for row in report.rows), (9000, 1800, 900, 9000), strict=True))
+    assert "1.0 hours, 2.0 an hour, device busy 75 % (not counting 48.0 hours of pauses)" in screen(report, 200)
+    report.seconds[report.rows[1].commit] = None  # a row of an earlier version
+    assert "device busy" not in screen(report)
 
 
 def test_what_a_gain_took_is_told():
@@ -130,6 +140,15 @@ def test_a_branch_tells_its_crashes_by_class(project, server):
     project.online(server, "--experiments", 3)
     out = project.run("--report")
     assert "autoresearch/t" in out and "3 experiments, 1 kept, 2 crashed (1 code, 1 no edit)" in out and "twice the width" in out
+
+
+def test_a_branchs_rows_and_repeats_tell_how_long_the_device_was_busy(project):
+    slow(project, 0.1)
+    project.offline("--experiments", 4)
+    log = project.git("log", "--first-parent", "--format=%(trailers:key=Seconds,valueonly)", "autoresearch/t").split()
+    report = loop.read_report(project.folder, "t", "")
+    assert list(report.seconds) == [row["commit"] for row in project.rows()]
+    assert sum(report.seconds.values()) == pytest.approx(sum(map(float, log))) and len(log) == 5 + 2  # rows, the baseline's repeats
 
 
 def test_the_branch_is_the_tags_else_the_one_checked_out_else_the_newest(project):
