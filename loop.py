@@ -173,6 +173,9 @@ class Refused(Exception):
     """An edit that can't be applied; the message is written for the model."""
 
 
+# The parts: the edit, random search, rows and judgement, the context, git, the run, the model, the screen, the report, and last the
+# night, which is the story: Night.step() does one thing after the other.
+
 # ------------------------------------------------------------------------------------------ the edit: functions of text
 
 INVISIBLE = r"\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u202a-\u202e\u2060-\u2069\ud800-\udfff\ufeff"
