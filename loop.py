@@ -1396,13 +1396,13 @@ class Facts:
         time.sleep(seconds)
 
     def picture(self, spare=0):
-        return render(self, time.monotonic(), self.console.width, self.console.height - spare)
+        return render(self, time.monotonic(), self.console.width, max(self.console.height - spare, 1))
 
 
 STYLES = {"keep": "green", "discard": "", "crash": "red"}  # legible on dark and on light
 ROW = "{:8} {:9} {:>7}  {}"  # its cells
 BLOCKS = " ▁▂▃▄▅▆▇█░"  # of a column: how full a cell is, and what lies below it
-ASCII = dict(zip(BLOCKS + "━─·…", " __--==##:=--.", strict=True))  # where the terminal isn't UTF-8
+ASCII = str.maketrans(BLOCKS + "━─·…", " __--==##:=--.")  # where the terminal isn't UTF-8
 # The view's parts and how many lines each may have, the most important first: what the window has no room for is left out.
 SHARES = (("now", 1), ("run", 2), ("totals", 1), ("rows", 1), ("next", 1), ("title", 1), ("why", 1), ("rows", 4), ("totals", 2),
           ("said", 1), ("chart", 4), ("rows", 8), ("totals", 4), ("why", 4), ("chart", 9), ("said", 8), ("rows", 9999))  # fmt: skip
@@ -1465,7 +1465,7 @@ def chart(values, width, height):
 
 def fit(text, width, most=1, style="", start=""):
     """At most so many lines of a text in a window of this width, broken between words: no number is cut."""
-    lines = Text(text, style).wrap(None, max(width - len(start) - 1, 1)) if text else []
+    lines = Text(text, style).wrap(None, max(width - len(start) - 1, 1)) if text else []  # a console is wanted only to justify
     if lines[most:]:
         lines[most - 1].append("…")
     return [Text.assemble(start, line, no_wrap=True, overflow="crop") for line in lines[:most]]
@@ -2121,15 +2121,13 @@ class Night:
             return self.measured[1]
         make_room(self.runs)
         self.check_data()
-        self.facts.start(activity, why, {}, read_curve(self.runs, self.notebook.incumbent))
-        files = {"train.py": self.git.blob(commit, "train.py"), "prepare.py": self.prepare_py}
+        facts, files = self.facts, {"train.py": self.git.blob(commit, "train.py"), "prepare.py": self.prepare_py}
         folder = self.runs / f"{seed // SEEDS:04}-{seed % SEEDS}-{commit[:7]}"
+        facts.start(activity, why, {}, read_curve(self.runs, self.notebook.incumbent))
         try:
-            result = run_experiment(
-                folder, files, self.data, self.fingerprint, seed, self.budget, self.facts, split, self.watch, self.caged
-            )
+            result = run_experiment(folder, files, self.data, self.fingerprint, seed, self.budget, facts, split, self.watch, self.caged)
         finally:
-            self.facts.show(busy=self.facts.busy + time.monotonic() - self.facts.since, points=None)
+            facts.show(busy=facts.busy + time.monotonic() - facts.since, points=None)
         self.measured = (commit, seed, split), result
         return result
 
@@ -2370,9 +2368,7 @@ def main():
     args = parser.parse_args()
     if any(value is not None and not 0 < value < math.inf for value in (args.budget, args.experiments, args.hours)):
         parser.error("--budget, --experiments and --hours take a number above 0")
-    codecs.register_error(
-        "ascii", lambda error: ("".join(ASCII.get(sign, "?") for sign in error.object[error.start : error.end]), error.end)
-    )
+    codecs.register_error("ascii", lambda e: (e.object[e.start : e.end].translate(ASCII).encode("ascii", "replace"), e.end))
     sys.stdout.reconfigure(errors="ascii")  # a terminal that isn't UTF-8 must not end the night
     console = Console(highlight=False)
     night = None
