@@ -55,7 +55,7 @@ class ChatServer:
 
             def do_POST(self):
                 request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                if len(request["messages"]) == 1 and "ready" in request["messages"][0]["content"]:
+                if request["messages"][-1]["content"].endswith("Answer with the one word: ready"):
                     reply = chat.ready
                 else:
                     chat.requests.append(request)
