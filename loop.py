@@ -1250,7 +1250,8 @@ class Model:
         self.limits = iter(({"max_tokens": REPLY_TOKENS}, {"max_completion_tokens": REPLY_TOKENS}))  # the newest models want the second
         key = os.environ.get("OPENAI_API_KEY", "").strip() or "none"  # local servers want no key, the client wants one
         try:
-            self.client = openai.OpenAI(api_key=key, max_retries=0, timeout=REPLY_SECONDS)
+            alone = {"Connection": "close"}  # else a server that drops the connection after an error fails the next request, too
+            self.client = openai.OpenAI(api_key=key, max_retries=0, timeout=REPLY_SECONDS, default_headers=alone)
             own_server = bool(os.environ.get("OPENAI_BASE_URL"))
             self.name = name or (next((model.id for model in self.client.models.list()), None) if own_server else DEFAULT_MODEL)
             if self.name is None:

@@ -178,6 +178,16 @@ def test_a_server_that_wants_another_form_of_request_is_asked_in_it_from_the_sta
     assert not any("max" in word for request in server.requests for word in request)  # no limit where none is needed
 
 
+def test_a_server_that_drops_the_connection_after_an_error_is_asked_on_a_new_one(model, server, monkeypatch):
+    handler = server.http.RequestHandlerClass
+    finish = handler.finish
+    monkeypatch.setattr(handler, "finish", lambda self: (time.sleep(0.2), finish(self)))
+    kept_open = b"HTTP/1.1 500 Internal Server Error\r\nContent-Length: 2\r\n\r\n{}"
+    server.ready = lambda request: kept_open if has_system(request) else "ready"
+    model.agree()
+    assert model.form == ({}, True)
+
+
 def test_a_server_that_takes_no_form_of_request_ends_the_loop_at_the_first_call(model, server):
     server.ready = (400, {"error": {"message": "no chat template for sk-secret"}})
     with pytest.raises(loop.Stop, match="failed at the first call: .*no chat template for ...$") as stop:
