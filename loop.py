@@ -1,12 +1,14 @@
-"""The researcher's day: ask for an edit of train.py, run it, judge it, keep or revert it with git, write the row; again.
+"""The researcher's day, again and again: ask an LLM for an edit of train.py, run it,
+judge it, keep or revert it with git, write a row of results.tsv.
 
-    python loop.py                  run until stopped (Ctrl-C); the same command goes on where it was
-    python loop.py --offline        the same loop without an LLM: random search over train.py's constants
-    python loop.py --report         what came of it so far, at any time: what was kept, totals, progress.png
+    python loop.py             run until Ctrl-C; the same command goes on where it was
+    python loop.py --offline   the same without an LLM: random search over constants
+    python loop.py --report    what came of it so far, at any time; draws progress.png
+    python loop.py --audit     is the gain real? baseline and best on unseen text
 
-Reads program.md (your goals, before every proposal), train.py and prepare.py. Writes the branch autoresearch/TAG, with
-results.tsv and the kept train.py on it, and two things that git ignores: runs/ (a folder with code and log for each
-experiment) and progress.png (every experiment as a dot).
+Reads program.md (your goals, before every proposal), train.py and prepare.py. Writes
+the branch autoresearch/TAG, with results.tsv and the kept train.py on it, and what git
+ignores: runs/ (code and log of each run) and progress.png (each experiment a dot).
 """
 
 import argparse
@@ -137,6 +139,15 @@ Use as many blocks as the edit needs; each is applied to the result of the one b
 To write train.py anew, give the whole file in one ```python fence instead. Never abbreviate with "..." or "unchanged".
 """
 
+EPILOG = """\
+environment:
+  OPENAI_API_KEY        of the model's provider; a server of your own may need none
+  OPENAI_BASE_URL       your own server, e.g. http://localhost:11434/v1
+  AUTORESEARCH_DATA     where prepare.py put the text (~/.cache/autoresearch)
+
+Edit program.md at any time to steer. `git show COMMIT` is the edit of any row, kept or
+not. Exit status: 2 for what you have to mend first, 1 for what failed, else 0.
+"""
 
 RUNNING = """
 While you think, this experiment runs, and its result isn't known yet: {}. Don't build on it, and propose something else."""
@@ -551,16 +562,18 @@ def parse_summary(output, secret, seed, budget, fingerprint, split="val"):
 # ----------------------------------------------------------------------------------------------------------- the context
 
 
-def history(rows, incumbent, noise, touches):
+def history(rows, incumbent, noise, touches, earlier=0):
     """The night so far for the prompt, bounded whatever its length: keeps, near misses, what was tried where, the latest of the others.
 
-    touches: {commit: names of the places that the experiment changed}.
+    touches: {commit: names of the places that the experiment changed}; earlier: rows that ran under another program.md.
     """
     keeps = [row for row in rows if row.status == "keep"]
     others = [row for row in rows if row.status != "keep"]
     lines = [f"{len(rows)} experiments: {len(keeps)} kept, {sum(r.status == 'crash' for r in others)} crashed. "
              f"The train.py to beat: val_bpb {incumbent.val_bpb:.6f}.",
-             f"Another seed alone moves val_bpb by about {noise:.4f} (one standard deviation).", "", "Kept, in order:"]  # fmt: skip
+             f"Another seed alone moves val_bpb by about {noise:.4f} (one standard deviation)."]  # fmt: skip
+    lines += [f"The person has changed program.md: the first {earlier} experiments ran under an earlier one."] if earlier else []
+    lines += ["", "Kept, in order:"]
     if len(keeps) > HISTORY_KEEPS:
         lines.append(f"({len(keeps) - HISTORY_KEEPS} earlier ones left out)")
     lines += [f"  {row.val_bpb:.6f}  {row.description}" for row in keeps[-HISTORY_KEEPS:]]
@@ -726,7 +739,7 @@ class Notebook:
         self.git, self.name = git, f"autoresearch/{tag}"
         self.ref, self.audits = f"refs/heads/{self.name}", f"refs/autoresearch/{tag}/audit"
         self.running = f"refs/autoresearch/{tag}/running"
-        self.text, self.rows, self.tried, self.touches = HEADER, [], {}, {}
+        self.text, self.rows, self.tried, self.touches, self.programs = HEADER, [], {}, {}, {}
         self.incumbent = self.incumbent_source = None  # the row and the text of the train.py that is to be beaten
 
     def open(self):
@@ -738,11 +751,12 @@ class Notebook:
         if len(rows) < len(self.rows):
             raise OSError(errno.EIO, "rows are missing", f"results.tsv on {self.name}")
         self.text, self.rows = text, rows
-        wanted = "%x09".join(f"%(trailers:key={name},valueonly,separator=%x2C)" for name in ("Tree", "Touches"))
+        wanted = "%x09".join(f"%(trailers:key={name},valueonly,separator=%x2C)" for name in ("Tree", "Touches", "Program"))
         log = {line[:7]: line.split("\t") for line in self.git("log", f"--format=%H%x09{wanted}", self.ref).splitlines()}
-        of_rows = [(row, *log.get(row.commit[:7], ("", "", ""))[1:]) for row in self.rows]
-        self.tried = {tree: row for row, tree, _ in of_rows}
-        self.touches = {row.commit: places for row, _, places in of_rows}
+        of_rows = [(row, *log.get(row.commit[:7], ("", "", "", ""))[1:]) for row in self.rows]
+        self.tried = {tree: row for row, tree, _, _ in of_rows}
+        self.touches = {row.commit: places for row, _, places, _ in of_rows}
+        self.programs = {row.commit: program for row, _, _, program in of_rows}
         self.incumbent = next((row for row in reversed(self.rows) if row.status == "keep"), None)
         self.incumbent_source = self.git.blob(self.incumbent.commit if self.incumbent else self.ref, "train.py")
 
@@ -765,14 +779,18 @@ class Notebook:
                 return text
 
     def program(self):
-        """program.md as it stands in the checkout, or the last committed one."""
+        """program.md as it stands in the checkout, or the last committed one; None where a person took it off the branch."""
         text = read_text(self.git.folder / "program.md") if self.checked_out() else None
-        return text if text and text.strip() else self.git.blob(self.ref, "program.md") or ""
+        return text if text and text.strip() else self.git.blob(self.ref, "program.md")
 
-    def experiment(self, source, description, reasoning, trailers):
-        """Commits an edit on top of the branch, on no branch itself; returns its hash."""
-        files = {"train.py": source, **({"program.md": program} if (program := self.program()) else {})}
-        return self.git.commit([self.tip()], files, compose(description, reasoning, trailers))
+    def version(self, program):
+        """The name of this program.md in git."""
+        return self.git("hash-object", "--stdin", stdin=program.encode("utf-8", "surrogateescape"))[:7]
+
+    def experiment(self, source, program, description, reasoning, trailers):
+        """Commits an edit, and the program.md that it was made under, on top of the branch, on no branch itself; returns its hash."""
+        message = compose(description, reasoning, trailers | {"Program": self.version(program)})
+        return self.git.commit([self.tip()], {"train.py": source, "program.md": program}, message)
 
     def begin(self, commit):
         self.git("update-ref", self.running, commit)
@@ -843,7 +861,8 @@ class Notebook:
         known = read_trailers(self.git.message(commit))
         self.publish(compose(f"{row.status}: {row.description}", body, trailers), self.text + row.line(), source, commit)
         self.rows.append(row)
-        self.tried[known.get("Tree")], self.touches[row.commit] = row, known.get("Touches")
+        self.tried[known.get("Tree")] = row
+        self.touches[row.commit], self.programs[row.commit] = known.get("Touches"), known.get("Program")
         if row.status == "keep":
             self.incumbent, self.incumbent_source = row, source
         self.refresh(commit)
@@ -1699,7 +1718,6 @@ class Thought(threading.Thread):
     ask: object  # (chat, unwanted) -> (reply, tokens)
     tries: int  # replies that may still be asked for
     facts: Facts
-    program: str  # program.md as the chat shows it
     chat: list  # empty where chance is asked
     source: str  # the train.py that the chat shows
     known: tuple  # the best train.py and what was tried, as accept() wants them
@@ -1775,6 +1793,7 @@ class Night:
         self.notebook = Notebook(self.git, tag)
         self.lock = self.model = None
         self.ahead = None  # the Thought about the next experiment
+        self.program = ""  # program.md, as the next idea follows it
         self.bound = False  # whether it was said that the model thinks longer than a run takes
         self.hasty = 0  # failures in a row that took seconds each
         self.suspicion = 0.0  # against the machine, since the last run that had a result
@@ -1808,9 +1827,9 @@ class Night:
             leftover.unlink(missing_ok=True)
 
     def check_files(self):
-        """The checkout must hold the four files, and the ruler and the loop as they are committed."""
+        """The checkout must hold the files, and the ruler and the loop as they are committed."""
         for name in ("prepare.py", "loop.py", "train.py", "program.md"):
-            if not (self.folder / name).exists():
+            if not (self.folder / name).exists() and name != "program.md":  # of that, the committed one holds
                 raise Stop(f"{name} is missing; restore it: git checkout -- {name}")
             if self.git.blob("HEAD", name) is None:
                 raise Stop(f"{name} is not committed; run: git add {name} && git commit -m start")
@@ -1925,6 +1944,7 @@ class Night:
             except subprocess.CalledProcessError as error:
                 raise Stop(f"git can't check out {notebook.name}: {one_line(error.stderr.decode('utf-8', 'replace'))}") from None
         notebook.refresh()
+        self.program = self.git.blob(notebook.ref, "program.md")
 
     def prepare(self):
         """Every precondition, before anything is changed; then the branch."""
@@ -1963,6 +1983,7 @@ class Night:
     def next_experiment(self):
         """Begins the next experiment; a proposal that is refused is a row already."""
         notebook, seed = self.notebook, SEEDS * len(self.notebook.rows)
+        self.wanted()
         if notebook.incumbent is None:
             return self.begin(notebook.incumbent_source, "baseline", "", {"Seed": seed, **self.ruler})
         if edit := notebook.person_edit():
@@ -1977,14 +1998,14 @@ class Night:
         else:
             with self.interrupts.hold():
                 description = one_line(f"{edit.description if edit else 'no edit'} [refused: {refusal}]")
-                commit = notebook.experiment(notebook.incumbent_source, description, refusal, trailers)
+                commit = notebook.experiment(notebook.incumbent_source, self.program, description, refusal, trailers)
                 self.add_row(commit, "crash", Result(cause=refusal), description, thought.tokens)
         self.ahead = None  # only now: what fails before is done again, with the same proposal
 
     def begin(self, source, description, reasoning, trailers):
         with self.interrupts.hold():
             code = {"Tree": syntax_tree(source), "Touches": touched(self.notebook.incumbent_source, source)}
-            self.notebook.begin(self.notebook.experiment(source, description, reasoning, trailers | code))
+            self.notebook.begin(self.notebook.experiment(source, self.program, description, reasoning, trailers | code))
 
     def to_repair(self, running):
         """(commit, its row's subject, trailers of its repair): the first of the latest experiments which was the model's, whose own code
@@ -1998,20 +2019,22 @@ class Night:
             if commit not in mended and trailers[commit].get("Model") != "person" and repairs < REPAIRS:
                 return commit, message.splitlines()[0].removeprefix("crash: "), {"Repair": repairs + 1, "Mends": commit}
 
-    def question(self, program, source, request):
+    def question(self, source, request):
         """The chat that asks for an edit of this train.py."""
         notebook = self.notebook
         setting = f"A run has {self.budget:g} s on this device: {self.ruler['Device']}. The text is the data set {self.data.name}."
         results = "None yet: this train.py is being measured for the first time."
         if notebook.rows:
-            results = history(notebook.rows, notebook.incumbent, notebook.noise(), notebook.touches)
+            version = notebook.version(self.program)
+            earlier = [number for number, row in enumerate(notebook.rows, 1) if notebook.programs.get(row.commit) != version]
+            results = history(notebook.rows, notebook.incumbent, notebook.noise(), notebook.touches, max(earlier, default=0))
         runs = "\n\n".join(message.rstrip().rpartition("\n\n")[0] for _, message in notebook.latest(LAST_RUNS))  # without trailers
-        return messages(setting, program, source, results, runs, request)
+        return messages(setting, self.program, source, results, runs, request)
 
     def think(self, running="", refused=None):
         """Begins the Thought that is ahead now: about a crashed train.py that is to be mended, else about the best so far, while an
         experiment runs (its commit's message); or once more about a `refused` one, which no longer applies."""
-        notebook, program, mends = self.notebook, self.notebook.program(), {}
+        notebook, mends = self.notebook, {}
         source = base = notebook.incumbent_source
         request = PROPOSE + nudge(notebook.rows, notebook.touches)
         request += RUNNING.format(running.splitlines()[0]) if running and notebook.rows else ""  # the baseline may be built on
@@ -2020,14 +2043,14 @@ class Night:
             source, base = self.git.blob(commit, "train.py"), self.git.blob(f"{commit}^", "train.py")
             request = REPAIR.format(subject)
         if self.model:
-            ask, tries, chat = self.model.ask, 1 + REFUSALS, self.question(program, source, request)
+            ask, tries, chat = self.model.ask, 1 + REFUSALS, self.question(source, request)
         else:  # chance may hit what was tried many times over
             rng = random.Random(f"{notebook.name} {len(notebook.rows)}")
             ask, tries, chat = lambda *_: (random_reply(source, rng, self.other_device), 0), 100, []
         if refused:
             tries, chat = max(refused.tries, 1), chat + refused.chat[-2:]
         known, tokens = (notebook.incumbent_source, dict(notebook.tried)), refused.tokens if refused else 0
-        self.ahead = Thought(ask, tries, self.facts, program, chat, source, known, mends, base, tokens)
+        self.ahead = Thought(ask, tries, self.facts, chat, source, known, mends, base, tokens)
 
     def think_ahead(self, running=""):
         """While something runs (an experiment, by its commit's message, or a repeat), the model thinks about what comes next: so the
@@ -2038,10 +2061,13 @@ class Night:
                     self.think(running)
 
     def wanted(self):
-        """The thought that is ahead; None if there is none, or none about the program.md that there is now."""
-        if self.ahead and self.ahead.program != self.notebook.program():
+        """The thought that is ahead; None if there is none, or none that follows program.md as it is now."""
+        if (program := self.notebook.program() or self.program) != self.program:
+            if self.model:
+                dropped = "; the one made ahead is dropped" if self.ahead else ""
+                self.facts.say(f"program.md was changed: the next idea follows it, and is committed with it{dropped}")
             self.drop_ahead()
-            self.facts.say("the next idea, made ahead, is dropped: program.md was changed")
+            self.program = program
         return self.ahead
 
     def drop_ahead(self):
@@ -2298,25 +2324,20 @@ def explain(error):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description="Runs experiments on train.py until stopped, and goes on where it was. Steer with program.md, read results.tsv.",
-        epilog="The model is any that OPENAI_API_KEY and OPENAI_BASE_URL lead to, as the openai package reads them.",
-    )  # fmt: skip
-    parser.add_argument("--tag", help="the branch autoresearch/TAG (default: the one checked out, else today's date)")
-    parser.add_argument("--budget", type=float, metavar="S", help=f"hard wall clock of one run, in seconds ({BUDGET}, or the branch's)")
-    parser.add_argument("--experiments", type=int, metavar="N", help="stop after N experiments, the baseline not counted")
-    parser.add_argument("--hours", type=float, metavar="H", help="stop at the first experiment's end after H hours")
-    parser.add_argument("--model", metavar="NAME", help=f"the model to ask ({DEFAULT_MODEL}, or your server's first one)")
-    parser.add_argument(
-        "--report", nargs="?", const="", metavar="FILE", help="what was kept, totals, progress.png: of the branch, or of any results.tsv"
-    )
-    parser.add_argument("--offline", action="store_true", help="no LLM: random search over train.py's constants, no key, no network")
-    parser.add_argument(
-        "--audit", action="store_true", help="run baseline and best again, on fresh seeds and unseen text: is the gain real?"
-    )
-    parser.add_argument(
-        "--sandbox", choices=("auto", "require", "off"), default="auto", help="put runs in a bwrap cage: where that works, always, never"
-    )
+    parser = argparse.ArgumentParser(description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter)
+    group = parser.add_argument_group("the night")
+    group.add_argument("--tag", help="the branch autoresearch/TAG (default: the one checked out, else today's date)")
+    group.add_argument("--budget", type=float, metavar="S", help=f"hard wall clock of one run, in seconds ({BUDGET}, or the branch's)")
+    group.add_argument("--experiments", type=int, metavar="N", help="stop after N experiments, the baseline not counted")
+    group.add_argument("--hours", type=float, metavar="H", help="stop at the first experiment's end after H hours")
+    group = parser.add_argument_group("who proposes")
+    group.add_argument("--model", metavar="NAME", help=f"the model to ask ({DEFAULT_MODEL}, or your server's first one)")
+    group.add_argument("--offline", action="store_true", help="no LLM: random search over train.py's constants")
+    group = parser.add_argument_group("the morning after")
+    group.add_argument("--report", nargs="?", const="", metavar="FILE", help="show what was kept: of the branch, or of any results.tsv")
+    group.add_argument("--audit", action="store_true", help="run baseline and best again, on fresh seeds and unseen text")
+    group = parser.add_argument_group("the cage")
+    group.add_argument("--sandbox", choices=("auto", "require", "off"), default="auto", help="bwrap: where it works, or stop, or never")
     args = parser.parse_args()
     if any(value is not None and not 0 < value < math.inf for value in (args.budget, args.experiments, args.hours)):
         parser.error("--budget, --experiments and --hours take a number above 0")

@@ -34,7 +34,7 @@ import tempfile
 import warnings
 import zlib
 from pathlib import Path
-from time import monotonic  # bound here, so that a train.py which replaces time.time or time.monotonic moves nothing
+from time import monotonic, sleep  # bound here, so that a train.py which replaces time.time or time.monotonic moves nothing
 
 import numpy as np
 
@@ -395,13 +395,16 @@ def prepare(source, root, shards=None):
     key = hashlib.sha256(json.dumps([FORMAT, sizes, PATTERN, name, identity]).encode()).hexdigest()
     root.mkdir(parents=True, exist_ok=True)
     with open(root / "prepare.lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print("another prepare.py is at work here: waiting for it", file=sys.stderr)
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        if _stopped:
-            raise KeyboardInterrupt
+        for waited in itertools.count():
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if not waited:
+                    print("another prepare.py is at work here: waiting for it", file=sys.stderr, flush=True)
+                sleep(0.2)
+            if _stopped:  # the handler alone doesn't end a wait
+                raise KeyboardInterrupt
         for killed in root.glob(".partial-*"):  # nobody else holds the lock, so nobody is at work there
             shutil.rmtree(killed)
         for folder, meta in data_sets(root).items():

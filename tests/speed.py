@@ -47,7 +47,7 @@ def run_of_train(budget):
         output = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, check=True).stdout
         print(output.splitlines()[0])
         found = json.loads((Path(folder) / "found").read_text())
-    return found | {"seconds": found["ended"] - started}
+    return found | {"seconds": found["ended"] - started, "bpb": re.search(r"^val_bpb: +(\S+)$", output, re.MULTILINE)[1]}
 
 
 def training(budget):
@@ -61,6 +61,7 @@ def training(budget):
         line(f"  {name}", f"{parts[name]:7.2f} s")
     steps = parts["the first step"] + parts["the other steps"]
     line(f"training steps, of a run at {budget:g} s", f"{steps:7.2f} s of {seconds:.2f}: {steps / seconds:.1%} ({found['steps']} steps)")
+    line("val_bpb, and tokens drawn", f"{float(found['bpb']):7.4f}, {found['tokens'] / 1e6:.2f} M")
     line("evaluation, with its probes", f"{parts['evaluation, with its probes']:7.2f} s")
     for name, what in (("batches", "loading batches"), ("log", "run.log")):  # on CUDA with what they wait for the device
         line(f"  {what}, of a step", f"{found['within'][name] / steps:7.2%}")

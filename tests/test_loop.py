@@ -149,8 +149,42 @@ def test_a_program_md_that_the_person_commits_in_mid_run_stays(project, server):
     server.replies += [block("def main():", commits, "in mid-run"), BETTER, WORSE]
     out = project.online(server, "--experiments", 2)
     assert "Try heads." in project.git("show", "autoresearch/t:program.md") and project.status() == ""
-    assert "the next idea, made ahead, is dropped: program.md was changed" in out and "300 tokens (100 for nothing)" in out
+    assert "the one made ahead is dropped" in out and "300 tokens (100 for nothing)" in out
     assert "Try heads." in server.requests[2]["messages"][1]["content"] and project.rows()[2]["description"] == "one layer"
+
+
+def test_a_change_of_program_md_is_announced_and_the_prompt_says_what_ran_under_an_earlier_one(project, server):
+    server.replies += [BETTER, WORSE, block("DEPTH = 4", "DEPTH = 5", "a layer")]
+    assert "program.md was changed" not in project.online(server, "--experiments", 2)
+    project.write("program.md", "# The goal\nTry depth.\n")
+    assert "program.md was changed: the next idea follows it, and is committed with it" in project.online(server, "--experiments", 1)
+    assert "the first 3 experiments ran under an earlier one" in server.requests[-1]["messages"][1]["content"]
+    commits = [row["commit"] for row in project.rows()]
+    under = [project.git("show", "-s", "--format=%(trailers:key=Program,valueonly)", commit).strip() for commit in commits]
+    assert under == [project.git("rev-parse", f"{commit}:program.md")[:7] for commit in commits] and len(set(under)) == 2
+
+
+@pytest.mark.parametrize("command", [["mv", "program.md", "goals.md"], ["rm", "-q", "program.md"]])
+def test_of_a_program_md_that_the_person_takes_off_the_branch_the_last_one_holds(project, server, command):
+    def take_off(request):
+        project.git(*command)
+        project.git("commit", "--quiet", "-m", "away with it")
+        return BETTER
+
+    server.replies += [take_off, WORSE]
+    project.online(server, "--experiments", 2)
+    assert "Lower val_bpb." in server.requests[1]["messages"][1]["content"]
+    assert [row["description"] for row in project.rows()] == ["baseline", "twice the width", "one layer"]
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda path: path.unlink(), lambda path: path.write_text("  \n"), lambda path: (path.unlink(), path.mkdir())]
+)
+def test_a_start_with_a_broken_program_md_takes_the_committed_one(project, server, damage):
+    damage(project.folder / "program.md")
+    server.replies += [BETTER]
+    project.online(server, "--experiments", 1)
+    assert "Lower val_bpb." in server.requests[0]["messages"][1]["content"] and len(project.rows()) == 2
 
 
 def test_a_program_md_deleted_in_the_night_stops_nothing(project, server):
@@ -873,7 +907,7 @@ def test_uncommitted_changes_of_what_the_results_rest_on_are_refused(project, na
     assert f"{name}: uncommitted changes" in refusal(project, "--offline", "--tag", "t")
 
 
-@pytest.mark.parametrize("name", ["prepare.py", "train.py", "program.md"])
+@pytest.mark.parametrize("name", ["prepare.py", "train.py"])
 def test_a_missing_file_is_named(project, name):
     (project.folder / name).unlink()
     assert f"{name} is missing" in refusal(project, "--offline", "--tag", "t")

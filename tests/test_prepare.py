@@ -355,6 +355,17 @@ def test_a_second_prepare_waits_for_the_first(stuck, tmp_path):
             process.communicate()
 
 
+def test_a_prepare_that_waits_can_be_stopped(stuck, tmp_path):
+    first = spawn(stuck, tmp_path / "data")
+    with open(stuck, "w"):
+        second = spawn(stuck, tmp_path / "data")
+        assert "waiting" in second.stderr.readline()
+        second.send_signal(signal.SIGINT)
+        assert second.communicate(timeout=30)[1] == "prepare.py: stopped; nothing is half-written\n" and second.returncode == 130
+        first.kill()
+        first.communicate()
+
+
 def test_a_full_disk_is_one_sentence_and_leaves_nothing(enough, tmp_path):
     root = tmp_path / "data"
     limited = f'ulimit -f 64; exec "{sys.executable}" "{SCRIPT}" --source "{enough}"'  # files of 64 KiB at the most

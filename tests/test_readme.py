@@ -1,0 +1,76 @@
+"""What README and MANUAL tell to type works as it stands: blocks from top to bottom in one checkout, other commands by their options."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from functools import cache
+
+import pytest
+from conftest import ROOT
+from test_loop import BETTER
+
+TEXTS = {name: (ROOT / name).read_text() for name in ("README.md", "MANUAL.md")}
+QUICK = {  # what a test can't do (installing: .ci/run does), and what would take all night
+    r"python3 -m venv \S+": "true",
+    r"\S*pip install -e '\.(\[\w+\])?'": "true",
+    r"loop\.py --offline": "loop.py --offline --budget 20 --experiments 1 --sandbox off",
+    r"loop\.py --model": "loop.py --sandbox off --experiments 1 --model",
+    r"loop\.py --audit": "loop.py --audit --sandbox off",
+    r"OPENAI_API_KEY=\.\.\.": "OPENAI_API_KEY=a-key",
+    r"--source PATH": "--source notes.txt",
+}
+
+
+def blocks():
+    """The fenced blocks of README that hold commands."""
+    found = re.findall(r"^```\n(.*?)^```", TEXTS["README.md"], re.MULTILINE | re.DOTALL)
+    return [block for block in found if "python" in block and "pytest" not in block]
+
+
+def test_the_blocks_of_the_readme_run_from_top_to_bottom(project, server):
+    (project.folder / ".venv").symlink_to(sys.prefix)
+    project.write(".gitignore", project.read(".gitignore") + ".venv\n")
+    project.commit("environment")
+    server.default = BETTER
+    output = ""
+    for script in blocks():
+        for pattern, quick in QUICK.items():
+            script = re.sub(pattern, quick, script)
+        path = os.pathsep.join([f"{project.folder}/.venv/bin", project.environment["PATH"]])
+        environment = project.environment | {"PATH": path, "OPENAI_BASE_URL": server.url}
+        done = subprocess.run(["bash", "-euc", script], cwd=project.folder, env=environment, capture_output=True, text=True, timeout=100)
+        assert done.returncode == 0, f"{script}\n{done.stdout}\n{done.stderr}"
+        output += done.stdout
+    assert server.requests[-1]["model"] == "gpt-5" and "kept, in order" in output and "audited gain" in output
+    (branch,) = project.git("branch", "--list", "--format=%(refname:short)", "autoresearch/*").split()
+    assert len(project.rows(branch)) == 3 and project.status() == ""
+
+
+@cache
+def help_of(*command):
+    environment = os.environ | {"COLUMNS": "200"}
+    return subprocess.run([sys.executable, *command, "--help"], cwd=ROOT, env=environment, capture_output=True, text=True).stdout
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_every_command_in_the_text_exists_with_its_options(name):
+    commands = re.findall(r"`[^`\n]*?python ((?:tests/)?\w+\.py[^`\n]*)`", TEXTS[name])
+    assert len(commands) > 2
+    for command in commands:
+        file, *rest = shlex.split(command)
+        assert (ROOT / file).exists()
+        found = help_of(file, *[word for word in rest[:1] if word.isalpha() and word.islower()]) if rest and rest != ["&"] else ""
+        assert all(re.search(rf"{word}\b", found) for word in rest if word.startswith("--")), command
+
+
+def test_every_option_of_the_loop_is_in_the_readme_or_the_manual():
+    options = set(re.findall(r"--[a-z]+", help_of("loop.py"))) - {"--help", "--git"}
+    assert options <= set(re.findall(r"--[a-z]+", "".join(TEXTS.values())))
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_links_within_the_project_lead_somewhere(name):
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", TEXTS[name]):
+        assert (ROOT / target).exists(), target
