@@ -1286,7 +1286,8 @@ class Model:
         except Stop:
             raise
         except Exception as error:  # whatever else goes wrong here is in the settings; the key stays unprinted
-            raise Stop(f"the model's server failed at the first call: {one_line(str(error).replace(key, '***'))}") from None
+            doing = "at the first call" if hasattr(self, "name") else "to list its models (name one: --model NAME)"
+            raise Stop(f"the model's server failed {doing}: {one_line(str(error).replace(key, '***'))}") from None
 
     def agree(self):
         """Finds the form that the server takes, by short requests: so a refusal later on tells of the length, not of the form."""
@@ -1307,7 +1308,8 @@ class Model:
         answer = self.client.chat.completions.create(model=self.name, messages=sent, **stream, **self.limit)
         text, ended, usage, end = "", None, None, time.monotonic() + REPLY_SECONDS
         for part in itertools.takewhile(lambda _: time.monotonic() < end, answer if stream else [answer]):
-            choice = (getattr(part, "choices", None) or [None])[0]  # of a page of HTML: none
+            choices = getattr(part, "choices", None)  # of a page of HTML: none
+            choice = choices[0] if isinstance(choices, list) and choices else None
             content = getattr(getattr(choice, "delta" if stream else "message", None), "content", None)
             pieces = content if isinstance(content, list) else [{"text": content}]
             text += "".join(str(piece.get("text") or "") for piece in pieces if isinstance(piece, dict))

@@ -1,4 +1,4 @@
-"""Drives whole nights against servers that others wrote, over real HTTP: a check by hand, not a test, as it installs 2 GB of packages.
+"""Drives whole nights against servers that others wrote, over real HTTP: a check by hand, not a test, as it installs 2.5 GB of packages.
 
     python tests/check_servers.py [NAME ...]      installs, makes tiny models, runs; a line for each night; exit 1 if one is wrong
 
@@ -99,7 +99,7 @@ LLAMA_CPP = """\
 import sys, time, xllamacpp
 
 params = xllamacpp.CommonParams()
-params.model.path, params.port, params.hostnames, params.n_ctx, params.n_parallel = sys.argv[1], int(sys.argv[2]), ["127.0.0.1"], 14000, 1
+params.model.path, params.port, params.hostnames, params.n_ctx, params.n_parallel = sys.argv[1], int(sys.argv[2]), ["127.0.0.1"], 6144, 1
 server = xllamacpp.Server(params)
 while True:
     time.sleep(1)
@@ -113,7 +113,7 @@ SERVERS = {
         "transformers serve {folder} --device cpu --host 127.0.0.1 --port {port}",
         (None,),
     ),
-    "mlx-lm": (["mlx[cpu]", "mlx-lm"], "folder", "python -m mlx_lm server --model {folder} --temp 1 --port {port}", (None, "{folder}")),
+    "mlx-lm": (["mlx[cpu]", "mlx-lm"], "folder", "python -m mlx_lm server --model {folder} --temp 1 --port {port}", (None,)),
     "xllamacpp": (["xllamacpp", "gguf"], "gguf", "python {folder}/serve.py {folder}/tiny.gguf {port}", (None,)),
 }
 
@@ -175,10 +175,15 @@ def serving(name, folder, port):
 
 
 def form(model, settings):
-    """How the loop finds that the server wants to be asked."""
+    """How the loop finds that the server wants to be asked, and what a streamed reply counts."""
     with patch.dict(os.environ, settings):
-        stream, folded = loop.Model(model, loop.Facts(Console(quiet=True), live=False)).form
-    return f"{'streamed' if stream else 'not streamed'}, {'no ' if folded else ''}system role"
+        model = loop.Model(model, loop.Facts(Console(quiet=True), live=False))
+    stream, folded = model.form
+    model.form = loop.STREAM, folded
+    _, tokens = model.call([{"role": "system", "content": "A test."}, {"role": "user", "content": "Say something."}])
+    return (
+        f"{'' if stream else 'not '}streamed, {'no ' if folded else ''}system role; a streamed reply counts {'' if tokens else 'no '}tokens"
+    )
 
 
 def night(name, folder, model):
@@ -220,7 +225,7 @@ def main():
     for name in parser.parse_args().names or SERVERS:
         folder, version = install(name)
         for model in SERVERS[name][3]:
-            line, found = night(name, folder, model and model.format(folder=folder))
+            line, found = night(name, folder, model)
             print(f"{name} {version}, {model or 'no --model'}: {line}; {'WRONG' if found else 'ok'}", *found, sep="\n  ", flush=True)
             wrong += bool(found)
     return wrong > 0

@@ -29,7 +29,7 @@ class ChatServer:
 
     A reply is a text, an HTTP status with a body and headers, bytes (sent as they are, then the connection ends), a choice as
     a dictionary, or a function of the request; with the queue empty, `default`.
-    The loop's first call (is the model there?) is answered by `ready`, and not recorded.
+    The loop's first calls (is the model there, and how does it want to be asked?) are answered by `ready`, and not recorded.
     """
 
     def __init__(self):

@@ -195,6 +195,13 @@ def test_a_server_that_takes_no_form_of_request_ends_the_loop_at_the_first_call(
     assert stop.value.code == 2
 
 
+def test_a_server_that_fails_to_list_its_models_can_be_told_which(model, server, monkeypatch):
+    monkeypatch.setattr(server.http.RequestHandlerClass, "do_GET", lambda self: self.send(200, ""))
+    with pytest.raises(loop.Stop, match="failed to list its models .name one: --model NAME.: "):
+        loop.Model(None, model.facts)
+    assert loop.Model("mine", model.facts).name == "mine"
+
+
 def test_a_page_where_a_reply_was_due_ends_the_loop_at_the_first_call(model, server):
     server.ready = (200, HTML, {"Content-Type": "text/html"})
     with pytest.raises(loop.Stop, match="502 Bad Gateway"):
