@@ -67,6 +67,8 @@ LAST_RUNS = 4  # of which the prompt shows the loss along the run, or the end of
 LEAST_FREE = 3e8  # bytes of disk: with less, old run folders go, a run ends and the loop waits
 DEFAULT_MODEL = "gpt-5"  # where --model says nothing; a server of your own is asked for its first model instead
 REPLY_SECONDS = 900  # for one reply of the model: reasoning models think for minutes
+REPLY_TOKENS = 16_384  # asked for after a reply was cut off with fewer: some servers stop at 512, or 100, unless they are told
+STREAM = {"stream": True, "stream_options": {"include_usage": True}}
 REPAIRS = 2  # times that an edit whose run ended in a traceback goes back to the model: an idea shouldn't be lost to a typo
 REFUSALS = 2  # times that an edit which can't be applied goes back to the model, before it becomes a row
 LOCK_SECONDS = 10  # after which git's lock on a ref was left by a git that was killed: it needs milliseconds
@@ -1265,7 +1267,8 @@ def as_unicode(text):
 
 
 class Model:
-    """An OpenAI-compatible chat model. The first call must work; later faults are waited out for as long as it takes."""
+    """An OpenAI-compatible chat model. The first call must work; later faults are waited out for as long as it takes. What a server
+    wants of a request is found by trying, and remembered."""
 
     def __init__(self, name, facts):
         if not os.environ.get("OPENAI_API_KEY") and not os.environ.get("OPENAI_BASE_URL"):
@@ -1273,15 +1276,17 @@ class Model:
                        "(export OPENAI_BASE_URL=http://localhost:11434/v1), or go without (python loop.py --offline)")  # fmt: skip
         import openai  # 0.6 s that --offline needn't spend
 
-        self.openai, self.facts = openai, facts
+        self.openai, self.facts, self.limit = openai, facts, {}
+        self.limits = iter(({"max_tokens": REPLY_TOKENS}, {"max_completion_tokens": REPLY_TOKENS}))  # the newest models want the second
         key = os.environ.get("OPENAI_API_KEY", "").strip() or "none"  # local servers want no key, the client wants one
         try:
-            self.client = openai.OpenAI(api_key=key, max_retries=0, timeout=REPLY_SECONDS)
+            alone = {"Connection": "close"}  # else a server that drops the connection after an error fails the next request, too
+            self.client = openai.OpenAI(api_key=key, max_retries=0, timeout=REPLY_SECONDS, default_headers=alone)
             own_server = bool(os.environ.get("OPENAI_BASE_URL"))
             self.name = name or (next((model.id for model in self.client.models.list()), None) if own_server else DEFAULT_MODEL)
             if self.name is None:
                 raise Stop(f"the server at {self.client.base_url} lists no model; load one, or name it with --model")
-            self.call([{"role": "user", "content": "Answer with the one word: ready"}])
+            self.agree()
         except openai.APIConnectionError as error:
             raise Stop(f"no answer from {self.client.base_url} ({error.__cause__ or error}); is the server running?") from None
         except openai.AuthenticationError:
@@ -1292,19 +1297,45 @@ class Model:
         except Stop:
             raise
         except Exception as error:  # whatever else goes wrong here is in the settings; the key stays unprinted
-            raise Stop(f"the model's server failed at the first call: {one_line(str(error).replace(key, '***'))}") from None
+            doing = "at the first call" if hasattr(self, "name") else "to list its models (name one: --model NAME)"
+            raise Stop(f"the model's server failed {doing}: {one_line(str(error).replace(key, '***'))}") from None
+
+    def agree(self):
+        """Finds the form that the server takes, by short requests: so a refusal later on tells of the length, not of the form."""
+        chat, fault = [{"role": "system", "content": "A test."}, {"role": "user", "content": "Answer with the one word: ready"}], None
+        for self.form in itertools.product(({}, STREAM, {"stream": True}), (False, True)):
+            try:
+                return self.call(chat)
+            except (self.openai.APIStatusError, ValueError) as error:
+                fault = fault or error
+        raise fault
 
     def call(self, chat):
-        """One request: (the reply's text, tokens used)."""
-        chat = [message | {"content": as_unicode(message["content"])} for message in chat]
-        answer = self.client.chat.completions.create(model=self.name, messages=chat)
-        choices = getattr(answer, "choices", None)  # of a page of HTML: none
-        choice = choices[0] if isinstance(choices, list) and choices else None
-        text = getattr(getattr(choice, "message", None), "content", None)
-        text = as_unicode(text) if isinstance(text, str) else ""
-        if getattr(choice, "finish_reason", None) in ("length", "content_filter"):
+        """One request: (the reply's text, without reasoning; tokens used, 0 where the server doesn't count)."""
+        stream, folded = self.form
+        sent = [message | {"content": as_unicode(message["content"])} for message in chat]
+        if folded:  # there are models without a system role
+            sent[:2] = [{"role": "user", "content": f"{sent[0]['content']}\n\n{sent[1]['content']}"}]
+        answer = self.client.chat.completions.create(model=self.name, messages=sent, **stream, **self.limit)
+        text, ended, usage, end = "", None, None, time.monotonic() + REPLY_SECONDS
+        for part in itertools.takewhile(lambda _: time.monotonic() < end, answer if stream else [answer]):
+            choices = getattr(part, "choices", None)  # of a page of HTML: none
+            choice = choices[0] if isinstance(choices, list) and choices else None
+            content = getattr(getattr(choice, "delta" if stream else "message", None), "content", None)
+            pieces = content if isinstance(content, list) else [{"text": content}]
+            text += "".join(str(piece.get("text") or "") for piece in pieces if isinstance(piece, dict))
+            ended, usage = getattr(choice, "finish_reason", None) or ended, getattr(part, "usage", None) or usage
+        if not ended and (stream or not text):
+            raise ValueError(f"no whole reply in its answer: {text or getattr(answer, 'error', None) or answer}")
+        own, used = (getattr(usage, name, None) or 0 for name in ("completion_tokens", "total_tokens"))
+        if ended == "length" and own < REPLY_TOKENS and not self.limit and (limit := next(self.limits, None)):
+            self.limit = limit
+            self.facts.say(f"the model's server cut a reply off after {own} tokens; asking again for up to {REPLY_TOKENS:,}")
+            text, more = self.call(chat)
+            return text, used + more
+        if ended in ("length", "content_filter"):
             text += "\n<<<<<<< SEARCH"  # as what it is: a reply cut off, of which nothing may be applied
-        return text, getattr(getattr(answer, "usage", None), "total_tokens", None) or 0
+        return as_unicode(text), used
 
     def ask(self, chat, unwanted):
         """As call(), through every fault of the provider until the Event `unwanted`: a request that is too long loses its history, the
@@ -1318,7 +1349,10 @@ class Model:
                 if unwanted.is_set():
                     break
                 reason = one_line(str(error).replace(self.client.api_key, "***"), 120)
-                if getattr(error, "status_code", None) in (400, 413, 422) and shorten(chat):
+                refused = getattr(error, "status_code", None) in (400, 413, 422)
+                if refused and not shorten(chat):  # then the limit may be what it refuses
+                    refused, self.limit = self.limit, self.limit and next(self.limits, {})
+                if refused:
                     self.facts.say(f"the model's server refused the request ({reason}); asking again with less of it")
                     continue
                 seconds, failed = backoff(failed), failed + 1

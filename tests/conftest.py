@@ -29,7 +29,7 @@ class ChatServer:
 
     A reply is a text, an HTTP status with a body and headers, bytes (sent as they are, then the connection ends), a choice as
     a dictionary, or a function of the request; with the queue empty, `default`.
-    The loop's first call (is the model there?) is answered by `ready`, and not recorded.
+    The loop's first calls (is the model there, and how does it want to be asked?) are answered by `ready`, and not recorded.
     """
 
     def __init__(self):
@@ -55,7 +55,7 @@ class ChatServer:
 
             def do_POST(self):
                 request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                if len(request["messages"]) == 1 and "ready" in request["messages"][0]["content"]:
+                if request["messages"][-1]["content"].endswith("Answer with the one word: ready"):
                     reply = chat.ready
                 else:
                     chat.requests.append(request)

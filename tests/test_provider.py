@@ -1,5 +1,7 @@
-"""Claims about a provider that fails: what can be waited out is waited out, what is too long is shortened, and the view says so."""
+"""Claims about a provider that fails: what can be waited out is waited out, what is too long is shortened, what servers
+differ in is found by trying, and the view says so."""
 
+import json
 import time
 from threading import Event
 
@@ -118,6 +120,167 @@ def test_a_reply_that_is_not_whole_is_refused_and_never_applied(model, server, n
 
 
 @pytest.mark.parametrize("body", [{"choices": []}, {"choices": None}, {}, {"choices": [{}]}, {"choices": [{"message": None}]}])
-def test_an_answer_without_a_choice_is_an_empty_reply(model, server, body):
-    server.replies += [(200, body)]
-    assert model.ask([*TEXT], Event()) == ("", 0)
+def test_an_answer_without_a_reply_is_a_fault_of_the_server(model, server, body):
+    server.replies += [(200, body | {"error": {"message": "no upstream"}}), "an edit"]
+    assert model.ask([*TEXT], Event()) == ("an edit", 100) and "no upstream" in model.said()
+
+
+# ---- what servers differ in: found by trying, remembered
+
+
+def streamed(*pieces, end="stop", usage=True):
+    """A reply in pieces, as a stream; without an `end` it breaks off."""
+    choices = [{"index": 0, "delta": {"content": piece}, "finish_reason": None} for piece in pieces]
+    chunks = [{"choices": [choice]} for choice in choices]
+    chunks += [{"choices": [{"index": 0, "delta": {}, "finish_reason": end}]}] if end else []
+    chunks += [{"choices": [], "usage": {"completion_tokens": 10, "total_tokens": 100}}] if usage else []
+    return 200, "".join(f"data: {json.dumps(chunk)}\n\n" for chunk in chunks) + "data: [DONE]\n\n" * bool(end), EVENTS
+
+
+EVENTS = {"Content-Type": "text/event-stream"}
+NO_SYSTEM = {"object": "error", "message": "System role not supported", "code": 400}
+NO_LIMIT = {"error": {"message": "Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead.", "param": "max_tokens"}}
+# (what it answers a request that it can't take, which those are, tokens that it counts)
+DIFFERENT = {
+    "no system role": ((400, NO_SYSTEM), lambda request: has_system(request), 100),
+    "no system role, said by a broken template": ((500, "jinja2.exceptions.TemplateError"), lambda request: has_system(request), 100),
+    "streams only": ((400, {"error": {"message": "only stream mode"}}), lambda request: not request.get("stream"), 100),
+    "streams only, also unasked": (streamed("an ", "edit"), lambda request: not request.get("stream"), 100),
+    "streams only, and doesn't count": ((422, NO_LIMIT), lambda request: not request.get("stream") or "stream_options" in request, 0),
+    "streams only, no system role": ((422, NO_SYSTEM), lambda request: has_system(request) or not request.get("stream"), 100),
+}
+
+
+def has_system(request):
+    return any(message["role"] == "system" for message in request["messages"])
+
+
+def different(refusal, cannot):
+    """A server's answers."""
+
+    def answer(request):
+        edit = streamed("an ", "edit", usage="stream_options" in request) if request.get("stream") else "an edit"
+        return refusal if cannot(request) else edit
+
+    return answer
+
+
+@pytest.mark.parametrize("name", DIFFERENT)
+def test_a_server_that_wants_another_form_of_request_is_asked_in_it_from_the_start(model, server, name):
+    refusal, cannot, tokens = DIFFERENT[name]
+    server.ready = server.default = different(refusal, cannot)
+    model.agree()
+    chat = [*TEXT, {"role": "assistant", "content": "a refused reply"}, {"role": "user", "content": "why"}]
+    assert [model.ask([*chat], Event()) for _ in range(2)] == [("an edit", tokens)] * 2
+    assert len(server.requests) == 2 and not any(map(cannot, server.requests))
+    texts = "".join(message["content"] for message in server.requests[0]["messages"])
+    assert texts.replace("\n\n", "") == "".join(message["content"] for message in chat).replace("\n\n", "")  # nothing is lost
+    assert not any("max" in word for request in server.requests for word in request)  # no limit where none is needed
+
+
+def test_a_server_that_drops_the_connection_after_an_error_is_asked_on_a_new_one(model, server, monkeypatch):
+    handler = server.http.RequestHandlerClass
+    finish = handler.finish
+    monkeypatch.setattr(handler, "finish", lambda self: (time.sleep(0.2), finish(self)))
+    kept_open = b"HTTP/1.1 500 Internal Server Error\r\nContent-Length: 2\r\n\r\n{}"
+    server.ready = lambda request: kept_open if has_system(request) else "ready"
+    model.agree()
+    assert model.form == ({}, True)
+
+
+def test_a_server_that_takes_no_form_of_request_ends_the_loop_at_the_first_call(model, server):
+    server.ready = (400, {"error": {"message": "no chat template for sk-secret"}})
+    with pytest.raises(loop.Stop, match="failed at the first call: .*no chat template for ...$") as stop:
+        loop.Model(None, model.facts)
+    assert stop.value.code == 2
+
+
+def test_a_server_that_fails_to_list_its_models_can_be_told_which(model, server, monkeypatch):
+    monkeypatch.setattr(server.http.RequestHandlerClass, "do_GET", lambda self: self.send(200, ""))
+    with pytest.raises(loop.Stop, match="failed to list its models .name one: --model NAME.: "):
+        loop.Model(None, model.facts)
+    assert loop.Model("mine", model.facts).name == "mine"
+
+
+def test_a_page_where_a_reply_was_due_ends_the_loop_at_the_first_call(model, server):
+    server.ready = (200, HTML, {"Content-Type": "text/html"})
+    with pytest.raises(loop.Stop, match="502 Bad Gateway"):
+        loop.Model(None, model.facts)
+
+
+@pytest.mark.parametrize("reply", [streamed("half an ", end=None), (200, 'data: {"error": {"message": "out of memory"}}\n\n', EVENTS)])
+def test_a_stream_that_breaks_off_is_waited_out(model, server, reply):
+    server.ready = different((400, NO_SYSTEM), lambda request: not request.get("stream"))
+    model.agree()
+    server.replies += [reply, streamed("an edit")]
+    assert model.ask([*TEXT], Event()) == ("an edit", 100) and "going on in" in model.said()
+
+
+def test_a_stream_that_never_ends_is_given_up(model, server):
+    server.ready = different((400, NO_SYSTEM), lambda request: not request.get("stream"))
+    model.agree()
+    loop.REPLY_SECONDS = 0
+    server.replies += [streamed("for ", "ever and ", "ever")]
+    server.default = lambda request: setattr(loop, "REPLY_SECONDS", 9) or streamed("an edit")
+    assert model.ask([*TEXT], Event())[0] == "an edit" and "going on in" in model.said()
+
+
+def stops_early(*refused, most=512):
+    """A server that ends a reply after few tokens unless told otherwise."""
+
+    def answer(request):
+        if any(name in request for name in refused):
+            return 400, NO_LIMIT
+        length = max(request.get("max_tokens", most), request.get("max_completion_tokens", most))
+        return "an edit" if length > 4000 else {"message": {"role": "assistant", "content": "an e"}, "finish_reason": "length"}
+
+    return answer
+
+
+@pytest.mark.parametrize("refused, name", [((), "max_tokens"), (("max_tokens",), "max_completion_tokens")])
+def test_a_server_that_ends_replies_early_is_told_how_long_they_may_be(model, server, refused, name):
+    server.default = stops_early(*refused)
+    assert model.ask([TEXT[0], {"role": "user", "content": "go"}], Event())[0] == "an edit"
+    asked = len(server.requests)
+    assert model.ask([*TEXT], Event()) == ("an edit", 100) and len(server.requests) == asked + 1
+    assert server.requests[-1][name] == loop.REPLY_TOKENS and "Results so far" in server.requests[-1]["messages"][1]["content"]
+
+
+def test_a_reply_that_was_cut_off_and_asked_for_again_counts(model, server):
+    server.default = stops_early()
+    assert model.ask([*TEXT], Event()) == ("an edit", 200)
+
+
+def test_a_server_that_takes_no_limit_gives_a_reply_that_is_cut_off(model, server):
+    server.default = stops_early("max_tokens", "max_completion_tokens")
+    for asked in (5, 6):  # without a limit, with one, the same without the history, with the other, without one; then at once
+        with pytest.raises(loop.Refused, match="cut off"):
+            loop.parse_reply(model.ask([*TEXT], Event())[0])
+        assert len(server.requests) == asked
+
+
+def test_a_reply_that_ends_at_the_models_own_limit_is_not_asked_for_again(model, server):
+    choice = {"index": 0, "message": {"role": "assistant", "content": "long"}, "finish_reason": "length"}
+    server.replies += [(200, {"choices": [choice], "usage": {"completion_tokens": loop.REPLY_TOKENS, "total_tokens": 30000}})]
+    assert model.ask([*TEXT], Event())[1] == 30000 and len(server.requests) == 1
+
+
+HM = {"type": "thinking", "thinking": [{"type": "text", "text": "hm"}]}
+SAID = {
+    "in parts": ({"content": [HM, {"type": "text", "text": "an "}, {"text": "edit"}]}, "an edit"),
+    "after reasoning": ({"content": "an edit", "reasoning_content": "hm", "reasoning": "hm"}, "an edit"),
+    "only in reasoning": ({"content": None, "reasoning_content": "an edit?"}, ""),  # a draft is no answer
+    "nowhere": ({}, ""),
+}
+
+
+@pytest.mark.parametrize("name", SAID)
+def test_a_reply_is_the_content_and_not_the_reasoning(model, server, name):
+    said, text = SAID[name]
+    server.replies += [{"message": {"role": "assistant", **said}}]
+    assert model.ask([*TEXT], Event())[0] == text
+
+
+def test_tokens_that_a_server_does_not_count_are_0(model, server):
+    server.replies += [(200, {"choices": [{"index": 0, "message": {"role": "assistant", "content": "an edit"}, "finish_reason": "stop"}]})]
+    assert model.ask([*TEXT], Event()) == ("an edit", 0)
