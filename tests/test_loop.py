@@ -466,7 +466,7 @@ def test_what_a_failed_thought_cost_is_counted():
         return "no edit", 100
 
     facts = loop.Facts(Console(quiet=True), live=True)
-    thought = loop.Thought(ask, 3, facts, "", [{}, {}], "", known=("", {}), mends={}, base="")
+    thought = loop.Thought(ask, 3, facts, [{}, {}], "", known=("", {}), mends={}, base="")
     thought.join()
     assert isinstance(thought.error, OSError) and (facts.tokens, facts.wasted, facts.refused) == (100, 0, 1)
     thought.drop()
