@@ -126,11 +126,11 @@ def test_only_colours_that_dark_and_light_terminals_show():
 def test_the_loss_is_compared_at_the_same_point_of_the_run_as_a_mean_of_the_last_percents():
     points = {percent: 3.0 + (percent % 2) for percent in range(43)}
     rival = [(percent, 4.0) for percent in range(101) if percent != 40] + [(41, 5.0)]  # two runs of it, and one point is missing
-    assert loop.race(points, rival) == "loss 3.400 at 42 %: -0.800 against the best so far, which had 4.200 there"
+    assert loop.race(points, rival) == "loss 3.500 at 42 %: -0.550 against the best so far, which had 4.050 there"
 
 
 def test_nothing_is_compared_with_nothing_nor_at_the_first_steps():
-    assert loop.race({42: 3.0}, []) == loop.race({42: 3.0}, [(30, 2.0), (43, 2.0)]) == "loss 3.000 at 42 %"
+    assert loop.race({42: 3.0}, []) == loop.race({42: 3.0}, [(20, 2.0), (43, 2.0)]) == "loss 3.000 at 42 %"
     assert loop.race({1: 9.0, 3: 7.0}, [(1, 8.0), (3, 6.0)]) == "loss 8.000 at 3 %"
 
 
