@@ -300,6 +300,19 @@ def test_while_the_machine_fails_the_loop_waits_and_blames_no_experiment(project
     assert len(server.requests) == 2 and project.status() == ""
 
 
+def test_an_experiment_that_breaks_the_machine_for_a_while_each_time_does_not_take_the_night(project, server):
+    mark = project.folder.parent / "broken"
+    check = f"    if Path({str(mark)!r}).exists():\n        Path({str(mark)!r}).unlink()\n        raise RuntimeError({BUSY!r})\n"
+    project.write("prepare.py", project.read("prepare.py").replace("    for step in range(1", f"{check}    for step in range(1"))
+    project.constants(WAITS="(0.01, 0.01)")
+    server.replies += [
+        inside(f"open({str(mark)!r}, 'w'); raise RuntimeError({BUSY!r})", "breaks it"),
+        block("DEPTH = 4", "DEPTH = 5", "a layer"),
+    ]
+    project.online(server, "--experiments", 2)
+    assert [(row["status"], row["description"][:9]) for row in project.rows()][1:] == [("crash", "breaks it"), ("keep", "a layer")]
+
+
 def test_what_fails_alone_is_to_blame_whatever_it_says(project, server):
     project.constants(WAITS="(0.05, 0.2)")
     server.replies += [inside(f"raise RuntimeError({BUSY!r})", "no device"), block("DEPTH = 4", "DEPTH = 5", "the next")]
@@ -450,6 +463,24 @@ def test_a_run_whose_row_cannot_be_written_is_not_run_again(project, server):
     (project.folder / "results.tsv").rmdir()
     out, _ = process.communicate(timeout=60)
     assert out.count("#1 twice the width") == 2 and len(project.rows()) == 3 and project.status() == ""
+
+
+def test_a_refused_proposal_whose_row_is_written_half_has_no_second_one(project, server):
+    path = project.folder / "results.tsv"
+
+    def full(request):
+        path.unlink()
+        path.mkdir()
+        return "no edit"
+
+    project.constants(WAITS="(0.05, 0.2)")
+    server.replies += ["no edit", "no edit", full, block("DEPTH = 4", "DEPTH = 5", "a layer")]
+    process = project.start("--budget", "20", "--tag", "t", "--experiments", "2", OPENAI_BASE_URL=server.url)
+    project.wait_for(path.is_dir)
+    time.sleep(2)
+    path.rmdir()
+    process.communicate(timeout=60)
+    assert [row["status"] for row in project.rows()] == ["keep", "crash", "keep"] and project.status() == ""
 
 
 def test_a_branch_that_is_away_for_a_moment_is_not_gone(project, server):

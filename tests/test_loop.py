@@ -177,6 +177,16 @@ def test_of_a_program_md_that_the_person_takes_off_the_branch_the_last_one_holds
     assert [row["description"] for row in project.rows()] == ["baseline", "twice the width", "one layer"]
 
 
+def test_a_branch_without_a_program_md_goes_on_with_the_one_that_was_checked_out(project, server):
+    project.offline("--experiments", 1)
+    project.git("rm", "-q", "program.md")
+    project.git("commit", "--quiet", "-m", "away with it")
+    project.git("checkout", "--quiet", "main")
+    server.replies += [BETTER]
+    project.online(server, "--experiments", 1)
+    assert "Lower val_bpb." in server.requests[0]["messages"][1]["content"] and len(project.rows()) == 3
+
+
 @pytest.mark.parametrize(
     "damage", [lambda path: path.unlink(), lambda path: path.write_text("  \n"), lambda path: (path.unlink(), path.mkdir())]
 )

@@ -178,6 +178,17 @@ def test_a_server_that_wants_another_form_of_request_is_asked_in_it_from_the_sta
     assert not any("max" in word for request in server.requests for word in request)  # no limit where none is needed
 
 
+def test_a_refusal_within_a_stream_is_one_too(model, server):
+    def answer(request):
+        if not request.get("stream"):
+            return 400, {"error": {"message": "only stream mode"}}
+        return (200, 'data: {"error": {"message": "no system role"}}\n\n', EVENTS) if has_system(request) else streamed("ready")
+
+    server.ready = answer
+    model.agree()
+    assert model.form[1] and model.form[0]["stream"]
+
+
 def test_a_server_that_drops_the_connection_after_an_error_is_asked_on_a_new_one(model, server, monkeypatch):
     handler = server.http.RequestHandlerClass
     finish = handler.finish
