@@ -469,6 +469,7 @@ def test_a_refused_proposal_whose_row_is_written_half_has_no_second_one(project,
     path = project.folder / "results.tsv"
 
     def full(request):
+        project.wait_for(project.rows)
         path.unlink()
         path.mkdir()
         return "no edit"
