@@ -71,6 +71,14 @@ def test_kept_rows_stand_in_order_with_their_change_and_near_misses_below():
     ]
 
 
+def test_the_night_in_the_readme_is_what_the_report_makes_of_it():
+    text = (Path(__file__).parent / "night" / "results.tsv").read_text()
+    out = screen(loop.Report("a night", loop.read_rows(text)), 120)
+    readme = (Path(__file__).parent.parent / "README.md").read_text().replace("\n", " ")
+    for line in ("24 experiments, 2 kept, 1 crashed", "gain 0.0000 +- 0.0206, luck taken off", "gains clear of the noise: 0"):
+        assert line in out and line in readme
+
+
 def test_what_a_model_wrote_reaches_the_screen_as_text():
     out = screen(loop.Report("x", loop.read_rows(FIVE)))
     assert "halve the batch of [mlp]" in out and "\x1b" not in out and "warmdown $0.5$" in out and "warmup and a tab" in out
