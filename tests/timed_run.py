@@ -61,14 +61,13 @@ def timed(prepare, train, clock, wait):
             if clock.calls < 2:
                 clock.mark(("before the first step", "the first step")[clock.calls], wait)
             clock.calls += 1
-            if (progress := super().progress()) >= 1:
-                clock.mark("the other steps", wait)
-            return progress
+            return super().progress()
 
         def log(self, *args, **kwargs):
             clock.spend("log", super().log, *args, **kwargs)
 
         def finish(self, *args, **kwargs):
+            clock.mark("the other steps", wait)
             super().finish(*args, **kwargs)
             clock.mark("evaluation, with its probes")
 
