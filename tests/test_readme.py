@@ -65,6 +65,12 @@ def test_every_command_in_the_text_exists_with_its_options(name):
         assert all(re.search(rf"{word}\b", found) for word in rest if word.startswith("--")), command
 
 
+def test_the_rule_is_simulated_by_the_command_that_the_readme_names():
+    command = [sys.executable, "tests/bench.py", "judge", "--nights", "1"]
+    out = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert len(re.findall(r"^(strict|rerun|ours) +0\.00", out, re.MULTILINE)) == 9
+
+
 def test_every_option_of_the_loop_is_in_the_readme():
     options = set(re.findall(r"--[a-z]+", help_of("loop.py"))) - {"--help"}
     assert options <= set(re.findall(r"--[a-z]+", TEXTS["README.md"]))
