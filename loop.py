@@ -567,7 +567,7 @@ def parse_summary(output, secret, seed, budget, fingerprint, split="val"):
 # ----------------------------------------------------------------------------------------------------------- the context
 
 
-def history(rows, incumbent, noise, touches, earlier=0):
+def history(rows, best, noise, touches, earlier=0):
     """The night so far for the prompt, bounded whatever its length: keeps, near misses, what was tried where, the latest of the others.
 
     touches: {commit: names of the places that the experiment changed}; earlier: rows that ran under another program.md.
@@ -575,7 +575,7 @@ def history(rows, incumbent, noise, touches, earlier=0):
     keeps = [row for row in rows if row.status == "keep"]
     others = [row for row in rows if row.status != "keep"]
     lines = [f"{len(rows)} experiments: {len(keeps)} kept, {sum(r.status == 'crash' for r in others)} crashed. "
-             f"The train.py to beat: val_bpb {incumbent.val_bpb:.6f}.",
+             f"The train.py to beat: val_bpb {best.val_bpb:.6f}.",
              f"Another seed alone moves val_bpb by about {noise:.4f} (one standard deviation)."]  # fmt: skip
     lines += [f"The person has changed program.md: the first {earlier} experiments ran under an earlier one."] if earlier else []
     lines += ["", "Kept, in order:"]
@@ -724,6 +724,9 @@ def read_text(path):
         return path.read_bytes().decode("utf-8", "surrogateescape")
 
 
+NOTED = "Tree", "Touches", "Program"  # trailers of an experiment's commit, as note() takes them
+
+
 class Notebook:
     """What the loop remembers, all of it in git: the branch, its results.tsv, and the experiment that is running."""
 
@@ -743,14 +746,17 @@ class Notebook:
         if len(rows) < len(self.rows):
             raise OSError(errno.EIO, "rows are missing", f"results.tsv on {self.name}")
         self.text, self.rows[:] = text, rows  # the same list: the screen has it, too
-        wanted = "%x09".join(f"%(trailers:key={name},valueonly,separator=%x2C)" for name in ("Tree", "Touches", "Program"))
+        wanted = "%x09".join(f"%(trailers:key={name},valueonly,separator=%x2C)" for name in NOTED)
         log = {line[:7]: line.split("\t") for line in self.git("log", f"--format=%H%x09{wanted}", self.ref).splitlines()}
-        of_rows = [(row, *log.get(row.commit[:7], ("", "", "", ""))[1:]) for row in self.rows]
-        self.tried = {tree: row for row, tree, _, _ in of_rows}
-        self.touches = {row.commit: places for row, _, places, _ in of_rows}
-        self.programs = {row.commit: program for row, _, _, program in of_rows}
+        self.tried, self.touches, self.programs = {}, {}, {}
+        for row in self.rows:
+            self.note(row, *log.get(row.commit[:7], [""] * 4)[1:])
         self.incumbent = next((row for row in reversed(self.rows) if row.status == "keep"), None)
         self.incumbent_source = self.git.blob(self.incumbent.commit if self.incumbent else self.ref, "train.py")
+
+    def note(self, row, tree, touches, program):
+        """What a row's experiment says of itself: its code's tree, the places it changes, the program.md that it ran under."""
+        self.tried[tree], self.touches[row.commit], self.programs[row.commit] = row, touches, program
 
     def tip(self):
         for _ in range(20):  # a disk may be away for a moment
@@ -846,15 +852,14 @@ class Notebook:
         commits = {row.commit[:7] for row in self.rows[-count:]}  # a merge of the person's is none
         return [(commit, message) for commit, message in found if commit[:7] in commits][::-1]
 
-    def record(self, commit, row, body, trailers):
-        """Appends the row by a commit with two parents, the branch's tip and the experiment; what is remembered follows the branch."""
+    def record(self, commit, known, row, body, trailers):
+        """Appends the row by a commit with two parents, the branch's tip and the experiment, whose trailers are `known`; what is remembered
+        follows the branch."""
         row.commit = self.git("rev-parse", "--short=7", commit).strip()
         source = self.git.blob(commit, "train.py") if row.status == "keep" else self.incumbent_source
-        known = read_trailers(self.git.message(commit))
         self.publish(compose(f"{row.status}: {row.description}", body, trailers), self.text + row.line(), source, commit)
         self.rows.append(row)
-        self.tried[known.get("Tree")] = row
-        self.touches[row.commit], self.programs[row.commit] = known.get("Touches"), known.get("Program")
+        self.note(row, *map(known.get, NOTED))
         if row.status == "keep":
             self.incumbent, self.incumbent_source = row, source
         self.refresh(commit)
@@ -971,8 +976,9 @@ class Output:
     def curve(self):
         """Loss at quarters of the run, as far as it came."""
         points = sorted(dict(self.points).items())
-        marks = [[loss for percent, loss in points if percent >= mark][:1] for mark in (25, 50, 75)]
-        return " ".join(f"{loss:.3f}" for loss in [*itertools.chain(*marks), *(loss for _, loss in points[-1:])])
+        marks = [next((loss for percent, loss in points if percent >= mark), None) for mark in (25, 50, 75)]
+        marks += [loss for _, loss in points[-1:]]
+        return " ".join(f"{loss:.3f}" for loss in marks if loss is not None)
 
 
 def read_curve(runs, row):
@@ -1443,6 +1449,15 @@ def cells(row, best):
     return row.status, f"{row.val_bpb:.4f}{times}", f"{row.val_bpb - best.val_bpb:+.4f}" if best else "", row.description
 
 
+def bests(rows):
+    """The lowest kept before each row, which it had to beat, None for the first; and after the last."""
+    found = [None]
+    for row in rows:
+        lower = row.status == "keep" and row.runs and not (found[-1] and found[-1].val_bpb <= row.val_bpb)
+        found.append(row if lower else found[-1])
+    return found
+
+
 def outcome(rows):
     """What was won, in a line."""
     if not (kept := [row for row in rows if row.status == "keep" and row.runs]):
@@ -1500,7 +1515,7 @@ def fit(text, width, most=1, style="", start=""):
 
 def render(facts, now, width, height):
     """The live view in a window of this size: from top to bottom its parts, as functions of the lines that SHARES leaves them."""
-    points, best = facts.points, Report("", facts.rows).best  # points: read once, a thread writes them
+    points, best = facts.points, bests(facts.rows)  # points: read once, a thread writes them
     rows, values, said = [*zip(facts.rows, best, strict=False)][::-1], [row.val_bpb for row in best if row], [*facts.said][::-1]
     percent, size = min(max(points or {}, default=0), 100), min(width // 3, 80)
     bar = Text.assemble("  ", ("━" * (done := size * percent // 100), "green"), "─" * (size - done), "  ")
@@ -1541,10 +1556,7 @@ class Report:
     def __post_init__(self):
         self.noise = noise_of(row.runs for row in self.rows)
         self.kept = [number for number, row in enumerate(self.rows) if row.status == "keep" and row.runs]
-        self.best, best = [None], None  # the lowest kept before each row, which it had to beat; and after the last
-        for row in self.rows:
-            best = row if row.status == "keep" and row.runs and not (best and best.val_bpb <= row.val_bpb) else best
-            self.best.append(best)
+        self.best = bests(self.rows)
 
     def gain(self, number):
         """(how much lower a row is than the best before it, the standard error of that); the first is no gain, but matters most."""
@@ -1603,8 +1615,10 @@ def render_report(report):
     for kind, count in [("kept", len(kept) - 1), ("clear of the noise", sum(map(report.clear, kept)))] if kept[1:] else ():
         each = ", ".join(f"{total / count:{form}} {unit}" for total, form, unit in spent if total and count)
         lines.append(f"gains {kind}: {count}{each and f', one for {each}'}")
-    lines += [f"clear: by more than {LUCK:g} standard errors, which luck may add to the best of many"] * bool(kept[1:])
-    lines += ["the noise is assumed: nothing here was run twice"] * bool(kept and max(len(row.runs) for row in rows) == 1)
+    if kept[1:]:
+        lines.append(f"clear: by more than {LUCK:g} standard errors, which luck may add to the best of many")
+    if kept and max(len(row.runs) for row in rows) == 1:
+        lines.append("the noise is assumed: nothing here was run twice")
     return Group(*parts, *(Text(part) for line in lines for part in line.split("  ·  ")))
 
 
@@ -2042,7 +2056,8 @@ class Night:
                 commit = notebook.experiment(notebook.incumbent_source, self.program, description, refusal, trailers)
                 self.finish(commit, "crash", Result(cause=one_line(f"refused: {refusal}"), seconds=time.monotonic() - thought.began))
             finally:
-                self.ahead = None if len(notebook.rows) > rows else thought
+                if len(notebook.rows) > rows:
+                    self.ahead = None
 
     def begin(self, source, description, reasoning, trailers):
         with self.interrupts.hold():
@@ -2209,9 +2224,11 @@ class Night:
     def to_blame(self, result):
         """Whether a run's result is its code's own; else it is to be run again. After failures that tell of the machine the incumbent runs:
         if that fails too, the machine was at fault, and the loop waits until it isn't."""
-        self.suspicion = self.suspicion + SUSPICION[result.failure] if result.cause else 0
-        self.spells = self.spells if result.cause else 0
-        if not result.cause or result.cause in self.cleared:
+        if not result.cause:
+            self.suspicion = self.spells = 0
+            return True
+        self.suspicion += SUSPICION[result.failure]
+        if result.cause in self.cleared:
             return True
         if self.suspicion >= 3:
             self.suspicion, self.spells = 0, self.spells + 1
@@ -2266,11 +2283,12 @@ class Night:
         best, message = self.notebook.incumbent, self.git.message(commit)
         runs = [] if result.cause else list(runs)
         description = one_line(message.splitlines()[0], 120) + (f" [{result.cause}]" if result.cause else "")
-        tokens, finished = int(read_trailers(message).get("Tokens", 0)), f"{datetime.now(timezone.utc):%Y-%m-%dT%H:%M:%SZ}"
+        known, finished = read_trailers(message), f"{datetime.now(timezone.utc):%Y-%m-%dT%H:%M:%SZ}"
+        tokens = int(known.get("Tokens", 0))
         row = Row("", fmean(runs) if runs else math.nan, result.memory_gb, status, description, runs, tokens, finished)
         log = "".join(f"\n| {line}" for line in result.tail.splitlines()) if result.cause else ""
         trailers = {"Failure": result.failure} if result.failure else {}
-        self.notebook.record(commit, row, result.curve + log, trailers | {"Seconds": f"{seconds:.1f}"})
+        self.notebook.record(commit, known, row, result.curve + log, trailers | {"Seconds": f"{seconds:.1f}"})
         self.hasty = self.hasty + 1 if result.cause and result.seconds < WAITS[0] else 0
         self.facts.say(CELLS.format(*cells(row, best)), seen=True)
         plot(self.folder, self.notebook.name)
