@@ -73,14 +73,14 @@ class Provider:
             self.did["provider: " + name] += 1
             return self.faults[name]
         text = request["messages"][1]["content"]
-        kind, reply = self.reply(text.partition("# train.py\n\n```python\n")[2].partition("\n```")[0], "which crashed" in text)
+        kind, reply = self.reply(text.partition("# train.py\n\n```python\n")[2].partition("\n```")[0], "Mend it:" in text)
         self.did[kind] += 1
         return reply
 
     def reply(self, source, repair):
         edit = loop.random_reply(source, self.rng, "GPU")
-        if repair and (crash := re.search(r"^    '''soak.*?^    '''end'''$", source, re.MULTILINE | re.DOTALL)):
-            return "reply: repair", edit + "\n" + block(crash[0], "").partition("\n\n")[2]
+        if repair:
+            return "reply: repair", edit
         chance = self.rng.random()
         if chance < 0.10:
             name = self.rng.choice(sorted(BROKEN_REPLIES))
