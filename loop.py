@@ -1432,7 +1432,7 @@ def outcome(rows):
     if kept[1:]:
         gain, error = gain_of(kept[0].runs, kept[-1].runs, noise)
         won = f"best {kept[-1].val_bpb:.4f}, {won}: gain {gain:.4f} +- {error:.4f}, luck taken off"
-    return won, f"noise of a run {noise:.4f}"
+    return won, f"noise of a run {noise:.4f}" if kept else "noise not known"
 
 
 def counts(rows):

@@ -73,7 +73,7 @@ def cycles_of_loop(budget, cycles):
     """Line: the share of the steps in the real loop, from one run's start to the next one's, with a model that answers at once."""
     server = ChatServer()
     server.default = lambda request: loop.random_reply(source_in(request), random.Random(len(server.requests)), "GPU")
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # a picture may still be drawn
         project = Clone(Path(folder))
         command = [sys.executable, "loop.py", "--tag", "speed", "--budget", f"{budget:g}"]
         environment = project.environment | {"PATH": os.environ["PATH"], "OPENAI_BASE_URL": server.url}

@@ -65,10 +65,27 @@ def test_every_command_in_the_text_exists_with_its_options(name):
         assert all(re.search(rf"{word}\b", found) for word in rest if word.startswith("--")), command
 
 
-def test_the_rule_is_simulated_by_the_command_that_the_readme_names():
-    command = [sys.executable, "tests/bench.py", "judge", "--nights", "1"]
-    out = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    assert len(re.findall(r"^(strict|rerun|ours) +0\.00", out, re.MULTILINE)) == 9
+SMALL = {  # the benchmarks that the README names: what makes them quick, and what they must then say
+    "judge": ("--nights 1", [rf"^{rule} +0\.00{noise}" for rule in ("strict", "rerun", "ours") for noise in ("03", "07", "15")]),
+    "kills": ("--kills 4", ["^4 kills, [0-9]+ rows, 0 with problems"]),
+    "speed": (
+        "--budget 20 --runs 1 --cycles 1 --think 0.1 --run 0.5 --thoughts 2",
+        ["^spawn to the end of the first step +[0-9.]+ s", "^training steps", "^the loader alone", "^training seconds, cycle over cycle",
+         "^the loop between two runs, at 10,000 rows +[0-9.]+ s", "^between runs of 0.5 s, thoughts of 0.1 s +[0-9.]+ s"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_the_benchmarks_that_the_readme_names_give_their_figures(name, data):
+    options, wanted = SMALL[name]
+    assert f"python tests/bench.py {name}" in TEXTS["README.md"]
+    command = [sys.executable, "tests/bench.py", name, *options.split()]
+    environment = os.environ | {"AUTORESEARCH_DATA": str(data)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for pattern in wanted:
+        assert re.search(pattern, done.stdout, re.MULTILINE), done.stdout
 
 
 def test_every_option_of_the_loop_is_in_the_readme():

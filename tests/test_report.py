@@ -102,7 +102,9 @@ def test_an_empty_log_and_one_of_crashes_are_reported_too(project, tmp_path):
     project.write("empty.tsv", loop.HEADER)
     assert "0 experiments" in project.run("--report", "empty.tsv", PYTHONPATH=nowhere)
     project.write("crashes.tsv", FIVE.splitlines()[0] + "\na\t0\t0\tcrash\tx\nb\t0\t0\tcrash\ty\n")
-    assert "no baseline yet\n2 experiments, 0 kept, 2 crashed" in project.run("--report", "crashes.tsv", PYTHONPATH=nowhere)
+    assert "no baseline yet\nnoise not known\n2 experiments, 0 kept, 2 crashed" in project.run(
+        "--report", "crashes.tsv", PYTHONPATH=nowhere
+    )
 
 
 # ---- what the rows tell
