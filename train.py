@@ -24,7 +24,6 @@ FINAL_LR = 0.05  # share of the learning rates that is left at the end
 MUON_MEAN = 20.0  # steps that Muon's running mean of gradients looks back
 ADAM_MEAN = 5.0  # steps that AdamW's running mean of gradients looks back
 ADAM_SQUARE = 20.0  # steps that AdamW's running mean of their squares looks back
-QK_SCALE = 1.3  # length given to normalised queries and keys at the start: sharper attention; then learned by head
 NGRAM = 3  # tokens in the longest n-gram that has an embedding; the shortest has 2
 SEEN_NGRAM = 3  # tokens in the longest n-gram that is looked for in the sequence itself; the shortest has 1
 READ_NGRAM = 7  # tokens in the longest n-gram that the memory knows; the shortest has 2
@@ -151,7 +150,7 @@ class Attention(nn.Module):
         self.out = Linear(width, width, std=0)
         self.values = nn.Embedding(vocab_size, width)  # what a token says when it is attended to, whatever its context
         self.value_gate = nn.Parameter(torch.tensor(0.5))
-        self.qk_scale = nn.Parameter(torch.full((self.heads,), QK_SCALE))
+        self.qk_scale = nn.Parameter(torch.ones(self.heads))  # length of queries and keys: how sharp attention is
 
     def forward(self, x, ids, rotary, mask):
         B, T, C = x.shape
@@ -247,7 +246,6 @@ class GPT(nn.Module):
         self.ngrams = nn.Embedding(sizes.ngram_rows, width, sparse=device.type == "cpu", _weight=torch.zeros(sizes.ngram_rows, width))
         self.memory = Memory(sizes.memory_rows, vocab_size, width) if sizes.memory_rows else None
         self.blocks = nn.ModuleList(Block(sizes, vocab_size) for _ in range(sizes.depth))
-        self.shortcut = nn.Parameter(torch.tensor(0.5))  # of the embeddings, straight to the output
         self.head = Linear(width, vocab_size, std=0)
         self.logit_cap = sizes.logit_cap
         frequency = sizes.rope_base ** -torch.linspace(0, 1, sizes.head_dim // 2)
@@ -269,7 +267,7 @@ class GPT(nn.Module):
         x = x0 = norm(x.to(self.dtype))
         for block, mask in zip(self.blocks, self.masks, strict=True):
             x = block(x, x0, ids, self.rotary, mask)
-        return norm(x + self.shortcut.to(x.dtype) * x0)
+        return norm(x)
 
     def logits(self, hidden):
         """(..., width) -> (..., vocab), float32."""
