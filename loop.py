@@ -99,6 +99,7 @@ MOST_CHARS = 200_000  # of a reply: what is longer isn't an edit
 NAMES = 28  # of what was kept, beside the picture
 LOSS_SPAN = 20  # percent of a run over which the loss shown is a mean: that of one batch is off by a tenth
 PLOT_SECONDS = 300  # after which a picture that hangs is given up; it takes about two
+DIFF_CHARS = 12_000  # of an edit that is to be mended: fewer than shorten() can take out of the request
 TAIL_CHARS = 3000  # of a failed run's log, in the prompt and on the screen
 COLUMNS = ("commit", "val_bpb", "memory_gb", "status", "description", "runs", "llm_tokens", "finished")
 HEADER = "\t".join(COLUMNS) + "\n"
@@ -156,7 +157,8 @@ While you think, this experiment runs, and its result isn't known yet: {}. Don't
 PROPOSE = "Propose the next edit of train.py."
 REPAIR = """\
 Your edit "{}" crashed; the end of its log stands under the latest runs. The train.py above is without it. Mend it: propose
-it again, whole and corrected, as an edit of that train.py. This is what it was:
+it again, complete and corrected, as an edit of that train.py. This is what it was,
+each line after a |:
 {}"""
 
 
@@ -718,7 +720,7 @@ class Notebook:
         self.git, self.name = git, f"autoresearch/{tag}"
         self.ref, self.audits = f"refs/heads/{self.name}", f"refs/autoresearch/{tag}/audit"
         self.running = f"refs/autoresearch/{tag}/running"
-        self.text, self.rows, self.tried, self.touches, self.programs = HEADER, [], {}, {}, {}
+        self.text, self.rows, self.notes, self.read = HEADER, [], {}, None  # notes: trailers of experiments, up to the commit `read`
         self.incumbent = self.incumbent_source = None  # the row and the text of the train.py that is to be beaten
 
     def open(self):
@@ -732,10 +734,12 @@ class Notebook:
         self.text, self.rows[:] = text, rows  # the same list: the screen has it, too
         # Of each experiment: its code's tree, the places that it changes, the program.md that it ran under.
         wanted = "%x09".join(f"%(trailers:key={name},valueonly,separator=%x2C)" for name in ("Tree", "Touches", "Program"))
-        log = {line[:7]: line.split("\t") for line in self.git("log", f"--format=%H%x09{wanted}", self.ref).splitlines()}
-        self.tried, self.touches, self.programs = {}, {}, {}
+        tip, known = self.tip(), ("--not", self.read) if self.read else ()
+        for line in self.git("log", f"--format=%H%x09{wanted}", tip, *known).splitlines():
+            self.notes[line[:7]] = line.split("\t")[1:]
+        self.read, self.tried, self.touches, self.programs = tip, {}, {}, {}
         for row in self.rows:
-            _, tree, self.touches[row.commit], self.programs[row.commit] = log.get(row.commit[:7], [""] * 4)
+            tree, self.touches[row.commit], self.programs[row.commit] = self.notes.get(row.commit[:7], [""] * 3)
             self.tried[tree] = row
         self.incumbent = next((row for row in reversed(self.rows) if row.status == "keep"), None)
         self.incumbent_source = self.git.blob(self.incumbent.commit if self.incumbent else self.ref, "train.py")
@@ -805,10 +809,10 @@ class Notebook:
 
     def repeat(self, row, result):
         """Adds a run to a row that stands."""
-        row.runs.append(result.bpb)
-        row.val_bpb = fmean(row.runs)
+        runs = [*row.runs, result.bpb]
+        rows = [Row(**vars(row) | dict(runs=runs, val_bpb=fmean(runs))) if other is row else other for other in self.rows]
         message = compose(f"repeat: {row.description}, {result.bpb:.6f}", "", {"Seconds": f"{result.seconds:.1f}"})
-        self.publish(message, HEADER + "".join(row.line() for row in self.rows), self.incumbent_source)
+        self.publish(message, rows)
         self.refresh()
 
     def audited(self):
@@ -837,16 +841,17 @@ class Notebook:
     def record(self, commit, row, body, trailers):
         """Appends the row by a commit with two parents, the branch's tip and the experiment."""
         row.commit = self.git("rev-parse", "--short=7", commit).strip()
-        source = self.git.blob(commit, "train.py") if row.status == "keep" else self.incumbent_source
-        self.publish(compose(f"{row.status}: {row.description}", body, trailers), self.text + row.line(), source, commit)
+        self.publish(compose(f"{row.status}: {row.description}", body, trailers), [*self.rows, row], commit)
         self.refresh(commit)
         if self.git.find(self.running) == commit:
             self.abandon()
 
-    def publish(self, message, text, source, commit=None):
-        """Moves the branch on: results.tsv, the train.py to beat, and the experiment as second parent."""
+    def publish(self, message, rows, commit=None):
+        """Moves the branch on: results.tsv, the train.py to beat, and the experiment, whose row is the last, as second parent."""
         program, before = (self.git.blob(version, "program.md") for version in (commit, f"{commit}^")) if commit else (None, None)
-        tip, files = self.tip(), {"results.tsv": text, "train.py": source}
+        tip, files = self.tip(), {"results.tsv": HEADER + "".join(row.line() for row in rows), "train.py": self.incumbent_source}
+        if commit and rows[-1].status == "keep":
+            files["train.py"] = self.git.blob(commit, "train.py")
         if program and self.git.blob(tip, "program.md") == before:  # else the person committed another one in mid-run
             files["program.md"] = program
         self.git("update-ref", self.ref, self.git.commit([tip, commit] if commit else [tip], files, message), tip)
@@ -1025,7 +1030,8 @@ def plot(folder, tag):
     """Has progress.png drawn by another process, at the lowest priority and without waiting; one still at it is out of date, and ended."""
     if importlib.util.find_spec("matplotlib"):
         for old in PLOTS:
-            old.kill()
+            if old.poll() is None:
+                os.killpg(old.pid, signal.SIGKILL)
         with contextlib.suppress(OSError):  # a night without a picture is a night all the same
             command = ["nice", "-n", "19", sys.executable, "loop.py", "--report", "--tag", tag]
             quiet = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
@@ -1097,18 +1103,14 @@ def prune(runs, most):
     remove(*(folder for folder, so_far in zip(folders, kept, strict=True) if so_far > most))
 
 
-def open_cache(runs):
-    """The compile cache, a folder that can be written and isn't too large, whatever the last run made of it."""
-    cache = runs / "cache"
+def lay_out(folder, files):
+    """A run's folder, begun from nothing: its files, a home and a temporary folder; and the compile cache beside it, which must be one
+    that can be written and isn't too large, whatever the last run made of it."""
+    cache = folder.parent / "cache"
     if cache.is_symlink() or not cache.is_dir() or disk_bytes(cache) > CACHE_BYTES:
         remove(cache)
     cache.mkdir(parents=True, exist_ok=True)
     cache.chmod(0o700)
-
-
-def lay_out(folder, files):
-    """A run's folder, begun from nothing: its files, a home and a temporary folder; and the compile cache beside it."""
-    open_cache(folder.parent)
     remove(folder)  # of a run that was cut short
     for place in (folder / "home", folder / "tmp"):
         place.mkdir(parents=True)
@@ -1616,12 +1618,12 @@ def draw(report, path):
         if numbers:
             heights = [bottom + edge if marker == "x" else min(rows[n].val_bpb, top - edge) for n in numbers]
             axes.scatter([*numbers], heights, scale * size, colour, marker=marker, label=f"{name} ({len(numbers)})", zorder=3)
-    steps = [n for n in range(count) if report.best[n + 1] is not report.best[n]] + [count]
-    if line := [(n, report.best[start + 1].val_bpb) for start, end in itertools.pairwise(steps) for n in (start, end)]:
-        x, y = zip(*line, strict=True)
-        axes.plot(x, y, color="#00795a", label="best so far")
+    if best := [row.val_bpb for row in report.best if row]:
+        x, y = range(count - len(best), count + 1), [*best, best[-1]]
+        axes.step(x, y, color="#00795a", where="post", label="best so far")
         band = [bpb - report.noise for bpb in y], [bpb + report.noise for bpb in y]
-        axes.fill_between(x, *band, color="#00795a", alpha=0.15, linewidth=0, label=f"noise of a run, {report.noise:.4f} either way")
+        name = f"noise of a run, {report.noise:.4f} either way"
+        axes.fill_between(x, *band, color="#00795a", alpha=0.15, linewidth=0, step="post", label=name)
         named = sorted(sorted(shown & kept, key=report.gain, reverse=True)[:NAMES])
         for n in named:
             axes.annotate(n, (n, rows[n].val_bpb), (-4, -3), textcoords="offset points", ha="right", va="top", fontsize=7)
@@ -1727,7 +1729,6 @@ class Thought(threading.Thread):
     refusal: str = ""
     error: Exception | None = None
     unwanted: threading.Event = field(default_factory=threading.Event)
-    began: float = field(default_factory=time.monotonic)
 
     def __post_init__(self):
         super().__init__(daemon=True)  # the loop can end while a request is in flight
@@ -1794,11 +1795,10 @@ class Night:
         self.ahead = None  # the Thought about the next experiment
         self.program = ""  # program.md, as the next idea follows it
         self.bound = False  # whether it was said that the model thinks longer than a run takes
-        self.hasty = 0  # failures in a row that took seconds each
+        self.hasty, self.last_row = 0, 0.0  # failures in a row that took seconds each; when the last row was written
         self.suspicion = 0.0  # against the machine, since the last run that had a result
-        self.tested = (
-            Counter()
-        )  # {experiment: spells of a failing machine around it, at most MOST_SPELLS; then what fails is the experiment}
+        self.failed = 0  # times in a row that the best so far failed, too
+        self.tested = Counter()  # {experiment: spells of a failing machine around it}
         self.measured = None, None  # the last run: (commit, seed, split), Result
         self.errors, self.error = 0, ""  # of the loop itself or of the machine, in a row; what the last one said
         self.repeats = REPEATS
@@ -1967,7 +1967,7 @@ class Night:
     # ---- the cycle
 
     def next_experiment(self):
-        """Begins the next experiment; a proposal that is refused is a row already."""
+        """Begins the next experiment; one whose edit was refused is never run, but has its row."""
         notebook, seed = self.notebook, SEEDS * len(self.notebook.rows)
         self.wanted()
         if notebook.incumbent is None:
@@ -1977,26 +1977,18 @@ class Night:
             return self.begin(edit, "your edit of train.py", "", {"Model": "person", "Seed": seed})
         if not (thought := self.propose()):
             return
-        edit, refusal = thought.edit, thought.refusal
+        edit, source, body = thought.edit, thought.new, thought.edit and thought.edit.reasoning
         trailers = {"Model": self.model.name if self.model else "offline", "Seed": seed, "Tokens": thought.tokens, **thought.mends}
-        # What fails before there is an experiment, or its row, is done again with the same proposal; what fails afterwards isn't.
-        if thought.new is not None:
-            self.begin(thought.new, edit.description, edit.reasoning, trailers)
-            self.ahead = None
-            return
-        rows, description = len(notebook.rows), edit.description if edit else "no edit"
-        with self.interrupts.hold():
-            try:
-                commit = notebook.experiment(notebook.incumbent_source, self.program, description, refusal, trailers)
-                self.finish(commit, "crash", Result(cause=one_line(f"refused: {refusal}"), seconds=time.monotonic() - thought.began))
-            finally:
-                if len(notebook.rows) > rows:
-                    self.ahead = None
+        if source is None:
+            source, body, trailers["Refused"] = notebook.incumbent_source, thought.refusal, one_line(thought.refusal)
+        self.begin(source, edit.description if edit else "no edit", body, trailers)
+        self.ahead = None
 
     def begin(self, source, description, reasoning, trailers):
         with self.interrupts.hold():
-            code = {"Tree": syntax_tree(source), "Touches": touched(self.notebook.incumbent_source, source)}
-            self.notebook.begin(self.notebook.experiment(source, self.program, description, reasoning, trailers | code))
+            if "Refused" not in trailers:
+                trailers |= {"Tree": syntax_tree(source), "Touches": touched(self.notebook.incumbent_source, source)}
+            self.notebook.begin(self.notebook.experiment(source, self.program, description, reasoning, trailers))
 
     def to_repair(self, running):
         """(commit, its row's subject, trailers of its repair): the first of the latest experiments which was the model's, whose own code
@@ -2038,7 +2030,8 @@ class Night:
         request += RUNNING.format(running.splitlines()[0]) if running and notebook.rows else ""  # the baseline may be built on
         if (not refused or refused.mends) and (crash := self.to_repair(running)):
             commit, subject, mends = crash
-            request = REPAIR.format(subject, self.git("diff-tree", "-p", f"{commit}^", commit, "--", "train.py"))
+            crashed = self.git("diff-tree", "-p", f"{commit}^", commit, "--", "train.py")[:DIFF_CHARS]
+            request = REPAIR.format(subject, "\n".join(f"| {line}" for line in crashed.splitlines()))
         known = notebook.incumbent_source, dict(notebook.tried)
         self.facts.show(task=f"mends the crash of {subject}" if mends else "thinks about the next edit")
         if self.model:
@@ -2113,7 +2106,8 @@ class Night:
             result = run_experiment(folder, files, self.data, self.fingerprint, seed, self.budget, facts, split, self.watch, self.caged)
         finally:
             facts.show(busy=facts.busy + time.monotonic() - facts.since, points=None)
-        self.measured = (commit, seed, split), result
+        if result.failure != "environment":
+            self.measured = (commit, seed, split), result
         return result
 
     def check_data(self):
@@ -2134,6 +2128,9 @@ class Night:
         notebook, message = self.notebook, self.git.message(commit)
         trailers, baseline, status = read_trailers(message), notebook.incumbent is None, "again"
         runs, seed, seconds = read_runs(trailers.get("Runs", "")), int(trailers["Seed"]), float(trailers.get("Seconds", 0))
+        if refusal := trailers.get("Refused"):
+            with self.interrupts.hold():
+                return self.finish(commit, "crash", Result(cause=f"refused: {refusal}"))
         while status == "again":
             activity = f"run {len(runs) + 1} of up to {MOST_RUNS}: " * bool(runs) + f"#{len(notebook.rows)} {message.splitlines()[0]}"
             self.think_ahead(message)
@@ -2161,28 +2158,29 @@ class Night:
         if self.tested[commit] >= MOST_SPELLS:
             return True
         if self.suspicion >= 3:
-            return self.fails_alone(commit)
+            self.fails_alone(commit)
+            return self.tested[commit] >= MOST_SPELLS and result.failure != "environment"
         self.check_machine(result)
         return True
 
     def check_machine(self, result):
+        """A failure of the machine is raised, as the loop's own are: all are waited out in one place."""
         if result.failure == "environment":
-            self.measured = None, None
             raise OSError(errno.EIO, result.cause, str(result.log))
 
     def fails_alone(self, commit):
-        """After failures, the best so far runs until it has a result: one more run of its row. The experiment is to blame if that was at
-        once, and also after MOST_SPELLS of a failing machine around it: it may break the machine for a while, each time."""
+        """After failures, the best so far runs until it has a result: one more run of its row. If that is at once, what fails next is the
+        experiment; so it is after MOST_SPELLS of a failing machine around it, as it may break the machine for a while, each time."""
         row, self.suspicion = self.notebook.incumbent, 0
-        for failed in itertools.count():  # on another seed each time: one may be bad luck
-            result = self.measure(row.commit, self.seed(row, failed), f"after failures, the best so far again: {row.description}")
-            if not result.cause:
-                break
-            self.facts.wait(backoff(failed), f"the best so far fails too, so the machine is at fault ({result.cause})")
+        seed = self.seed(row, self.failed)  # another one each time: one may be bad luck
+        result = self.measure(row.commit, seed, f"after failures, the best so far again: {row.description}")
+        if result.cause:
+            self.failed += 1
+            raise OSError(errno.EIO, f"the best so far fails too, so the machine is at fault ({result.cause})", str(result.log))
         with self.interrupts.hold():
             self.notebook.repeat(row, result)
-        self.tested[commit] += 1 if failed else MOST_SPELLS
-        return self.tested[commit] >= MOST_SPELLS
+        self.tested[commit] += 1 if self.failed or self.errors >= 3 else MOST_SPELLS
+        self.failed = 0
 
     def seed(self, row, failed=0):
         """The seed of a row's next run."""
@@ -2199,7 +2197,8 @@ class Night:
         self.think_ahead()
         result = self.measure(row.commit, self.seed(row), f"the baseline again, run {len(row.runs) + 1}: how much does a seed change?")
         if result.cause:
-            self.check_machine(result)
+            if self.errors < 3:
+                self.check_machine(result)
             self.repeats = ()  # the verdicts go on with what is known
             return self.facts.say(f"the baseline's repeat failed: {result.cause}")
         self.suspicion = 0
@@ -2209,7 +2208,7 @@ class Night:
 
     def finish(self, commit, status, result, runs=(), seconds=0.0):
         """Writes the row of an experiment, and says what came of it."""
-        best, message = self.notebook.incumbent, self.git.message(commit)
+        best, message = self.notebook.rows and self.notebook.best(), self.git.message(commit)
         runs = [] if result.cause else list(runs)
         description = one_line(message.splitlines()[0], 120) + (f" [{result.cause}]" if result.cause else "")
         finished = f"{datetime.now(timezone.utc):%Y-%m-%dT%H:%M:%SZ}"
@@ -2218,7 +2217,8 @@ class Night:
         log = "".join(f"\n| {line}" for line in result.tail.splitlines()) if result.cause else ""
         trailers = {"Failure": result.failure} if result.failure else {}
         self.notebook.record(commit, row, result.curve + log, trailers | {"Seconds": f"{seconds:.1f}"})
-        self.hasty = self.hasty + 1 if result.cause and result.seconds < WAITS[0] else 0
+        before, self.last_row = self.last_row, time.monotonic()
+        self.hasty = self.hasty + 1 if result.cause and self.last_row - before < WAITS[0] else 0
         self.facts.say(CELLS.format(*cells(row, best)), seen=True)
         plot(self.folder, self.notebook.name)
         if not self.notebook.checked_out():
@@ -2257,12 +2257,13 @@ class Night:
         rows = self.notebook.rows
         before = len(rows)
         commit = self.notebook.unfinished()
-        if commit and self.errors and self.tested[commit] >= MOST_SPELLS:
-            result = Result(cause=one_line(f"the loop fails on it: {self.error}"), failure="refused")
-            with self.interrupts.hold():
-                self.finish(commit, "crash", result)
-        elif commit and self.errors >= 3 and self.notebook.incumbent:  # is it this experiment that the loop can't stand?
-            self.fails_alone(commit)
+        if commit and self.notebook.incumbent and (self.errors >= 3 or self.failed):
+            if self.tested[commit] < MOST_SPELLS:
+                self.fails_alone(commit)
+            else:  # it isn't the machine: the loop can't stand this experiment
+                result = Result(cause=one_line(f"the loop fails on it: {self.error}"), failure="refused")
+                with self.interrupts.hold():
+                    self.finish(commit, "crash", result)
         elif commit:
             self.run(commit)
         elif self.over():
@@ -2366,7 +2367,7 @@ def main():
         console.print()
     except (OSError, subprocess.CalledProcessError) as error:
         print(f"loop.py: {explain(error)}", file=sys.stderr)
-        return 1 if night and night.facts.title else 2
+        return 1 if args.report is not None or night and night.facts.title else 2
     with contextlib.suppress(OSError):  # the terminal may be gone
         if night and night.facts.title:
             facts, name = night.facts, night.notebook.name

@@ -522,6 +522,26 @@ def test_an_experiment_that_the_loop_cannot_stand_becomes_a_row(project, server)
     assert "the loop fails on it" in project.rows()[1]["description"]
 
 
+def test_a_fault_of_the_loop_that_passes_takes_no_result_from_an_experiment(project, server):
+    fails = "CALLS = []\n\n\ndef statements(source):\n    CALLS.append(source)\n    assert len(CALLS) > 4, 'not yet'"
+    project.write("loop.py", project.read("loop.py").replace("def statements(source):", fails))
+    project.constants(WAITS="(0.05, 0.2)")
+    server.replies += [TWICE]
+    out = project.online(server, "--experiments", 1)
+    assert out.count("not yet; going on") == 4 and "after failures, the best so far again" in out
+    assert [row["status"] for row in project.rows()] == ["keep", "keep"]
+
+
+def test_a_baseline_that_fails_on_one_seed_is_not_repeated_for_ever(project, server):
+    check = f"    if os.environ['AUTORESEARCH_SEED'] == '1':\n        raise RuntimeError({BUSY!r})\n"
+    project.write("prepare.py", project.read("prepare.py").replace("    for step in range(1", f"{check}    for step in range(1"))
+    project.constants(WAITS="(0.01, 0.02)")
+    server.replies += [TWICE, block("DEPTH = 4", "DEPTH = 5", "a layer")]
+    out = project.online(server, "--experiments", 2)
+    assert out.count("the baseline again, run 2") == 4 and out.count("the baseline's repeat failed") == 1
+    assert [row["status"] for row in project.rows()] == ["keep", "keep", "keep"]
+
+
 def test_rows_that_cannot_be_read_are_not_taken_for_none(project):
     project.offline("--experiments", 2)
     notebook = loop.Notebook(loop.Git(project.folder), "t")

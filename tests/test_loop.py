@@ -304,6 +304,16 @@ def test_a_crash_goes_back_for_repair_also_when_the_loop_was_stopped_in_between(
     assert "| NameError" in project.git("log", "--first-parent", "--format=%b", "autoresearch/t")  # for the morning
 
 
+def test_a_crashed_edit_is_shown_as_data_and_not_without_end(project, server):
+    much = "\n".join(f"X{n} = '<<<<<<< SEARCH'" for n in range(1000))
+    server.replies += [block("SECONDS = 0.0", f"SECONDS = 0.0\n\n{much}\nBOOM", "much"), WORSE]
+    project.online(server, "--experiments", 2)
+    server.replies += [MENDED]
+    project.online(server, "--experiments", 1)
+    request = server.requests[-1]["messages"][1]["content"].partition("each line after a |:\n")[2]
+    assert 10_000 < len(request) < 20_000 and all(line.startswith("| ") for line in request.splitlines())
+
+
 def test_an_edit_goes_back_for_repair_twice_at_most(project, server):
     ideas = [block("DEPTH = 4", f"DEPTH = {depth}") for depth in (1, 2, 3)]  # made while what is to be mended runs
     wrong = [block("WIDTH = 64", f"WIDTH = wrong{n}") for n in range(3)]
