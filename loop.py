@@ -2208,7 +2208,7 @@ class Night:
 
     def finish(self, commit, status, result, runs=(), seconds=0.0):
         """Writes the row of an experiment, and says what came of it."""
-        best, message = self.notebook.rows and self.notebook.best(), self.git.message(commit)
+        best, message = self.notebook.best() if self.notebook.rows else None, self.git.message(commit)
         runs = [] if result.cause else list(runs)
         description = one_line(message.splitlines()[0], 120) + (f" [{result.cause}]" if result.cause else "")
         finished = f"{datetime.now(timezone.utc):%Y-%m-%dT%H:%M:%SZ}"
