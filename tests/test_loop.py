@@ -1080,3 +1080,8 @@ def test_importing_the_loop_loads_neither_torch_nor_openai():
     code = "import sys, loop; print([m for m in ('torch', 'openai', 'numpy') if m in sys.modules])"
     done = subprocess.run([os.sys.executable, "-c", code], cwd=loop.Path(loop.__file__).parent, capture_output=True, text=True)
     assert done.stdout == "[]\n"
+
+
+def test_a_night_without_faults_waits_for_nothing(project):
+    out = project.offline("--experiments", 2)
+    assert "Traceback" not in out and "going on in" not in out
