@@ -90,7 +90,7 @@ class Provider:
         if chance < (0.27 if self.real else 0.32):
             names = list(BAD_CODE)
             name = self.rng.choices(names, [BAD_CODE[name][0] for name in names])[0]
-            lines = [f"'''soak {self.rng.random()}'''", *BAD_CODE[name][1].replace("\\\\", "\\").split("\n"), "'''end'''"]
+            lines = [f"'''soak {self.rng.random()}'''", *BAD_CODE[name][1].replace("\\\\", "\\").split("\n")]
             edit = block("def main():", "\n".join(["def main():", *(f"    {line}" for line in lines)]), name)
             return f"code: {name}", edit
         self.sent = [*self.sent[-200:], edit]
