@@ -2,9 +2,8 @@
 
     python train.py        prepare the text first, once: python prepare.py
 
-Trains a GPT until the ruler's clock runs out, then lets the ruler measure it. Reads batches from prepare.Run
-and prints its summary; writes no file. The number that counts is val_bpb, bits per byte of unseen text:
-lower is better.
+Trains a GPT until the ruler's clock runs out, then lets the ruler measure val_bpb: bits per byte of unseen
+text, lower is better. Reads batches from prepare.Run, prints the ruler's summary, writes no file.
 """
 
 import zlib
@@ -48,19 +47,18 @@ GPU = dict(
 # One core trains on a hundredth of what a GPU does in the same time. What isn't said here is as above.
 CPU = dict(
     GPU,
-    depth=2,
+    depth=1,
     heads=2,
     head_dim=64,
     mlp_ratio=1,
-    ngram_rows=524_288,
+    ngram_rows=131_072,
     rope_base=10_000.0,
     logit_cap=0.0,  # tanh of 2,048 logits a token would cost a fifth of a step
-    micro_batch=1,  # the logits of one sequence stay in the core's cache
-    accumulation=8,
+    micro_batch=2,  # the logits of more would not stay in the core's cache
+    accumulation=4,
     matrix_lr=0.02,
     embed_lr=0.3,
     head_lr=0.01,
-    scalar_lr=0.02,
     ngram_lr=1.0,
 )
 
@@ -83,33 +81,23 @@ def rotate(x, cos, sin):
 
 
 def window_mask(window, T, device):
-    """What `attend` needs to see `window` tokens of T: nothing, flex_attention's blocks, or (T, T)."""
-    if window >= T:
-        return None
+    """flex_attention's blocks, for each position to see itself and the window - 1 before it."""
 
     def visible(b, h, q, k):
         return (k <= q) & (q - k < window)
 
-    if device.type == "cuda":
-        return create_block_mask(visible, None, None, T, T, device=device)
-    at = torch.arange(T)
-    return visible(None, None, at[:, None], at)
+    return create_block_mask(visible, None, None, T, T, device)
 
 
 def attend(q, k, v, mask):
-    """Causal attention over (B, heads, T, head_dim)."""
+    """Attention over (B, heads, T, head_dim) to all earlier positions, or those that the mask shows."""
     if mask is None:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    if isinstance(mask, torch.Tensor):
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     return flex_attention(q, k, v, block_mask=mask)
 
 
 class Linear(nn.Linear):
-    """No bias. Weights stay float32 for the optimizer and take the activations' type where they are used."""
-
-    def __init__(self, inputs, outputs):
-        super().__init__(inputs, outputs, bias=False)
+    """Weights stay float32 for the optimizer and take the activations' type where they are used."""
 
     def forward(self, x):
         return F.linear(x, self.weight.to(x.dtype))
@@ -118,18 +106,16 @@ class Linear(nn.Linear):
 class Attention(nn.Module):
     def __init__(self, sizes, vocab_size):
         super().__init__()
-        self.heads, self.head_dim = sizes.heads, sizes.head_dim
-        width = self.heads * self.head_dim
-        self.qkv = Linear(width, 3 * width)
-        self.out = Linear(width, width)
+        self.heads, width = sizes.heads, sizes.heads * sizes.head_dim
+        self.qkv = Linear(width, 3 * width, bias=False)
+        self.out = Linear(width, width, bias=False)
         self.values = nn.Embedding(vocab_size, width)  # what a token says when it is attended to
         self.value_gate = nn.Parameter(torch.tensor(0.5))
         self.qk_scale = nn.Parameter(torch.ones(self.heads, 1))  # how sharp attention is
 
     def forward(self, x, ids, rotary, mask):
         B, T, C = x.shape
-        qkv = self.qkv(x).view(B, T, 3, self.heads, self.head_dim)
-        q, k, v = qkv.unbind(2)  # each (B, T, heads, head_dim)
+        q, k, v = self.qkv(x).view(B, T, 3, self.heads, -1).unbind(2)  # each (B, T, heads, head_dim)
         v = v + self.value_gate * self.values(ids).to(x.dtype).view_as(v)
         # Half of the heads look for what came before a token and read the token: "what followed, last time?"
         # Usually that takes two layers (induction heads, Olsson et al., arXiv 2209.11895); here one.
@@ -145,8 +131,8 @@ class MLP(nn.Module):
     def __init__(self, sizes):
         super().__init__()
         width = sizes.heads * sizes.head_dim
-        self.up = Linear(width, sizes.mlp_ratio * width)
-        self.down = Linear(sizes.mlp_ratio * width, width)
+        self.up = Linear(width, sizes.mlp_ratio * width, bias=False)
+        self.down = Linear(sizes.mlp_ratio * width, width, bias=False)
 
     def forward(self, x):
         return self.down(F.relu(self.up(x)).square())
@@ -166,7 +152,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """ids (B, T) -> logits (B, T, vocab), for one T: masks and rotary angles are made once."""
+    """ids (B, T) -> logits (B, T, vocab), or the mean loss where targets (B, T) are given. T is fixed."""
 
     def __init__(self, sizes, vocab_size, T, device):
         super().__init__()
@@ -177,33 +163,31 @@ class GPT(nn.Module):
         # On a CPU a step touches few rows, and a dense gradient of the table would cost more than the model.
         self.sparse = device.type == "cpu"
         self.blocks = nn.ModuleList(Block(sizes, vocab_size) for _ in range(sizes.depth))
-        self.head = Linear(width, vocab_size)
+        self.head = Linear(width, vocab_size, bias=False)
         self.logit_cap = sizes.logit_cap
         frequency = sizes.rope_base ** -torch.linspace(0, 1, sizes.head_dim // 2)
         angle = torch.outer(torch.arange(T), frequency)  # (T, head_dim / 2)
         self.rotary = angle.cos().to(self.dtype), angle.sin().to(self.dtype)
-        self.windows = [min(sizes.short_window, T)] * sizes.depth  # tokens that each layer looks back
-        self.windows[sizes.long_every - 1 :: sizes.long_every] = [T] * (sizes.depth // sizes.long_every)
+        short = min(sizes.short_window, T) if device.type == "cuda" else T  # elsewhere a window saves nothing
+        self.windows = [short if i % sizes.long_every else T for i in range(1, sizes.depth + 1)]
         self.windows[-1] = T
-        self.masks = [window_mask(window, T, device) for window in self.windows]
+        self.masks = [window_mask(window, T, device) if window < T else None for window in self.windows]
         self.initialize()
 
     @torch.no_grad()
     def initialize(self):
         """Draws each matrix from a generator of its own, by seed and name: adding one changes no other."""
         for name, module in self.named_modules():
-            if isinstance(module, nn.Embedding):
-                std = 1.0
-            elif name.endswith(("out", "down", "head")):
-                std = 0.0  # at first a block adds nothing, and all tokens are alike
-            elif isinstance(module, nn.Linear):
-                std = module.in_features**-0.5
-            else:
-                continue
-            generator = torch.Generator().manual_seed(torch.initial_seed() + zlib.crc32(name.encode()))
-            module.weight.copy_(std * torch.randn(module.weight.shape, generator=generator, device="cpu"))
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                generator = torch.Generator().manual_seed(torch.initial_seed() + zlib.crc32(name.encode()))
+                weight = torch.randn(module.weight.shape, generator=generator, device="cpu")
+                if isinstance(module, nn.Linear):
+                    weight *= module.in_features**-0.5
+                if name.endswith(("out", "down", "head")):
+                    weight *= 0  # at first a block adds nothing, and all tokens are equally likely
+                module.weight.copy_(weight)
 
-    def forward(self, ids):
+    def forward(self, ids, targets=None):
         x, key = self.tokens(ids), ids  # (B, T, width), (B, T)
         for back in range(1, NGRAM):
             key = 1_000_003 * key + earlier(ids, back) + 1  # of the n-gram ending here; may wrap at 64 bits
@@ -212,16 +196,13 @@ class GPT(nn.Module):
         for block, mask in zip(self.blocks, self.masks, strict=True):
             x = block(x, x0, ids, self.rotary, mask)
         logits, cap = self.head(norm(x)).float(), self.logit_cap  # (B, T, vocab)
-        return cap * torch.tanh(logits / cap) if cap else logits
+        logits = cap * torch.tanh(logits / cap) if cap else logits
+        return logits if targets is None else F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
     def flops_per_token(self):
         """Forward and backward: 6 a weight of a matrix product, 12 x width a token that attention sees."""
         matrices = sum(module.weight.numel() for module in self.modules() if isinstance(module, Linear))
         return 6 * matrices + 12 * self.tokens.embedding_dim * sum(self.windows)
-
-
-def mean_loss(model, x, y):
-    return F.cross_entropy(model(x).flatten(0, 1), y.flatten())
 
 
 # ---- optimizers
@@ -247,28 +228,32 @@ def orthogonalize(x):
 class Muon(torch.optim.Optimizer):
     """Momentum whose every update is orthogonalised (Jordan et al., https://kellerjordan.github.io/posts/muon/).
 
-    Every matrix of the blocks has the model's width as one side and a multiple of it as the other: all are
-    cut into squares of that width, which are orthogonalised as one batch.
+    Each matrix has the model's width as one side and a multiple of it as the other. All are cut into squares
+    of that width, which are orthogonalised as one batch.
     """
 
     def __init__(self, matrices, lr, dtype, orthogonalize):
         super().__init__(matrices, dict(lr=lr))
-        self.dtype, self.orthogonalize = dtype, orthogonalize
-        self.mean = [torch.zeros_like(matrix) for matrix in matrices]
+        self.width, self.dtype, self.orthogonalize = min(matrices[0].shape), dtype, orthogonalize
+        self.mean = torch.zeros_like(self.squares(matrices))
+
+    def cut(self, matrix):
+        """A view of (rows, columns) as (rows / width, columns / width, width, width)."""
+        return matrix.unflatten(0, (-1, self.width)).unflatten(2, (-1, self.width)).transpose(1, 2)
+
+    def squares(self, matrices):
+        return torch.cat([self.cut(matrix).flatten(0, 1) for matrix in matrices])  # (N, width, width)
 
     @torch.no_grad()
     def step(self):
         (group,) = self.param_groups
-        matrices, gradients = group["params"], [matrix.grad for matrix in group["params"]]
-        torch._foreach_lerp_(self.mean, gradients, 1 / MUON_MEAN)
-        updates = torch._foreach_lerp(gradients, self.mean, 1 - 1 / MUON_MEAN)  # Nesterov
-        width = min(matrices[0].shape)
-        # (rows, columns) -> (rows / width, columns / width, width, width)
-        cut = [u.unflatten(0, (-1, width)).unflatten(2, (-1, width)).transpose(1, 2) for u in updates]
-        squares = torch.cat([c.flatten(0, 1) for c in cut])  # (all of them, width, width)
-        squares = self.orthogonalize(squares.to(self.dtype)).float().split([c.shape[:2].numel() for c in cut])
-        for matrix, part, c in zip(matrices, squares, cut, strict=True):
-            matrix.add_(part.view(c.shape).transpose(1, 2).reshape(matrix.shape), alpha=-group["lr"])
+        gradient = self.squares([matrix.grad for matrix in group["params"]])
+        self.mean.lerp_(gradient, 1 / MUON_MEAN)
+        update = gradient.lerp(self.mean, 1 - 1 / MUON_MEAN)  # Nesterov: as if the mean were a step ahead
+        update = group["lr"] * self.orthogonalize(update.to(self.dtype)).float()
+        views = [self.cut(matrix) for matrix in group["params"]]
+        for view, part in zip(views, update.split([len(view.flatten(0, 1)) for view in views]), strict=True):
+            view -= part.view_as(view)
 
 
 class RowAdagrad(torch.optim.Optimizer):
@@ -282,6 +267,8 @@ class RowAdagrad(torch.optim.Optimizer):
     def step(self):
         (group,) = self.param_groups
         (table,) = group["params"]
+        if table.grad is None:  # NGRAM = 1: none is looked up
+            return
         rows, gradient = slice(None), table.grad
         if gradient.is_sparse:  # only the rows of this step's n-grams
             gradient = gradient.coalesce()
@@ -293,25 +280,18 @@ class RowAdagrad(torch.optim.Optimizer):
 def make_optimizers(model, sizes, compiled):
     matrices = [module.weight for module in model.blocks.modules() if isinstance(module, Linear)]
     embeddings = [module.weight for module in model.modules() if isinstance(module, nn.Embedding)]
-    named = {*matrices, *embeddings, model.head.weight, model.ngrams}
+    others = {*model.parameters()} - {*matrices, *embeddings, model.head.weight, model.ngrams}
     groups = [
         dict(params=embeddings, lr=sizes.embed_lr),
         dict(params=[model.head.weight], lr=sizes.head_lr),
-        dict(
-            params=[parameter for parameter in model.parameters() if parameter not in named],
-            lr=sizes.scalar_lr,
-        ),
+        dict(params=[p for p in model.parameters() if p in others], lr=sizes.scalar_lr),
     ]
     betas = 1 - 1 / ADAM_MEAN, 1 - 1 / ADAM_SQUARE
-    optimizers = [
+    return [
         torch.optim.AdamW(groups, betas=betas, eps=1e-10, weight_decay=0.0, fused=True),
         RowAdagrad(model.ngrams, sizes.ngram_lr),
         Muon(matrices, sizes.matrix_lr, model.dtype, compiled(orthogonalize)),
     ]
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["peak_lr"] = group["lr"]
-    return optimizers
 
 
 def optimize(optimizers, model, progress):
@@ -319,7 +299,7 @@ def optimize(optimizers, model, progress):
     share = FINAL_LR + (1 - FINAL_LR) * min(1.0, (1 - progress) / WARM_DOWN)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = share * group["peak_lr"]
+            group["lr"] = share * group.setdefault("peak_lr", group["lr"])
         optimizer.step()
     model.zero_grad()
 
@@ -327,61 +307,55 @@ def optimize(optimizers, model, progress):
 # ---- training
 
 
-def learn(loss_of, model, x, y, micro_batch):
+def learn(model, x, y, micro_batch):
     """Adds the gradients of the mean loss over x, y (rows, T), so many rows at a time; returns the loss."""
     total = 0.0
     for x_part, y_part in zip(x.split(micro_batch), y.split(micro_batch), strict=True):
-        loss = micro_batch / len(x) * loss_of(model, x_part, y_part)
+        loss = len(x_part) / len(x) * model(x_part, y_part)
         loss.backward()
         total += loss.detach()
     return total
 
 
-def fitting_micro_batch(model, loss_of, sizes, T, device):
-    """Sequences that fit in memory at once: sizes.micro_batch, halved until forward and backward pass."""
-    rows = sizes.micro_batch * sizes.accumulation
-    micro_batch = sizes.micro_batch
-    while True:
-        try:
-            blank = torch.zeros(micro_batch, T, dtype=torch.int64, device=device)
-            loss_of(model, blank, blank).backward()
-            fits = True
-        except torch.OutOfMemoryError:
-            if micro_batch == 1:
-                raise
-            fits = False
+def fits(model, rows, T, device):
+    """Whether forward and backward of so many sequences fit in memory."""
+    x, y = (torch.zeros(rows, T, dtype=torch.int64, device=device) for _ in range(2))
+    try:
+        model(x, y).backward()
+        return True
+    except torch.OutOfMemoryError:
+        return False
+    finally:
         model.zero_grad()
-        if fits:
-            return micro_batch
-        torch.cuda.empty_cache()  # outside of `except`, whose traceback keeps the failed step's tensors alive
-        micro_batch = next(n for n in range(micro_batch // 2, 0, -1) if rows % n == 0)
-        print(f"out of memory: {micro_batch} sequences at a time instead", flush=True)
 
 
 def main():
     run = prepare.Run()
     on_gpu = run.device.type == "cuda"
     sizes = SimpleNamespace(**(GPU if on_gpu else CPU))
-    # Compiled without graph breaks on a GPU; on a CPU a cold compile costs more than it brings.
-    compiled = partial(torch.compile, dynamic=False, fullgraph=True) if on_gpu else lambda function: function
+    # Without graph breaks on a GPU; on a CPU a cold compile costs more than it brings at these budgets.
+    compiled = partial(torch.compile, dynamic=False, fullgraph=True) if on_gpu else lambda code: code
     if on_gpu:  # on a CPU float32 products stay float32
         torch.set_float32_matmul_precision("high")
     with torch.device(run.device):
         model = GPT(sizes, run.vocab_size, run.seq_len, run.device)
     optimizers = make_optimizers(model, sizes, compiled)
-    loss_of, model_for_ruler = compiled(mean_loss), compiled(model)
-    run.preflight(model_for_ruler)  # compiles the graph without gradients; training compiles its own
-    micro_batch = fitting_micro_batch(model, loss_of, sizes, run.seq_len, run.device)
+    model = compiled(model)
+    run.preflight(model)  # compiles the graph of the logits; training compiles that of the loss
+    micro_batch = sizes.micro_batch
+    while micro_batch > 1 and not fits(model, micro_batch, run.seq_len, run.device):
+        micro_batch //= 2
+        print(f"out of memory: {micro_batch} sequences at a time instead", flush=True)
 
     batches = run.batches(sizes.micro_batch * sizes.accumulation)  # a step's, however many at a time
     step, tokens = 0, 0
     while (progress := run.progress()) < 1:
         x, y = next(batches)  # (rows, T) each
-        loss = learn(loss_of, model, x, y, micro_batch)
+        loss = learn(model, x, y, micro_batch)
         optimize(optimizers, model, progress)
         step, tokens = step + 1, tokens + x.numel()
         run.log(step, loss, tokens)
-    run.finish(model_for_ruler, depth=sizes.depth, flops_per_token=model.flops_per_token())
+    run.finish(model, depth=sizes.depth, flops_per_token=model.flops_per_token())
 
 
 if __name__ == "__main__":
