@@ -41,7 +41,7 @@ GPU = dict(
     matrix_lr=0.04,  # Muon: the spectral norm of one update
     embed_lr=0.9,  # AdamW: token and value embeddings
     head_lr=0.005,  # AdamW: output layer
-    scalar_lr=0.02,  # AdamW: scales and gates
+    scalar_lr=0.02,  # AdamW: gates and mixes
     ngram_lr=0.3,  # row-wise Adagrad: the n-gram table
 )
 # One core trains on a hundredth of what a GPU does in the same time. What isn't said here is as above.
@@ -55,7 +55,7 @@ CPU = dict(
     rope_base=10_000.0,
     logit_cap=0.0,  # tanh of 2,048 logits a token would cost a fifth of a step
     micro_batch=2,  # the logits of more would not stay in the core's cache
-    accumulation=4,
+    accumulation=2,
     matrix_lr=0.02,
     embed_lr=0.3,
     head_lr=0.01,
@@ -111,7 +111,6 @@ class Attention(nn.Module):
         self.out = Linear(width, width, bias=False)
         self.values = nn.Embedding(vocab_size, width)  # what a token says when it is attended to
         self.value_gate = nn.Parameter(torch.tensor(0.5))
-        self.qk_scale = nn.Parameter(torch.ones(self.heads, 1))  # how sharp attention is
 
     def forward(self, x, ids, rotary, mask):
         B, T, C = x.shape
@@ -121,8 +120,7 @@ class Attention(nn.Module):
         # Usually that takes two layers (induction heads, Olsson et al., arXiv 2209.11895); here one.
         half = self.heads // 2
         k = torch.cat((earlier(k[:, :, :half]), k[:, :, half:]), dim=2)
-        scale = self.qk_scale.to(x.dtype)
-        q, k = (rotate((scale * norm(z)).transpose(1, 2), *rotary) for z in (q, k))  # (B, heads, T, head_dim)
+        q, k = (rotate(norm(z).transpose(1, 2), *rotary) for z in (q, k))  # (B, heads, T, head_dim)
         y = attend(q, k, v.transpose(1, 2), mask)
         return self.out(y.transpose(1, 2).reshape(B, T, C))
 

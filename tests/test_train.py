@@ -1,4 +1,4 @@
-"""The shipped train.py: through the real ruler and the real loop, and the GPU's parts as a CPU can show them."""
+"""The shipped train.py: through the real ruler and the real loop, and the GPU's parts as far as a CPU can."""
 
 import json
 import math
