@@ -73,12 +73,13 @@ TRAINING_SHARE = 3 / 4  # of the budget, for training on a GPU, by the wall cloc
 # training, beside other work that takes half of its core.
 CPU_SHARE, CPU_OVERHEAD = 1 / 2, 14
 LEAST_SHARE = 1 / 5  # of the budget, for training on a CPU, where the budget is short
-PACE_EVERY, PACE_ROWS = 0.03, 64  # seconds between two samples of the core's speed; rows of a sample, which takes 1 to 2 ms
+PACE_EVERY = 0.03  # seconds between two samples of the core's speed, each of which takes 1 to 2 ms
 PACE_SECONDS = 1.5  # for measuring the pace of a machine
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # options of glibc's mallopt
 FULL_TRAINING = 0.98  # of the training's allowance: who gets less was held up by the machine, and says so
 # A difference in speed to the file that was edited which the clock can't tell from none, at the end of a run and (as a multiple of one over
 # the square root of the share that is done) before; and the share before which nothing is told.
-SAME_SPEED, TOO_EARLY = 0.012, 0.1
+SAME_SPEED, TOO_EARLY = 0.015, 0.1
 SLOWNESS_SECONDS = 5.0  # wall clock over which it is seen how slow the machine is now
 NOISE = 0.0007  # bits per byte: deviation of the difference of two runs on one seed, before a night has measured it
 EXIT_SECONDS = 1.0  # kept free at the end, to print and exit
@@ -489,15 +490,16 @@ class WorkClock(threading.Thread):
 
     A core that is shared with other machines (its other hyperthread, caches, memory) takes up to twice as long for equal work, from one
     tenth of a second to the next. So a thread times a small sample of training's kind of work on the same core, again and again; the mean
-    of its speeds, over the time that has passed, says how much was done in it. CPU seconds for equal training varied by 4 % between windows
-    of 33 s on a shared virtual machine, those corrected so by 0.3 %. What the sample itself takes doesn't count; what other threads of
+    of its speeds, over the time that has passed, says how much was done in it. CPU seconds for equal training varied by 5 % between windows
+    of 16 s on a shared virtual machine, those corrected so by 0.5 %. What the sample itself takes doesn't count; what other threads of
     the process compute does. pace: CPU seconds of a sample; None: CPU seconds count as they are.
     """
 
     def __init__(self, pace=None):
         super().__init__(daemon=True)
         generator = torch.Generator().manual_seed(0)
-        self.rows, self.matrix = (torch.randn(n, 128, generator=generator) for n in (PACE_ROWS, CPU_SIZES["vocab_size"]))
+        self.table, self.matrix = (torch.randn(rows, 128, generator=generator) for rows in (2**16, CPU_SIZES["vocab_size"]))
+        self.places = torch.randperm(len(self.table), generator=generator).split(256)
         self.pace, self.most, self.stopped = pace, 0.0, False
         self.samples = 0, 0.0, 0.0  # how many, the sum of their speeds (one over seconds), CPU seconds of this thread
         self.began = process_time()
@@ -510,7 +512,8 @@ class WorkClock(threading.Thread):
                 sleep(PACE_EVERY)
                 count, speeds, _ = self.samples
                 began = thread_time()
-                self.rows.mm(self.matrix.mT).softmax(1).mm(self.matrix)
+                rows = self.table[self.places[count % len(self.places)]][:64]  # gathered from 32 MB, as embeddings are
+                rows.mm(self.matrix.mT).softmax(1).mm(self.matrix)  # as the output layer
                 ended = thread_time()
                 self.samples = count + 1, speeds + 1 / (ended - began), ended
 
@@ -524,6 +527,14 @@ class WorkClock(threading.Thread):
         seconds = process_time() - self.began - self.samples[2]
         self.most = max(self.most, seconds * self.speed() * self.pace if self.pace else seconds)
         return self.most
+
+
+def keep_freed_memory():
+    """Has glibc keep what is freed, for the next step: else the kernel clears 4,000 pages a step anew, 13 % of the time and most of its
+    scatter."""
+    if hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        for option in (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD):
+            libc.mallopt(option, 2**30)
 
 
 def measure_pace():
@@ -580,6 +591,7 @@ class Run:
         self._work, self._allowance = monotonic, TRAINING_SHARE * self._budget  # training's clock; its seconds for training
         if self.device.type == "cpu":
             torch.set_num_threads(1)
+            keep_freed_memory()
             self._work = WorkClock(float(self._pace) if self._pace else None)
             self._allowance = max(CPU_SHARE * self._budget - CPU_OVERHEAD, LEAST_SHARE * self._budget)
         self._first_batch = self._clock = self._told = None  # times of training's clock: first batch, its start, progress() said 1
