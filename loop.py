@@ -46,7 +46,7 @@ from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from stat import S_ISREG
-from statistics import fmean, median, stdev
+from statistics import NormalDist, fmean, median, stdev
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -83,13 +83,17 @@ ENVIRONMENT = re.compile(
     "|Read-only file system|Stale file handle|No module named '(torch|numpy|tiktoken|rich)'|cannot open shared object file"
 )
 REPEATS = (1, 3)  # experiments after which the baseline runs again: early, because every verdict needs to know the noise
-PRIOR_NOISE, PRIOR_RUNS = 0.0007, 4  # bits per byte: a run's deviation on a GPU, before any was measured, and what that is worth
+PRIOR_RUNS = 4  # experiments with two runs that the ruler's prior of the noise is worth
 MOST_RUNS = 3  # of one experiment
+MEDIAN_SQUARE = 0.455  # median of the square of a normal deviation of 1
+# Found by simulation (tests/bench.py judge), in noises summed over an experiment's runs: what is less than LEAST_GAIN is
+# discarded, what is CLEAR_GAIN is kept, and what lies between runs on another seed.
+LEAST_GAIN, CLEAR_GAIN = 0.3, 1.4
+SIZE_PRICE = 20  # noises that each run must gain for a file twice as large: one for 5 percent more
+SIMPLER = 0.02  # share of the file that an edit must take out to be kept at an equal result
+LONG_TEXT = 40  # characters of a constant that are one node; each one more is another: text can be code
+KEPT_ABOVE = 1.0  # standard errors at which a typical keep was decided, found by simulation
 SEEDS = 100  # between one experiment's first seed and the next one's: each run has a seed of its own
-# In standard errors, found by simulation (tests/bench.py judge): what is worth another run, what is kept after two, and what a
-# simpler file may lack.
-LEAST_GAIN, CLEAR_GAIN, TOLERANCE = 0.1, 0.6, 0.5
-LINE_PRICE = 0.05  # noise deviations that a gain must have for each statement it adds
 AUDIT_PAIRS, AUDIT_SEED = 5, 900_000_000  # runs of the baseline and of the best, on the same seeds, which no experiment had
 STUDENT = (12.71, 4.30, 3.18, 2.78)  # half of a 95 % interval in standard errors, with 1, 2, ... degrees of freedom (Student's t)
 LUCK = 1.5  # standard errors that the best of a night owes to luck, found by simulation: tests/bench.py judge
@@ -495,30 +499,62 @@ def read_rows(text, name="results.tsv on the branch"):
     return rows
 
 
-def noise_of(groups):
-    """The standard deviation of one run, pooled over the runs of each commit, from a prior that a few repeats outweigh."""
-    groups = [runs for runs in groups if len(runs) > 1]
-    squares = sum((run - middle) ** 2 for runs in groups for middle in [fmean(runs)] for run in runs)
-    return math.sqrt((PRIOR_RUNS * PRIOR_NOISE**2 + squares) / (PRIOR_RUNS + sum(len(runs) - 1 for runs in groups)))
+def size_of(source):
+    """How much code a file holds: nodes of its syntax tree, a long constant by its length, docstrings not counted.
 
-
-def judge(best, candidate, noise, lines):
-    """`keep`, `discard` or `again` (run it on another seed): the one place that decides.
-
-    best, candidate: val_bpb of each one's runs; noise: standard deviation of a run; lines: statements that the edit adds.
+    Neither names, layout and comments nor joining statements make it smaller; a file that runs text has the text's size.
     """
-    error = noise * math.sqrt(1 / len(best) + 1 / len(candidate))
-    gain = (fmean(best) - fmean(candidate) - LINE_PRICE * noise * max(lines, 0)) / error  # in standard errors
-    least = -TOLERANCE if lines < 0 else LEAST_GAIN
-    if gain < least:
+    nodes = [node for node in ast.walk(ast.parse(source)) if not isinstance(node, ast.expr_context)]
+    if any(isinstance(node, ast.Name) and node.id in ("exec", "eval", "compile") for node in nodes):
+        return len(source)
+    texts = [node for node in nodes if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)]
+    constants = {node for node in nodes if isinstance(node, ast.Constant)} - {text.value for text in texts}
+    longer = sum(max(len(repr(constant.value)) - LONG_TEXT, 0) for constant in constants)
+    return len(nodes) - 2 * len(texts) + longer
+
+
+def noise_of(groups, prior):
+    """The deviation of one paired difference: pooled within experiments, from the ruler's prior.
+
+    groups: the differences of each experiment. One bad run must not unhinge it: no experiment counts for more than
+    three times what is typical, which is a median in which the prior stands for PRIOR_RUNS experiments.
+    """
+    squares = [(len(group) - 1, sum((d - fmean(group)) ** 2 for d in group)) for group in groups if len(group) > 1]
+    typical = median([prior**2] * PRIOR_RUNS + [square / free / MEDIAN_SQUARE for free, square in squares])
+    capped = sum(min(square, 9 * typical * free) for free, square in squares)
+    return math.sqrt((PRIOR_RUNS * prior**2 + capped) / (PRIOR_RUNS + sum(free for free, _ in squares)))
+
+
+def effect_of(differences, noise):
+    """The mean difference, none counted as more than three noises above the lowest: a parent's bad run is no gain."""
+    return fmean(min(difference, min(differences) + 3 * noise) for difference in differences)
+
+
+def judge(differences, noise, size):
+    """`keep`, `discard` or `again` (run it on another seed): the one place that decides, in noises summed over the runs.
+
+    differences: parent minus candidate on each seed, so that a gain is positive; noise: deviation of one difference;
+    size: share by which the edit makes the file larger. One that is clearly smaller may be equal, but never worse.
+    """
+    runs, simpler = len(differences), size <= -SIMPLER
+    gain = runs * (effect_of(differences, noise) / noise - SIZE_PRICE * max(size, 0))
+    if gain < (0 if simpler else LEAST_GAIN):
         return "discard"
-    return "keep" if len(candidate) >= (MOST_RUNS if gain < CLEAR_GAIN else 2) else "again"
+    if gain >= CLEAR_GAIN:
+        return "keep"
+    return "again" if runs < MOST_RUNS else "keep" if simpler else "discard"
 
 
-def gain_of(baseline, best, noise):
-    """(gain of the best over the baseline without what luck adds to the best of many, its standard error), bits per byte."""
-    error = noise * math.sqrt(1 / len(baseline) + 1 / len(best))
-    return max(fmean(baseline) - fmean(best) - LUCK * error, 0.0), error
+def gain_of(changes):
+    """(gain of a night without what luck adds, its standard error), from each kept edit's gain and standard error.
+
+    What is kept because it looked good is worse than it looked, the more so the nearer it was to the limit: by the mean of
+    a normal deviation that is cut off there.
+    """
+    normal = NormalDist()
+    above = [(error, gain / error - KEPT_ABOVE) for gain, error in changes]
+    luck = sum(error * normal.pdf(margin) / normal.cdf(margin) for error, margin in above)
+    return sum(gain for gain, _ in changes) - luck, math.hypot(*(error for _, error in changes))
 
 
 def audit_report(pairs, first, best, gain):
