@@ -92,7 +92,6 @@ LEAST_GAIN, CLEAR_GAIN = 0.3, 1.4
 SIZE_PRICE = 20  # noises that each run must gain for a file twice as large: one for 5 percent more
 SIMPLER = 0.02  # share of the file that an edit must take out to be kept at an equal result
 LONG_TEXT = 40  # characters of a constant that are one node; each one more is another: text can be code
-KEPT_ABOVE = 1.0  # standard errors at which a typical keep was decided, found by simulation
 SEEDS = 100  # between one experiment's first seed and the next one's: each run has a seed of its own
 AUDIT_PAIRS, AUDIT_SEED = 5, 900_000_000  # runs of the baseline and of the best, on the same seeds, which no experiment had
 STUDENT = (12.71, 4.30, 3.18, 2.78)  # half of a 95 % interval in standard errors, with 1, 2, ... degrees of freedom (Student's t)
@@ -552,7 +551,7 @@ def gain_of(changes):
     a normal deviation that is cut off there.
     """
     normal = NormalDist()
-    above = [(error, gain / error - KEPT_ABOVE) for gain, error in changes]
+    above = [(error, gain / error - CLEAR_GAIN) for gain, error in changes]
     luck = sum(error * normal.pdf(margin) / normal.cdf(margin) for error, margin in above)
     return sum(gain for gain, _ in changes) - luck, math.hypot(*(error for _, error in changes))
 

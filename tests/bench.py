@@ -78,18 +78,19 @@ def draw_nights(count, seed):
     ]
 
 
-def simulate(chances, rule, noise, share, stays=False, prior=1.0, effects=EFFECTS, size=0.0, spoiled=0.0, equal=False):
+def simulate(
+    chances, rule, noise, share, stays=False, prior=1.0, effects=EFFECTS, size=0.0, bad_run=0.0, bad_parent=0.0
+):
     """One night; a run is its file's true value + what its seed does to all + what is particular to this run.
 
-    noise: deviation of a run; share: the particular part's of it; stays: the particular part is the edit's, and every file
-    built on it inherits it (else each file has its own); prior: the ruler's, as a multiple of the true deviation of a
-    difference; size: share that each edit adds; spoiled: added to the second run of one candidate a night; equal: edits
-    change nothing at all, not even a run's chances.
+    noise: deviation of a run; share: the particular part's of it; stays: that part is the edit's, and every file built on
+    it inherits it (else each file has its own); prior: the ruler's, as a multiple of the true deviation of a difference;
+    size: share that each edit adds; bad_run, bad_parent: added to the second run of one candidate, of one parent.
     """
     of_seeds, experiments = chances
     particular = share * noise
     common = math.sqrt(noise**2 - particular**2)
-    pair = particular if stays else math.sqrt(2) * particular
+    pair = deviation_of_pair(noise, share, stays)
 
     def runs_of(truth, own):
         return [truth + common * seed + particular * chance for seed, chance in zip(of_seeds, own, strict=True)]
@@ -97,46 +98,141 @@ def simulate(chances, rule, noise, share, stays=False, prior=1.0, effects=EFFECT
     own = [0.0] * loop.MOST_RUNS if stays else experiments[0][1]
     truth, parent, made, used = 0.0, runs_of(0.0, own), 1, 1
     pairs, deviation = [], prior * pair
-    changes, false, spoilt = [], 0, False
-    for number, (place, chance) in enumerate(experiments[1:], 1):
+    changes, false, tried = [], 0, 0
+    while used < RUNS:
+        tried += 1
+        place, chance = experiments[tried]
         effect = effects[int(place * len(effects))]
-        inherited = [a + b for a, b in zip(own, chance, strict=True)] if stays else own if equal else chance
+        inherited = [a + b for a, b in zip(own, chance, strict=True)] if stays else chance
         candidate, differences, verdict = runs_of(truth + effect, inherited), [], "again"
-        while verdict == "again" and used < RUNS:
+        if bad_parent and tried >= 20 and made == 1:  # before its second run is made
+            parent[1], bad_parent = parent[1] + bad_parent, 0
+        while verdict == "again":
             seed = len(differences)
-            used += 1 + (seed >= made)
-            made = max(made, seed + 1)
-            if used > RUNS:  # the night is over between the parent's run and the candidate's
+            used += 1 + (seed >= made)  # the parent's run on this seed, where it has none
+            if used > RUNS:
                 break
-            if seed == 1 and spoiled and not spoilt and number >= 20:
-                spoilt, candidate[1] = True, candidate[1] + spoiled
+            made = max(made, seed + 1)
+            if bad_run and tried >= 20 and seed == 1:
+                candidate[1], bad_run = candidate[1] + bad_run, 0
             differences.append(parent[seed] - candidate[seed])
-            if len(differences) == 2:
+            if seed == 1:
                 pairs.append(differences)
-            if len(differences) > 1:
+            if seed:
                 deviation = loop.noise_of(pairs, prior * pair)
             verdict = rule(differences, deviation, size)
         if verdict == "keep":
             changes.append((loop.effect_of(differences, deviation), deviation / math.sqrt(len(differences))))
             truth, parent, own, made = truth + effect, candidate, inherited, len(differences)
             false += effect >= 0
-        if used >= RUNS:
-            break
-    return dict(
-        true=-truth,
-        measured=sum(gain for gain, _ in changes),
-        reported=loop.gain_of(changes)[0],
-        false=false,
-        keeps=len(changes),
-        tried=number,
-        deviation=deviation / pair,
-    )
+    reported, error = loop.gain_of(changes)
+    measured = sum(gain for gain, _ in changes)
+    learned = deviation / pair
+    return -truth, measured, reported, error, false, len(changes), tried, learned
+
+
+def deviation_of_pair(noise, share, stays=False):
+    """The deviation of a difference: two files' own parts, or the one that the edit brings."""
+    return share * noise * (1 if stays else math.sqrt(2))
 
 
 def mean_night(nights, *args, **kwargs):
-    results = [simulate(chances, *args, **kwargs) for chances in nights]
-    return argparse.Namespace(**{key: fmean(result[key] for result in results) for key in results[0]})
+    """Means over the nights: true, measured and reported gain, its error, false keeps, keeps, experiments, noise learned."""
+    columns = zip(*[simulate(chances, *args, **kwargs) for chances in nights], strict=True)
+    names = ("true", "measured", "reported", "error", "false", "keeps", "tried", "learned")
+    return argparse.Namespace(**dict(zip(names, map(fmean, columns), strict=True)))
 
+
+def judge(args):
+    """Nights of 100 runs at equal device time, with true effects drawn from a real night's; the same chances for every rule."""
+    nights = draw_nights(args.nights, args.seed)
+    print(f"{args.nights} nights of {RUNS} runs each. A run: true value + common to its seed + particular to it.")
+    print("fresh: the particular part is each file's own; stays: the edit's, inherited by what is built on it")
+    baselines = {noise: mean_night(nights, strict, noise, 1) for noise in NOISES}
+    show_gains(nights, baselines)
+    show_priors(nights, baselines)
+    show_bad_runs(nights)
+    show_no_effect(nights)
+    show_simpler(nights)
+    show_frontier(nights)
+
+
+def show_gains(nights, baselines):
+    print(f"\ngoals at a fifth: {GOALS} x strict, false keeps at most 0.25 x, reported within 10 % of true")
+    print("                       true gain       false keeps        measured  reported")
+    print("noise   particular     bpb  x strict  a night  x strict    x true    x true  keeps  experiments")
+    for noise in NOISES:
+        one = baselines[noise]
+        print(f"{noise:.4f}  strict      {one.true:.5f}  {1:8.2f}  {one.false:7.2f}  {1:8.2f}  {one.measured / one.true:8.2f}"
+              f"  {'':8}  {one.keeps:5.1f}  {one.tried:11.0f}")  # fmt: skip
+        for stays, shares in ((False, (0.1, 0.2, 1 / 3, 1)), (True, (0.1, 0.2, 1 / 3))):
+            for share in shares:
+                ours = mean_night(nights, loop.judge, noise, share, stays)
+                kind = f"{share:.2f} {'stays' if stays else 'fresh' if share < 1 else 'unpaired'}"
+                print(f"{noise:.4f}  {kind:13}{ours.true:.5f}  {ours.true / one.true:7.2f}  {ours.false:7.2f}"
+                      f"  {ours.false / one.false:8.2f}  {ours.measured / ours.true:8.2f}  {ours.reported / ours.true:8.2f}"
+                      f"  {ours.keeps:5.1f}  {ours.tried:11.0f}", flush=True)  # fmt: skip
+
+
+def show_priors(nights, baselines):
+    print("\nthe ruler's prior is wrong (at a fifth, fresh): true gain and false keeps x strict; noise known in the end")
+    for prior in (1 / 3, 1, 3):
+        cells = []
+        for noise in NOISES:
+            ours, one = mean_night(nights, loop.judge, noise, 0.2, prior=prior), baselines[noise]
+            cells.append(f"{ours.true / one.true:.2f} {ours.false / one.false:.2f} {ours.learned:.2f}")
+        print(f"  {prior:4.2f} times the true one:   " + "    ".join(cells), flush=True)
+
+
+def show_bad_runs(nights):
+    print("\none bad run a night (0.0007, a fifth, fresh): true gain, reported, noise known in the end x true")
+    for size in (0, -0.05):
+        for worse in (0, 0.1, 0.3):
+            cells = []
+            for kind in ("bad_run", "bad_parent"):
+                ours = mean_night(nights, loop.judge, 0.0007, 0.2, size=size, **{kind: worse})
+                cells.append(f"{ours.true:.5f} {ours.reported:.5f} {ours.learned:.2f}")
+            print(f"  edits add {size:4.0%}, run worse by {worse:3}:  a candidate's {cells[0]}   a parent's {cells[1]}", flush=True)
+
+
+def show_no_effect(nights):
+    print("\nedits without effect (0.0007, a fifth): keeps a night, share of experiments kept, measured and reported gain")
+    for size in (0, 0.05, -0.01, -0.03, -0.1):
+        cells = []
+        for stays in (False, True):
+            ours = mean_night(nights, loop.judge, 0.0007, 0.2, stays, effects=[0], size=size)
+            cells.append(f"{ours.keeps:5.2f} {ours.keeps / ours.tried:4.0%} {ours.measured:8.5f} {ours.reported:8.5f}")
+        print(f"  each adds {size:4.0%}:   fresh {cells[0]}    stays {cells[1]}", flush=True)
+    one = mean_night(nights, strict, 0.0007, 1, effects=[0])
+    print(f"  strict:           {one.keeps:5.2f} {one.keeps / one.tried:4.0%} {one.measured:8.5f}")
+
+
+def show_simpler(nights):
+    print("\neach edit takes out 5 % and is worse by so many noises of a difference (0.0007, a fifth): kept, then the")
+    print("night's end in such noises and in bpb (positive is worse)")
+    for worse in (0, 0.1, 0.3, 1, 3):
+        cells = []
+        for stays in (False, True):
+            pair = deviation_of_pair(0.0007, 0.2, stays)
+            ours = mean_night(nights, loop.judge, 0.0007, 0.2, stays, effects=[worse * pair], size=-0.05)
+            cells.append(f"{ours.keeps:5.2f} {-ours.true / pair:5.2f} {-ours.true:8.5f}")
+        print(f"  worse by {worse:3}:   fresh {cells[0]}    stays {cells[1]}", flush=True)
+
+
+def show_frontier(nights):
+    print("\nother constants (fresh): true gain x strict at the three noises, at a fifth and unpaired; most false keeps x strict")
+    nights, chosen = nights[::2], (loop.LEAST_GAIN, loop.CLEAR_GAIN)
+    baselines = {noise: mean_night(nights, strict, noise, 1) for noise in NOISES}
+    for least in (0, 0.3, 0.6):
+        for clear in (1, 1.4, 1.8):
+            loop.LEAST_GAIN, loop.CLEAR_GAIN = least, clear
+            cells = []
+            for share in (0.2, 1):
+                ours = {noise: mean_night(nights, loop.judge, noise, share) for noise in NOISES}
+                gains = " ".join(f"{ours[noise].true / baselines[noise].true:5.2f}" for noise in NOISES)
+                cells.append(f"{gains}, {max(ours[noise].false / baselines[noise].false for noise in NOISES):.2f}")
+            print(f"  LEAST_GAIN {least:3} CLEAR_GAIN {clear:3}:  a fifth {cells[0]}    unpaired {cells[1]}", flush=True)
+    loop.LEAST_GAIN, loop.CLEAR_GAIN = chosen
 
 
 def main():
@@ -147,7 +243,7 @@ def main():
     command.add_argument("--seeds", type=int, default=3)
     command.set_defaults(run=baseline)
     command = commands.add_parser("judge", help=judge.__doc__)
-    command.add_argument("--nights", type=int, default=2000)
+    command.add_argument("--nights", type=int, default=400)
     command.add_argument("--seed", type=int, default=0)
     command.set_defaults(run=judge)
     command = commands.add_parser("overhead", help=speed.overhead.__doc__)
