@@ -46,7 +46,7 @@ from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from stat import S_ISREG
-from statistics import NormalDist, fmean, median, stdev
+from statistics import NormalDist, fmean, median, median_low, stdev
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -83,15 +83,15 @@ ENVIRONMENT = re.compile(
     "|Read-only file system|Stale file handle|No module named '(torch|numpy|tiktoken|rich)'|cannot open shared object file"
 )
 REPEATS = (1, 3)  # experiments after which the baseline runs again: early, because every verdict needs to know the noise
-PRIOR_RUNS = 4  # experiments with two runs that the ruler's prior of the noise is worth
+PRIOR_RUNS = 2  # experiments with two runs that the ruler's prior of the noise is worth
 MOST_RUNS = 3  # of one experiment
 MEDIAN_SQUARE = 0.455  # median of the square of a normal deviation of 1
-# Found by simulation (tests/bench.py judge), in noises summed over an experiment's runs: what is less than LEAST_GAIN is
-# discarded, what is CLEAR_GAIN is kept, and what lies between runs on another seed.
+# Found by simulation (tests/bench.py judge), in noises summed over an experiment's runs: below LEAST_GAIN it is
+# discarded, from CLEAR_GAIN on kept, and between them it runs on another seed.
 LEAST_GAIN, CLEAR_GAIN = 0.3, 1.4
 SIZE_PRICE = 20  # noises that each run must gain for a file twice as large: one for 5 percent more
 SIMPLER = 0.02  # share of the file that an edit must take out to be kept at an equal result
-LONG_TEXT = 40  # characters of a constant that are one node; each one more is another: text can be code
+TEXT_NODE = 5  # characters of a text that count as a node: about what code has, as text can be code
 SEEDS = 100  # between one experiment's first seed and the next one's: each run has a seed of its own
 AUDIT_PAIRS, AUDIT_SEED = 5, 900_000_000  # runs of the baseline and of the best, on the same seeds, which no experiment had
 STUDENT = (12.71, 4.30, 3.18, 2.78)  # half of a 95 % interval in standard errors, with 1, 2, ... degrees of freedom (Student's t)
@@ -499,27 +499,29 @@ def read_rows(text, name="results.tsv on the branch"):
 
 
 def size_of(source):
-    """How much code a file holds: nodes of its syntax tree, a long constant by its length, docstrings not counted.
+    """How much code a file holds: nodes of its syntax tree, and texts by their length, without docstrings.
 
-    Neither names, layout and comments nor joining statements make it smaller; a file that runs text has the text's size.
+    Layout, names and joined statements don't make it smaller; a file that runs text has the size of all its text.
     """
     nodes = [node for node in ast.walk(ast.parse(source)) if not isinstance(node, ast.expr_context)]
     if any(isinstance(node, ast.Name) and node.id in ("exec", "eval", "compile") for node in nodes):
         return len(source)
-    texts = [node for node in nodes if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)]
-    constants = {node for node in nodes if isinstance(node, ast.Constant)} - {text.value for text in texts}
-    longer = sum(max(len(repr(constant.value)) - LONG_TEXT, 0) for constant in constants)
-    return len(nodes) - 2 * len(texts) + longer
+    alone = {node.value for node in nodes if isinstance(node, ast.Expr)}
+    constants = {node for node in nodes if isinstance(node, ast.Constant)}
+    docstrings = constants & alone
+    texts = [node.value for node in constants - docstrings if isinstance(node.value, (str, bytes))]
+    return len(nodes) - 2 * len(docstrings) + sum(len(text) // TEXT_NODE for text in texts)
 
 
 def noise_of(groups, prior):
     """The deviation of one paired difference: pooled within experiments, from the ruler's prior.
 
-    groups: the differences of each experiment. One bad run must not unhinge it: no experiment counts for more than
-    three times what is typical, which is a median in which the prior stands for PRIOR_RUNS experiments.
+    groups: the differences of each experiment. One bad run must not unhinge it: no experiment counts for more
+    than three times the typical deviation, a median in which the prior stands for PRIOR_RUNS experiments.
     """
-    squares = [(len(group) - 1, sum((d - fmean(group)) ** 2 for d in group)) for group in groups if len(group) > 1]
-    typical = median([prior**2] * PRIOR_RUNS + [square / free / MEDIAN_SQUARE for free, square in squares])
+    groups = [group for group in groups if len(group) > 1]
+    squares = [(len(group) - 1, sum((d - fmean(group)) ** 2 for d in group)) for group in groups]
+    typical = median_low([prior**2] * PRIOR_RUNS + [square / free / MEDIAN_SQUARE for free, square in squares])
     capped = sum(min(square, 9 * typical * free) for free, square in squares)
     return math.sqrt((PRIOR_RUNS * prior**2 + capped) / (PRIOR_RUNS + sum(free for free, _ in squares)))
 
@@ -530,7 +532,7 @@ def effect_of(differences, noise):
 
 
 def judge(differences, noise, size):
-    """`keep`, `discard` or `again` (run it on another seed): the one place that decides, in noises summed over the runs.
+    """`keep`, `discard` or `again` (run it on another seed), by the sum of its gains in noises: what decides.
 
     differences: parent minus candidate on each seed, so that a gain is positive; noise: deviation of one difference;
     size: share by which the edit makes the file larger. One that is clearly smaller may be equal, but never worse.
@@ -545,13 +547,13 @@ def judge(differences, noise, size):
 
 
 def gain_of(changes):
-    """(gain of a night without what luck adds, its standard error), from each kept edit's gain and standard error.
+    """(a night's gain without what luck adds, its standard error), from each kept edit's gain and standard error.
 
-    What is kept because it looked good is worse than it looked, the more so the nearer it was to the limit: by the mean of
-    a normal deviation that is cut off there.
+    What is kept because it looked good is worse than it looked, the more the nearer it was to the limit: by the mean
+    of a normal deviation that is cut off there.
     """
     normal = NormalDist()
-    above = [(error, gain / error - CLEAR_GAIN) for gain, error in changes]
+    above = [(error, max(gain / error, 0) - CLEAR_GAIN) for gain, error in changes if error > 0]
     luck = sum(error * normal.pdf(margin) / normal.cdf(margin) for error, margin in above)
     return sum(gain for gain, _ in changes) - luck, math.hypot(*(error for _, error in changes))
 
