@@ -46,7 +46,7 @@ from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from stat import S_ISREG
-from statistics import fmean, median, stdev
+from statistics import NormalDist, fmean, median, median_low, stdev
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -83,14 +83,19 @@ ENVIRONMENT = re.compile(
     "|Read-only file system|Stale file handle|No module named '(torch|numpy|tiktoken|rich)'|cannot open shared object file"
 )
 LEAST_TRAINED = 98  # percent of its training that a run must have been given, else it says nothing of its code
-PRIOR_NOISE, PRIOR_PAIRS = 0.0007, 4  # of a run where a log tells no more; how many differences a prior is worth
+PRIOR_NOISE = 0.0007  # bits per byte: a run's deviation, for logs that tell no more
+PRIOR_RUNS = 2  # experiments with two runs that the ruler's prior of the noise is worth
 MOST_RUNS = 3  # of one experiment: on the seeds 0, 1 and 2
-# In standard errors: what is worth another run, what is kept before the last one, and what a simpler file may lack.
-LEAST_GAIN, CLEAR_GAIN, TOLERANCE = 0.5, 2.0, 0.5
-SIMPLER = -0.01  # share of the file that an edit must take out to count as simpler
+MEDIAN_SQUARE = 0.455  # median of the square of a normal deviation of 1
+# Found by simulation (tests/bench.py judge), in noises summed over an experiment's runs: below LEAST_GAIN it is
+# discarded, from CLEAR_GAIN on kept, and between them it runs on another seed.
+LEAST_GAIN, CLEAR_GAIN = 0.3, 1.4
+SIZE_PRICE = 20  # noises that each run must gain for a file twice as large: one for 5 percent more
+SIMPLER = 0.02  # share of the file that an edit must take out to be kept at an equal result
+TEXT_NODE = 5  # characters of a text that count as a node: about what code has, as text can be code
 AUDIT_PAIRS, AUDIT_SEED = 5, 900_000_000  # runs of the baseline and of the best, on the same seeds, which no experiment had
 STUDENT = (12.71, 4.30, 3.18, 2.78)  # half of a 95 % interval in standard errors, with 1, 2, ... degrees of freedom (Student's t)
-LUCK = 1.5  # standard errors that what was chosen among many owes to luck
+CLEAR = 2  # standard errors by which a change is clear of the noise
 HISTORY_KEEPS, HISTORY_OTHERS, HISTORY_PLACES, NEAR_MISSES = 40, 20, 15, 5  # lines in the prompt, whatever the night's length
 STUCK, STUCK_PLACE = 10, 4  # experiments in a row that were not kept, in all and in one place: then the prompt says so
 MOST_CHARS = 200_000  # of a reply: what is longer isn't an edit
@@ -366,13 +371,6 @@ def accept(source, incumbent, tried):
     return source
 
 
-def size_of(source):
-    """How much code there is, however it is laid out: nodes of the syntax tree, without docstrings."""
-    nodes = list(ast.walk(ast.parse(source)))
-    texts = [node for node in nodes if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)]
-    return len(nodes) - 2 * len(texts)
-
-
 def places(source):
     """{name: code} of a file's parts: constants and the arguments of a call in one (CPU.depth), functions, methods, imports."""
     found = {}
@@ -454,8 +452,8 @@ def random_reply(source, rng, other_device):
 class Row:
     """One experiment, one line of results.tsv.
 
-    change: its runs less those of the file that it edited, on the same seeds, with its standard error; nan for the first row and
-    after a crash. val_bpb: the first row's run on seed 0, and from there on changes added up; nan after a crash.
+    change: what it did to val_bpb of the file that it edited, on the same seeds, with its standard error; nan for the first row
+    and after a crash. val_bpb: the first row's run on seed 0, and from there on changes added up; nan after a crash.
     """
 
     commit: str
@@ -533,31 +531,64 @@ def differences(parent, runs):
     return [before - after for before, after in zip(parent.runs, runs, strict=False)]
 
 
+def size_of(source):
+    """How much code a file holds: nodes of its syntax tree, and texts by their length, without docstrings.
+
+    Layout, names and joined statements don't make it smaller; a file that runs text has the size of all its text.
+    """
+    nodes = [node for node in ast.walk(ast.parse(source)) if not isinstance(node, ast.expr_context)]
+    if any(isinstance(node, ast.Name) and node.id in ("exec", "eval", "compile") for node in nodes):
+        return len(source)
+    alone = {node.value for node in nodes if isinstance(node, ast.Expr)}
+    constants = {node for node in nodes if isinstance(node, ast.Constant)}
+    docstrings = constants & alone
+    texts = [node.value for node in constants - docstrings if isinstance(node.value, (str, bytes))]
+    return len(nodes) - 2 * len(docstrings) + sum(len(text) // TEXT_NODE for text in texts)
+
+
 def noise_of(groups, prior):
-    """The standard deviation of one difference, pooled within experiments, from a prior that a few of them outweigh."""
+    """The deviation of one paired difference: pooled within experiments, from the ruler's prior.
+
+    groups: the differences of each experiment. One bad run must not unhinge it: no experiment counts for more
+    than three times the typical deviation, a median in which the prior stands for PRIOR_RUNS experiments.
+    """
     groups = [group for group in groups if len(group) > 1]
-    squares = sum((value - middle) ** 2 for group in groups for middle in [fmean(group)] for value in group)
-    return math.sqrt((PRIOR_PAIRS * prior**2 + squares) / (PRIOR_PAIRS + sum(len(group) - 1 for group in groups)))
+    squares = [(len(group) - 1, sum((d - fmean(group)) ** 2 for d in group)) for group in groups]
+    typical = median_low([prior**2] * PRIOR_RUNS + [square / free / MEDIAN_SQUARE for free, square in squares])
+    capped = sum(min(square, 9 * typical * free) for free, square in squares)
+    return math.sqrt((PRIOR_RUNS * prior**2 + capped) / (PRIOR_RUNS + sum(free for free, _ in squares)))
+
+
+def effect_of(differences, noise):
+    """The mean difference, none counted as more than three noises above the lowest: a parent's bad run is no gain."""
+    return fmean(min(difference, min(differences) + 3 * noise) for difference in differences)
 
 
 def judge(differences, noise, size):
-    """`keep`, `discard` or `again` (run it on another seed): the one place that decides.
+    """`keep`, `discard` or `again` (run it on another seed), by the sum of its gains in noises: what decides.
 
-    differences: parent less candidate, on each seed; noise: standard deviation of one; size: share that the edit adds to the file.
+    differences: parent minus candidate on each seed, so that a gain is positive; noise: deviation of one difference;
+    size: share by which the edit makes the file larger. One that is clearly smaller may be equal, but never worse.
     """
-    gain = fmean(differences) / (noise / math.sqrt(len(differences)))  # in standard errors
-    if gain < (-TOLERANCE if size < SIMPLER else LEAST_GAIN):
+    runs, simpler = len(differences), size <= -SIMPLER
+    gain = runs * (effect_of(differences, noise) / noise - SIZE_PRICE * max(size, 0))
+    if gain < (0 if simpler else LEAST_GAIN):
         return "discard"
-    return "keep" if gain >= CLEAR_GAIN or len(differences) >= MOST_RUNS else "again"
+    if gain >= CLEAR_GAIN:
+        return "keep"
+    return "again" if runs < MOST_RUNS else "keep" if simpler else "discard"
 
 
 def gain_of(changes):
-    """(gain of the best over the baseline without what luck adds to what was chosen, its standard error), bits per byte.
+    """(a night's gain without what luck adds, its standard error), from each kept edit's gain and standard error.
 
-    changes: (change, standard error) of each kept row but the baseline.
+    What is kept because it looked good is worse than it looked, the more the nearer it was to the limit: by the mean
+    of a normal deviation that is cut off there.
     """
-    error = math.sqrt(sum(error**2 for _, error in changes))
-    return max(-sum(change for change, _ in changes) - LUCK * error, 0.0), error
+    normal = NormalDist()
+    above = [(error, max(gain / error, 0) - CLEAR_GAIN) for gain, error in changes if error > 0]
+    luck = sum(error * normal.pdf(margin) / normal.cdf(margin) for error, margin in above)
+    return sum(gain for gain, _ in changes) - luck, math.hypot(*(error for _, error in changes))
 
 
 def audit_report(pairs, first, best, gain, error):
@@ -1487,12 +1518,17 @@ def noise_in(rows):
     return next((row.error * math.sqrt(len(row.runs)) for row in reversed(rows) if row.error > 0), math.nan)
 
 
+def night_gain(rows):
+    """(the gain of what was kept after the baseline, luck taken off; its standard error)."""
+    return gain_of([(-row.change, row.error) for row in rows if row.status == "keep" and not math.isnan(row.change)])
+
+
 def outcome(rows):
     """(what was won, the noise), in words."""
     kept, noise = [row for row in rows if row.status == "keep" and row.runs], noise_in(rows)
     won = f"baseline {kept[0].val_bpb:.4f}" if kept else "no baseline yet"
     if kept[1:]:
-        gain, error = gain_of([(row.change, row.error) for row in kept[1:]])
+        gain, error = night_gain(rows)
         won = f"best {kept[-1].val_bpb:.4f}, {won}: gain {gain:.4f} +- {error:.4f}, luck taken off"
     return won, "noise not known" if math.isnan(noise) else f"noise of a difference {noise:.4f}"
 
@@ -1590,9 +1626,9 @@ class Report:
         return -self.rows[number].change if self.best[number] else math.inf
 
     def clear(self, number):
-        """Whether luck alone wouldn't explain a gain."""
+        """Whether the noise alone wouldn't explain a gain."""
         row = self.rows[number]
-        return -row.change > LUCK * row.error
+        return -row.change > CLEAR * row.error
 
 
 def hours_of(report):
@@ -1642,7 +1678,7 @@ def render_report(report):
         each = ", ".join(f"{total / count:{form}} {unit}" for total, form, unit in spent if total and count)
         lines.append(f"gains {kind}: {count}{each and f', one for {each}'}")
     if kept[1:]:
-        lines.append(f"clear: by more than {LUCK:g} standard errors, which luck may add to the best of many")
+        lines.append(f"clear: lower by more than {CLEAR} standard errors")
     if kept and max(len(row.runs) for row in rows) == 1:
         lines.append("the noise is assumed: nothing here was run twice")
     return Group(*parts, *map(Text, lines))
@@ -2286,7 +2322,8 @@ class Night:
         bpb, change, error = runs[0] if runs else math.nan, math.nan, math.nan
         if parent and runs:
             gains = differences(parent, runs)
-            change, error = -fmean(gains), self.notebook.noise(gains) / math.sqrt(len(gains))
+            noise = self.notebook.noise(gains)
+            change, error = -effect_of(gains, noise), noise / math.sqrt(len(gains))
             bpb = parent.val_bpb + change
         description = one_line(message.splitlines()[0], 120) + (f" [{result.cause}]" if result.cause else "")
         finished = f"{datetime.now(timezone.utc):%Y-%m-%dT%H:%M:%SZ}"
@@ -2325,8 +2362,7 @@ class Night:
         if len(pairs) < 2:
             raise Stop("too many runs of the audit failed, see above; the same command tries them again", 1)
         both = f"baseline {first.commit} and best {best.commit} ({best.description}), the same {len(pairs)} fresh seeds, test text:"
-        kept = [(row.change, row.error) for row in notebook.rows[1:] if row.status == "keep"]
-        return both, *audit_report(pairs, first.val_bpb, best.val_bpb, *gain_of(kept))
+        return both, *audit_report(pairs, first.val_bpb, best.val_bpb, *night_gain(notebook.rows))
 
     def over(self, more=0):
         """Whether --experiments or --hours says to stop, once there are so many more rows; never before there is a baseline."""

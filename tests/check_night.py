@@ -141,17 +141,22 @@ def of_a_row(number, cells, parent):
 
 
 def of_a_change(number, row, parent):
-    """Problems of what a row says of its effect: the mean difference to its parent's runs on the same seeds."""
+    """Problems of what a row says of its effect: the mean difference to its parent's runs on the same seeds, of which none counts as
+    a gain of more than three noises above the lowest."""
     before, runs, after = runs_of(parent), runs_of(row), float(row["val_bpb"])
     if len(before) < len(runs):
         yield f"row {number} has {len(runs)} runs, and row {parent['commit']}, which it edited, {len(before)}"
         return
-    change = fmean(run - its for run, its in zip(runs, before, strict=False))
-    if not abs(after - float(parent["val_bpb"]) - change) <= 1.001e-6:
-        yield f"row {number}: val_bpb {after} is not its parent's {parent['val_bpb']} plus the change {change:.6f}"
-    match = re.fullmatch(r"([+-]\d+\.\d{4})\+-\d+\.\d{4}", row["change"])
-    if not match or not abs(float(match[1]) - change) <= 0.51e-4:
-        yield f"row {number} has the change {row['change']!r}, and its runs {change:.6f}"
+    change = after - float(parent["val_bpb"])
+    match = re.fullmatch(r"([+-]\d+\.\d{4})\+-(\d+\.\d{4})", row["change"])
+    if not match or not abs(float(match[1]) - change) <= 0.52e-4:
+        yield f"row {number} has the change {row['change']!r}, and its val_bpb is its parent's plus {change:.6f}"
+        return
+    gains = [its - run for its, run in zip(before, runs, strict=False)]
+    most = [min(gains) + 3 * (float(match[2]) + rounded) * len(runs) ** 0.5 for rounded in (-0.5e-4, 0.5e-4)]
+    low, high = (-fmean(min(gain, limit) for gain in gains) for limit in reversed(most))
+    if not low - 1.001e-6 <= change <= high + 1.001e-6:
+        yield f"row {number} has the change {change:.6f}, and its runs differ from its parent's by {[-gain for gain in gains]}"
 
 
 def of_the_checkout(git, ref, tip, others):

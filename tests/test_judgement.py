@@ -1,4 +1,4 @@
-"""Claims about the judgement: pairs on common seeds, what is kept, how the noise is known, and the audit in the morning."""
+"""Claims about judging in a night: pairs on common seeds, the noise, a machine that is too busy, and the audit in the morning."""
 
 import os
 import re
@@ -43,18 +43,6 @@ def edit(width, idea="an idea"):
     return block("STRANGE = 0", f"STRANGE = {width}", idea)
 
 
-# ---- the rule
-
-
-def test_what_is_clearly_worse_is_discarded_after_one_run_and_what_is_clearly_better_is_kept_in_the_end():
-    assert loop.judge([-0.1], noise=0.001, size=0) == "discard"
-    assert loop.judge([0.1] * loop.MOST_RUNS, 0.001, 0) == "keep"
-
-
-def test_size_is_counted_without_comments_docstrings_and_layout():
-    assert loop.size_of("'''doc'''\na = 1\n\n# b\nc = f(\n    1,\n    2,\n)\n") == loop.size_of("a = 1; c = f(1, 2)")
-
-
 # ---- common seeds
 
 
@@ -94,7 +82,7 @@ def test_a_metric_is_the_parents_plus_the_change_whatever_seeds_they_ran_on(seed
     assert [len(runs_of(row)) for row in rows] == [2, 2, 2, 1]
     true = [1 + 1 / width for width in (64, 65, 80, 16)]
     assert [float(row["val_bpb"]) for row in rows] == pytest.approx(true, abs=2e-6)
-    assert [row["change"] for row in rows] == ["", "-0.0002+-0.0005", "-0.0029+-0.0004", "+0.0500+-0.0006"]
+    assert [row["change"].partition("+-")[0] for row in rows] == ["", "-0.0002", "-0.0029", "+0.0500"]
 
 
 def test_an_experiment_is_compared_with_the_last_kept_row_also_where_an_earlier_one_was_lower(seeded, server):
@@ -176,19 +164,12 @@ def test_what_the_model_wrote_about_runs_is_left_as_it_was(seeded, server):
 def test_the_prior_of_the_noise_is_the_rulers_and_is_noted_on_the_branch(seeded):
     facts = seeded.read("prepare.py").replace("0.0007", "float((Path.home() / 'noise').read_text())")
     seeded.write("prepare.py", facts)
-    seeded.commit("a noise that can be changed")
+    seeded.verdicts("discard")
     for noise in ("0.002", "0.5"):
         (seeded.folder.parent / "noise").write_text(noise)
         seeded.offline("--experiments", 1)
     assert [row["change"].partition("+-")[2] for row in seeded.rows()] == ["", "0.0020", "0.0020"]
     assert "Noise: 0.002\n" in seeded.git("show", "-s", "--format=%B", seeded.rows()[0]["commit"])
-
-
-def test_differences_that_scatter_more_or_less_than_the_prior_says_change_the_noise():
-    prior = 0.0007
-    assert loop.noise_of([], prior) == loop.noise_of([[0.3], [-0.2], []], prior) == pytest.approx(prior)
-    scattered = [[sign * 0.01, -sign * 0.01] for sign in (1, -1, 1, -1, 1, -1, 1, -1)]
-    assert loop.noise_of(scattered, prior) > 3 * prior > prior > loop.noise_of([[0.3, 0.3]] * 20, prior)
 
 
 def test_the_model_and_the_person_are_told_changes_with_their_errors_and_the_noise(seeded, server):
