@@ -82,7 +82,7 @@ ENVIRONMENT = re.compile(
     "|No space left|Disk quota|Too many open files|Cannot allocate memory|Resource temporarily unavailable|Input/output error"
     "|Read-only file system|Stale file handle|No module named '(torch|numpy|tiktoken|rich)'|cannot open shared object file"
 )
-LEAST_TRAINED = 98  # percent of its training that a run must have been given, else it says nothing of its code
+LEAST_TRAINED = 98  # percent of its training that a run must have got: with less it says nothing of its code
 PRIOR_NOISE = 0.0007  # bits per byte: a run's deviation, for logs that tell no more
 PRIOR_RUNS = 2  # experiments with two runs that the ruler's prior of the noise is worth
 MOST_RUNS = 3  # of one experiment: on the seeds 0, 1 and 2
@@ -116,10 +116,10 @@ ALLOWED = re.compile(
 RULES = """\
 You are a researcher who improves a language model's training script, one experiment at a time. You propose ONE edit of
 train.py. A program applies it, trains for a fixed wall-clock time on one device, measures validation bits per byte
-(val_bpb, lower is better), and keeps the edit or reverts it. Your train.py and the one that it edits run on the same seed, and
-their difference counts: what the seed does to both cancels, so a change of a thousandth can be seen. What is in doubt is run on a
-second and a third seed; an equal result is kept if the file becomes clearly smaller. Nobody answers questions; every reply must
-hold an edit.
+(val_bpb, lower is better), and keeps the edit or reverts it. Your train.py and the one that it edits run on the same
+seed, and their difference counts: what the seed does to both cancels, so a change of a thousandth can be seen. What is
+in doubt is run on a second and a third seed; an equal result is kept if the file becomes clearly smaller. Nobody
+answers questions; every reply must hold an edit.
 
 train.py is the only file you can change. It must go on using the ruler, prepare.py, which you can't change:
   run = prepare.Run()                      # seed, device, data, clock; run.device, run.seq_len, run.vocab_size, run.train_tokens
@@ -367,7 +367,8 @@ def accept(source, incumbent, tried):
         raise Refused("This edit changes nothing in the code: train.py would mean the same.")
     row = tried.get(tree)
     if row and row.status != "keep":
-        raise Refused(f"This very code was tried: {row.status}, {row.description}, {effect(row).strip()}. Propose something else.")
+        result = f"{row.status}, {row.description}, {effect(row).strip()}"
+        raise Refused(f"This very code was tried: {result}. Propose something else.")
     return source
 
 
@@ -452,8 +453,8 @@ def random_reply(source, rng, other_device):
 class Row:
     """One experiment, one line of results.tsv.
 
-    change: what it did to val_bpb of the file that it edited, on the same seeds, with its standard error; nan for the first row
-    and after a crash. val_bpb: the first row's run on seed 0, and from there on changes added up; nan after a crash.
+    change: what it did to val_bpb of the file that it edited, on the same seeds, and error: of that, the standard one;
+    nan for the first row and after a crash. val_bpb: the first row's run on seed 0, and from there on changes added up.
     """
 
     commit: str
@@ -469,7 +470,8 @@ class Row:
 
     def line(self):
         cells = (self.commit, f"{self.val_bpb:.6f}", f"{self.memory_gb:.1f}", self.status, self.description)
-        return "\t".join((*cells, write_change(self), write_runs(self.runs), str(self.llm_tokens), self.finished)) + "\n"
+        cells += (write_change(self), write_runs(self.runs), str(self.llm_tokens), self.finished)
+        return "\t".join(cells) + "\n"
 
 
 def read_runs(text):
@@ -482,19 +484,21 @@ def write_runs(runs):
 
 def write_change(row):
     """A row's effect with its standard error, negative is lower; empty where there is none."""
-    return "" if math.isnan(row.change) else f"{round(row.change, 4) + 0.0:+.4f}+-{row.error:.4f}"  # never -0.0000
+    change = round(row.change, 4) + 0.0  # never -0.0000
+    return "" if math.isnan(change) else f"{change:+.4f}+-{row.error:.4f}"
 
 
 def read_rows(text, name="results.tsv on the branch"):
     """The rows of a results.tsv, its columns read by their names; Stop names the first line that isn't a row.
 
-    Logs without a column `change`, the community's and this project's first, had each run on a seed of its own: their changes are
-    the differences to the last kept row before, as sure as the noise of a run allows.
+    Logs without a column `change`, the community's and this project's first, had each run on a seed of its own: their
+    changes are the differences to the last kept row before, as sure as the noise of a run allows.
     """
     header, *lines = text.removeprefix("\ufeff").splitlines() or [""]
     names, rows = header.split("\t"), []
     if header and not {*COLUMNS[:5]} <= {*names}:
-        raise Stop(f"{name} doesn't begin with a header line that names {' '.join(COLUMNS[:5])} (tabs between them): {one_line(header)!r}")
+        wanted = " ".join(COLUMNS[:5])
+        raise Stop(f"{name} doesn't begin with a header line that names {wanted} (tabs between): {one_line(header)!r}")
     for number, line in enumerate(lines, 2):
         try:
             cells = dict(zip(names, line.split("\t", len(names) - 1), strict=True))
@@ -504,9 +508,9 @@ def read_rows(text, name="results.tsv on the branch"):
             bpb = math.nan if status == "crash" else float(cells["val_bpb"])  # the community writes 0 there
             change, error = map(float, change.split("+-"))
             runs = read_runs(cells.get("runs", "")) or [bpb] * (0 < bpb < math.inf)
-            tokens, finished = int(cells.get("llm_tokens", 0)), cells.get("finished", "")
-            memory, description = float(cells["memory_gb"]), cells["description"]
-            rows.append(Row(cells["commit"], bpb, memory, status, description, change, error, runs, tokens, finished))
+            row = Row(cells["commit"], bpb, float(cells["memory_gb"]), status, cells["description"], change, error, runs,
+                      int(cells.get("llm_tokens", 0)), cells.get("finished", ""))  # fmt: skip
+            rows.append(row)
         except ValueError:
             raise Stop(f"{name}, line {number}, is not a row: {one_line(line)!r}; mend and commit it") from None
     if "change" not in names:
@@ -592,7 +596,8 @@ def gain_of(changes):
 
 
 def audit_report(pairs, first, best, gain, error):
-    """Lines for the morning, from (baseline, best) test bits per byte of each seed, and what the night says: val_bpb, gain and error."""
+    """Lines for the morning, from (baseline, best) test bits per byte of each seed; first, best: val_bpb of both, and gain
+    and error: what the night says of itself."""
     gains = [baseline - after for baseline, after in pairs]
     half = STUDENT[len(gains) - 2] * stdev(gains) / math.sqrt(len(gains))
     middle = fmean(gains)
@@ -641,7 +646,7 @@ def history(rows, best, noise, touches, earlier=0):
     others = [row for row in rows if row.status != "keep"]
     lines = [f"{len(rows)} experiments: {len(keeps)} kept, {sum(r.status == 'crash' for r in others)} crashed. "
              f"The train.py to beat: val_bpb {best.val_bpb:.6f}.",
-             "Each line says how an experiment changed val_bpb of the file that it edited, and the standard error; negative is lower.",
+             "A line says how an experiment changed val_bpb of the file that it edited, and the standard error of that.",
              f"On one seed a change is off by about {noise:.4f} (one standard deviation)."]  # fmt: skip
     lines += [f"The person has changed program.md: the first {earlier} experiments ran under an earlier one."] if earlier else []
     lines += ["", "Kept, in order:"]
@@ -871,8 +876,8 @@ class Notebook:
 
     def noise(self, *more):
         """The standard deviation of one difference on a seed, from all that were measured and `more`."""
-        pairs = [differences(parent, row.runs) for row, parent in zip(self.rows, parents(self.rows), strict=False) if parent]
-        return noise_of([*pairs, *more], self.prior)
+        pairs = zip(parents(self.rows), self.rows, strict=False)
+        return noise_of([*(differences(parent, row.runs) for parent, row in pairs if parent), *more], self.prior)
 
     def remember(self, commit, runs, seconds):
         """The running experiment, committed anew with its runs so far and what they took: where a start after a kill goes on."""
@@ -1224,7 +1229,7 @@ def changed_mark(data):
 
 @contextlib.contextmanager
 def one_core():
-    """What is started within runs on one core, the last that the loop may use; on any, where the system knows no such thing."""
+    """What is started within runs on one core, the last that the loop may use; on any, where the system can't say."""
     cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
     try:
         if cores:
@@ -1235,11 +1240,12 @@ def one_core():
             os.sched_setaffinity(0, cores)
 
 
-def run_experiment(folder, files, data, fingerprint, seed, budget, facts, split="val", watch=list, caged=False, on_cpu=False, pace=""):
+def run_experiment(folder, files, data, fingerprint, seed, budget, facts,
+                   split="val", watch=list, caged=False, on_cpu=False, pace=""):  # fmt: skip
     """Runs `files` ({name: text}, train.py among them) in `folder` under the hard budget, and reads the ruler's summary.
 
-    What changes prepare.py, the data or a file that watch() lists, before and after, has no result; nor has a run that was given
-    less than its training. pace: of the branch, by which the ruler's clock counts the work on a CPU.
+    What changes prepare.py, the data or a file that watch() lists, before and after, has no result; nor has a run that
+    got less than its training. pace: the branch's, by which the ruler counts the work on a CPU.
     """
     runs = folder.parent
     lay_out(folder, files)
@@ -1553,8 +1559,8 @@ def totals(facts, now):
 
 
 def race(points, rival):
-    """The loss of a run, against the best so far's at the same point of its own. It is the loss of single batches, maybe other ones:
-    so both are means over the last LOSS_SPAN percent of the run, and nothing is compared before there are as many."""
+    """The loss of a run, against the best so far's at the same point of its own. It is the loss of single batches, maybe of
+    other ones: so both are means over the last LOSS_SPAN percent of the run, and nothing is compared before there are as many."""
     now = max(points)
     mine, its = ([loss for percent, loss in curve if now - LOSS_SPAN < percent <= now] for curve in (points.items(), rival))
     loss, best = round(fmean(mine), 3), round(fmean(its or [0]), 3)
@@ -1591,7 +1597,9 @@ def render(facts, now, width, height):
     parts = {
         "title": lambda n: fit(facts.title, width, n, "bold"),
         "chart": lambda n: chart(values, width, n) if n > 1 and values[:1] > values[-1:] else [],
-        "rows": lambda n: [line for row in rows[:n][::-1] for line in fit(CELLS.format(*cells(row)), width, 1, STYLES[row.status])],
+        "rows": lambda n: [
+            line for row in rows[:n][::-1] for line in fit(CELLS.format(*cells(row)), width, 1, STYLES[row.status])
+        ],
         "said": lambda n: [line for text in said[:n][::-1] for line in fit(text.splitlines()[-1], width)],
         "now": lambda n: fit(activity, width, n, "bold", "> "),
         "why": lambda n: fit(one_line(facts.why, 999), width, n, start="  "),
@@ -1965,8 +1973,8 @@ class Night:
         )
 
     def machine(self, *behind):
-        """What the ruler's facts() says of this machine; a process of its own, because loop.py never loads torch, on one core as a run
-        on a CPU: how fast it is there is one of the facts."""
+        """What the ruler's facts() says of this machine; a process of its own, because loop.py never loads torch, and on one
+        core, as a run on a CPU: how fast it is there is one of the facts."""
         command = [*behind, sys.executable, "-c", "import prepare; print(prepare.facts())"]
         place = self.runs / "probe" if behind else self.folder
         env = environment(place, self.runs, self.data) if behind else os.environ
@@ -2111,7 +2119,8 @@ class Night:
         if notebook.rows:
             version = notebook.version(self.program)
             earlier = [number for number, row in enumerate(notebook.rows, 1) if notebook.programs.get(row.commit) != version]
-            results = history(notebook.rows, notebook.incumbent, notebook.noise(), notebook.touches, max(earlier, default=0))
+            noise, earlier = notebook.noise(), max(earlier, default=0)
+            results = history(notebook.rows, notebook.incumbent, noise, notebook.touches, earlier)
         runs = "\n\n".join(message.rstrip().rpartition("\n\n")[0] for _, message in notebook.latest(LAST_RUNS))  # without trailers
         parts = (
             setting,
@@ -2145,7 +2154,7 @@ class Night:
         self.ahead = Thought(ask, tries, self.facts, chat, known, mends, refused.tokens if refused else 0)
 
     def think_ahead(self, running):
-        """While an experiment runs (its commit's message), the model thinks about what comes next: so the device needn't wait for it."""
+        """While an experiment runs (its commit's message), the model thinks about what comes next: the device needn't wait."""
         if self.model and not self.over(1):
             with contextlib.suppress(Exception):  # what is wrong comes up again when the edit is due, and is waited out there
                 if not self.wanted():
@@ -2199,7 +2208,8 @@ class Night:
             return self.measured[1]
         make_room(self.runs)
         self.check_data()
-        facts, rows, files = self.facts, self.notebook.rows, {"train.py": self.git.blob(commit, "train.py"), "prepare.py": self.prepare_py}
+        facts, rows = self.facts, self.notebook.rows
+        files = {"train.py": self.git.blob(commit, "train.py"), "prepare.py": self.prepare_py}
         number = next((n for n, row in enumerate(rows) if commit.startswith(row.commit)), len(rows))
         folder = self.runs / f"{number:04}-{seed}-{commit[:7]}"
         facts.start(activity, why, {}, read_curve(self.runs, self.notebook.incumbent))
@@ -2238,8 +2248,10 @@ class Night:
             if not baseline and not self.parent_has(len(runs), commit):
                 with self.interrupts.hold():
                     return self.finish(commit, "discard", result, runs, seconds)
-            activity = f"run {len(runs) + 1} of up to {MOST_RUNS}: " * bool(runs) + f"#{len(notebook.rows)} {message.splitlines()[0]}"
-            result = self.measure(commit, len(runs), activity, why="\n".join(message.strip().split("\n\n")[1:-1]))
+            subject, *why = message.strip().split("\n\n")[:-1]
+            again = f"run {len(runs) + 1} of up to {MOST_RUNS}: " * bool(runs)
+            activity = f"{again}#{len(notebook.rows)} {subject}"
+            result = self.measure(commit, len(runs), activity, why="\n".join(why))
             if baseline and result.cause:
                 if result.trained < LEAST_TRAINED:
                     advice = "the baseline runs again; a quieter machine helps, or a larger --budget"
@@ -2261,7 +2273,7 @@ class Night:
                     self.finish(commit, status, result, runs, seconds)
 
     def parent_has(self, seed, commit):
-        """Whether the best so far, which the experiment edited, has a run on this seed to be compared with; it is made if it is due."""
+        """Whether the best so far, which the experiment edited, has a run on this seed; if not, it is made now."""
         row = self.notebook.incumbent
         if seed < len(row.runs):
             return True
@@ -2299,9 +2311,9 @@ class Night:
             raise OSError(errno.EIO, result.cause, str(result.log))
 
     def fails_alone(self, commit):
-        """After failures, the best so far runs again on seed 0, which it is known to stand, until it has a result, as before and not
-        recorded. If that is at once, what fails next is the experiment; so it is after MOST_SPELLS of a failing machine around it, as
-        it may break the machine for a while, each time."""
+        """After failures, the best so far runs again, on seed 0 as before and not recorded, until it has a result. If that is
+        at once, what fails next is the experiment; so it is after MOST_SPELLS of a failing machine around it, as it may break
+        the machine for a while, each time."""
         row, self.suspicion, self.measured = self.notebook.incumbent, 0, (None, None)
         result = self.measure(row.commit, 0, f"after failures, the best so far again: {row.description}")
         if result.cause:

@@ -132,7 +132,7 @@ class Project:
     def run(self, *args, code=0, **environment):
         """Runs the loop to its end; returns its output (stdout, then stderr)."""
         process = self.start(*args, **environment)
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=300)
         assert process.returncode == code, f"exit {process.returncode}\n{out}\n{err}"
         return out + err
 

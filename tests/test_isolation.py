@@ -292,7 +292,7 @@ def test_while_the_machine_fails_the_loop_waits_and_blames_no_experiment(project
     fails_too = "the best so far fails too, so the machine is at fault (the machine: RuntimeError: CUDA error: CUDA-capable"
     project.read_until(process, fails_too)
     switch.unlink()
-    process.communicate(timeout=60)
+    process.communicate(timeout=300)
     assert [(row["status"], row["description"]) for row in project.rows()] == [
         ("keep", "baseline"), ("keep", "twice the width"), ("keep", "a layer"),
     ]  # fmt: skip
@@ -347,7 +347,7 @@ def test_a_git_that_fails_for_a_while_costs_no_row_and_no_proposal(project, serv
     )
     project.read_until(process, "git failed: fatal: No space left on device; going on in")
     switch.unlink()
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=300)
     assert process.returncode == 0, out + err
     assert [row["description"] for row in project.rows()] == ["baseline", "twice the width", "a layer"] and project.status() == ""
 
@@ -421,7 +421,7 @@ def waits_and_goes_on(project, server, breaks, mends=lambda: None, said="", *rep
     process = project.start("--budget", "20", "--tag", "t", "--experiments", "2", OPENAI_BASE_URL=server.url)
     project.read_until(process, said)
     mends()
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=300)
     assert broken and [row["description"] for row in project.rows()] == ["baseline", "twice the width", "a layer"], out + err
     assert project.status() == "" and process.returncode == 0
     return out
@@ -455,7 +455,7 @@ def test_a_run_whose_row_cannot_be_written_is_not_run_again(project, server):
     process = project.start("--budget", "20", "--tag", "t", "--experiments", "2", OPENAI_BASE_URL=server.url)
     out = project.read_until(process, "results.tsv; going on in")
     (project.folder / "results.tsv").rmdir()
-    out += process.communicate(timeout=60)[0]
+    out += process.communicate(timeout=300)[0]
     assert out.count("  #1 twice the width") == 1 and len(project.rows()) == 3 and project.status() == ""
 
 
@@ -473,7 +473,7 @@ def test_a_refused_proposal_whose_row_is_written_half_has_no_second_one(project,
     process = project.start("--budget", "20", "--tag", "t", "--experiments", "2", OPENAI_BASE_URL=server.url)
     project.read_until(process, "results.tsv; going on in")
     path.rmdir()
-    process.communicate(timeout=60)
+    process.communicate(timeout=300)
     assert [row["status"] for row in project.rows()] == ["keep", "crash", "keep"] and project.status() == ""
 
 

@@ -442,7 +442,7 @@ def test_of_a_model_that_thinks_longer_than_a_run_the_loop_says_once_that_it_is_
     process = project.start("--budget", "20", "--tag", "t", "--experiments", "3", OPENAI_BASE_URL=server.url)
     project.read_until(process, bound)
     said.set()
-    out, _ = process.communicate(timeout=60)
+    out, _ = process.communicate(timeout=300)
     assert bound not in out and len(project.rows()) == 4
 
 
