@@ -500,6 +500,8 @@ def read_rows(text, name="results.tsv on the branch"):
         wanted = " ".join(COLUMNS[:5])
         raise Stop(f"{name} doesn't begin with a header line that names {wanted} (tabs between): {one_line(header)!r}")
     for number, line in enumerate(lines, 2):
+        if not line.strip():
+            continue
         try:
             cells = dict(zip(names, line.split("\t", len(names) - 1), strict=True))
             status, change = cells["status"], cells.get("change") or "nan+-nan"
@@ -1597,9 +1599,7 @@ def render(facts, now, width, height):
     parts = {
         "title": lambda n: fit(facts.title, width, n, "bold"),
         "chart": lambda n: chart(values, width, n) if n > 1 and values[:1] > values[-1:] else [],
-        "rows": lambda n: [
-            line for row in rows[:n][::-1] for line in fit(CELLS.format(*cells(row)), width, 1, STYLES[row.status])
-        ],
+        "rows": lambda n: [line for row in rows[:n][::-1] for line in fit(CELLS.format(*cells(row)), width, 1, STYLES[row.status])],
         "said": lambda n: [line for text in said[:n][::-1] for line in fit(text.splitlines()[-1], width)],
         "now": lambda n: fit(activity, width, n, "bold", "> "),
         "why": lambda n: fit(one_line(facts.why, 999), width, n, start="  "),

@@ -194,7 +194,8 @@ def test_the_model_and_the_person_are_told_changes_with_their_errors_and_the_noi
 def test_an_edit_nested_deeper_than_python_likes_is_judged(project, server, value):
     server.replies += [block("WIDTH = 64", f"WIDTH = 128\nDEEP = {value}", "deep")]
     project.online(server, "--experiments", 1)
-    assert project.rows()[1]["status"] in ("keep", "crash") and project.status() == ""
+    row = project.rows()[1]  # as Python can stand it or not
+    assert row["description"] == "deep" or row["status"] == "crash" and "the loop fails" not in row["description"]
 
 
 def test_the_judge_is_told_by_how_much_an_edit_makes_the_file_larger(project, server):
