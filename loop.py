@@ -535,7 +535,7 @@ def effect_of(differences, noise):
 def judge(differences, noise, size):
     """`keep`, `discard` or `again` (run it on another seed), by the sum of its gains in noises: what decides.
 
-    differences: parent minus candidate on each seed, so that a gain is positive; noise: one's deviation; size:
+    differences: parent minus candidate on each seed, a gain is positive; noise: deviation of one of them; size:
     share by which the edit makes the file larger. A clearly smaller one may be equal, but never worse.
     """
     runs, simpler = len(differences), size <= -SIMPLER
