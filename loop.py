@@ -535,8 +535,8 @@ def effect_of(differences, noise):
 def judge(differences, noise, size):
     """`keep`, `discard` or `again` (run it on another seed), by the sum of its gains in noises: what decides.
 
-    differences: parent minus candidate on each seed, a gain is positive; noise: the deviation of one; size: by
-    what share the edit makes the file larger. A clearly smaller one may be equal, but never worse.
+    differences: parent minus candidate on each seed, a gain is positive; noise: the deviation of one; size:
+    by what share the edit makes the file larger. A clearly smaller one may be equal, but never worse.
     """
     runs, simpler = len(differences), size <= -SIMPLER
     gain = runs * (effect_of(differences, noise) / noise - SIZE_PRICE * max(size, 0))

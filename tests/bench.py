@@ -154,11 +154,10 @@ def mean_night(nights, *args, **kwargs):
 
 def judge(args):
     """Nights of 100 runs, with true effects drawn from a real night's and the same chances for every rule."""
-    many = draw_nights(4 * args.nights, args.seed)  # strict's nights scatter most, and all is divided by theirs
-    nights = many[: args.nights]
+    nights = draw_nights(args.nights, args.seed)
     print(f"{args.nights} nights of {RUNS} runs each; a run: true value + its seed's to all + its own.")
     print("fresh: the own part is each file's; stays: each edit's, inherited by what is built on it")
-    baselines = {noise: mean_night(many, strict, noise, 1) for noise in NOISES}
+    baselines = {noise: mean_night(nights, strict, noise, 1) for noise in NOISES}
     show_gains(nights, baselines)
     show_priors(nights, baselines)
     show_bad_runs(nights)
@@ -264,7 +263,7 @@ def main():
     command.add_argument("--seeds", type=int, default=3)
     command.set_defaults(run=baseline)
     command = commands.add_parser("judge", help=judge.__doc__)
-    command.add_argument("--nights", type=int, default=500)
+    command.add_argument("--nights", type=int, default=700)
     command.add_argument("--seed", type=int, default=0)
     command.set_defaults(run=judge)
     command = commands.add_parser("overhead", help=speed.overhead.__doc__)
