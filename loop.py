@@ -87,8 +87,8 @@ PRIOR_NOISE = 0.0007  # bits per byte: a run's deviation, for logs that tell no 
 PRIOR_RUNS = 2  # experiments with two runs that the ruler's prior of the noise is worth
 MOST_RUNS = 3  # of one experiment: on the seeds 0, 1 and 2
 MEDIAN_SQUARE = 0.455  # median of the square of a normal deviation of 1
-# Found by simulation (tests/bench.py judge), in noises summed over an experiment's runs: below LEAST_GAIN it is
-# discarded, from CLEAR_GAIN on kept, and between them it runs on another seed.
+# Found by simulation (tests/bench.py judge), in noises summed over an experiment's runs: below LEAST_GAIN it
+# is discarded, from CLEAR_GAIN on it is kept, and in between it runs on another seed.
 LEAST_GAIN, CLEAR_GAIN = 0.3, 1.4
 SIZE_PRICE = 20  # noises that each run must gain for a file twice as large: one for 5 percent more
 SIMPLER = 0.02  # share of the file that an edit must take out to be kept at an equal result
@@ -540,7 +540,7 @@ def differences(parent, runs):
 def size_of(source):
     """How much code a file holds: nodes of its syntax tree, and texts by their length, without docstrings.
 
-    Layout, names and joined statements don't make it smaller; a file that runs text has the size of all its text.
+    Layout, names and joined statements don't make it smaller; a file that runs text is as large as its text.
     """
     nodes = [node for node in ast.walk(ast.parse(source)) if not isinstance(node, ast.expr_context)]
     if any(isinstance(node, ast.Name) and node.id in ("exec", "eval", "compile") for node in nodes):
@@ -560,21 +560,22 @@ def noise_of(groups, prior):
     """
     groups = [group for group in groups if len(group) > 1]
     squares = [(len(group) - 1, sum((d - fmean(group)) ** 2 for d in group)) for group in groups]
-    typical = median_low([prior**2] * PRIOR_RUNS + [square / free / MEDIAN_SQUARE for free, square in squares])
+    variances = [square / free / MEDIAN_SQUARE for free, square in squares]
+    typical = median_low([prior**2] * PRIOR_RUNS + variances)
     capped = sum(min(square, 9 * typical * free) for free, square in squares)
     return math.sqrt((PRIOR_RUNS * prior**2 + capped) / (PRIOR_RUNS + sum(free for free, _ in squares)))
 
 
 def effect_of(differences, noise):
-    """The mean difference, none counted as more than three noises above the lowest: a parent's bad run is no gain."""
+    """The mean difference, each at most three noises above the lowest: a parent's bad run is no gain."""
     return fmean(min(difference, min(differences) + 3 * noise) for difference in differences)
 
 
 def judge(differences, noise, size):
     """`keep`, `discard` or `again` (run it on another seed), by the sum of its gains in noises: what decides.
 
-    differences: parent minus candidate on each seed, so that a gain is positive; noise: deviation of one difference;
-    size: share by which the edit makes the file larger. One that is clearly smaller may be equal, but never worse.
+    differences: parent minus candidate on each seed, a gain is positive; noise: the deviation of one; size:
+    by what share the edit makes the file larger. A clearly smaller one may be equal, but never worse.
     """
     runs, simpler = len(differences), size <= -SIMPLER
     gain = runs * (effect_of(differences, noise) / noise - SIZE_PRICE * max(size, 0))
@@ -586,10 +587,10 @@ def judge(differences, noise, size):
 
 
 def gain_of(changes):
-    """(a night's gain without what luck adds, its standard error), from each kept edit's gain and standard error.
+    """(a night's gain without what luck adds, its standard error), from the same two of each kept edit.
 
-    What is kept because it looked good is worse than it looked, the more the nearer it was to the limit: by the mean
-    of a normal deviation that is cut off there.
+    What is kept because it looked good is worse than it looked, the more the nearer it was to the limit:
+    by the mean of a normal deviation that is cut off there.
     """
     normal = NormalDist()
     above = [(error, max(gain / error, 0) - CLEAR_GAIN) for gain, error in changes if error > 0]

@@ -60,7 +60,7 @@ DELTAS = (
 EFFECTS = [delta / 1e6 for delta in DELTAS]
 NOISES = (0.0003, 0.0007, 0.0015)  # deviations of a run over seeds, bits per byte
 RUNS = 100  # of a night, the baseline's and those that a parent needs on further seeds among them
-GOALS = (1.25, 2.1, 5.5)  # times strict's true gain, where what is particular to a run is a fifth of its noise
+GOALS = (1.25, 2.1, 5.5)  # times strict's true gain, where a fifth of a run's noise is its own
 
 
 def strict(differences, noise, size):
@@ -69,7 +69,7 @@ def strict(differences, noise, size):
 
 
 def draw_nights(count, seed):
-    """The chances of each night, the same for every rule: each seed's, and each experiment's (its edit, its runs)."""
+    """The chances of each night, the same for every rule: its seeds', and each experiment's edit and runs."""
     rng = random.Random(seed)
 
     def chances():
@@ -92,9 +92,9 @@ def simulate(
 ):
     """One night; a run is its file's true value + what its seed does to all + what is particular to this run.
 
-    noise: deviation of a run; share: the particular part's of it; stays: that part is the edit's, and every file
-    built on it inherits it (else each file has its own); prior: the ruler's, as a multiple of a difference's true
-    deviation; size: share that each edit adds; bad_run, bad_parent: added to the second run of one of them.
+    noise: deviation of a run; share: the particular part's of it; stays: that part is the edit's, and every
+    file built on it inherits it (else each file has its own); prior: the ruler's, in true deviations of a
+    difference; size: share that each edit adds; bad_run, bad_parent: added to one's second run.
     """
     of_seeds, experiments = chances
     particular = share * noise
@@ -102,7 +102,7 @@ def simulate(
     pair = deviation_of_pair(noise, share, stays)
 
     def runs_of(truth, own):
-        return [truth + common * seed + particular * chance for seed, chance in zip(of_seeds, own, strict=True)]
+        return [truth + common * a + particular * b for a, b in zip(of_seeds, own, strict=True)]
 
     own = [0.0] * loop.MOST_RUNS if stays else experiments[0][1]
     truth, parent, made, used = 0.0, runs_of(0.0, own), 1, 1
@@ -155,20 +155,20 @@ def mean_night(nights, *args, **kwargs):
 def judge(args):
     """Nights of 100 runs, with true effects drawn from a real night's and the same chances for every rule."""
     nights = draw_nights(args.nights, args.seed)
-    print(f"{args.nights} nights of {RUNS} runs each. A run: true value + common to its seed + particular to it.")
-    print("fresh: the particular part is each file's own; stays: the edit's, inherited by what is built on it")
+    print(f"{args.nights} nights of {RUNS} runs each; a run: true value + its seed's to all + its own.")
+    print("fresh: the own part is each file's; stays: each edit's, inherited by what is built on it")
     baselines = {noise: mean_night(nights, strict, noise, 1) for noise in NOISES}
     show_gains(nights, baselines)
     show_priors(nights, baselines)
     show_bad_runs(nights)
     show_no_effect(nights)
     show_simpler(nights)
-    show_frontier(nights)
+    show_frontier(nights, baselines)
 
 
 def show_gains(nights, baselines):
     print(f"\ngoals at a fifth: {GOALS} x strict, false keeps at most 0.25 x, reported within 10 % of true;")
-    print("unpaired, the rule before this one, which judged runs on seeds of their own: 0.90, 1.07, 1.71 x strict")
+    print("unpaired, the rule that this one replaced (a seed for each run): 0.90, 1.07, 1.71 x strict")
     print("                          true gain         false keeps        measured  reported")
     print("noise   particular        bpb  x strict  a night  x strict   x true    x true  keeps  experiments")
     for noise in NOISES:
@@ -177,7 +177,8 @@ def show_gains(nights, baselines):
         for stays, shares in ((False, (0.1, 0.2, 1 / 3, 1)), (True, (0.1, 0.2, 1 / 3))):
             for share in shares:
                 kind = "unpaired" if share == 1 else f"{share:.2f} {'stays' if stays else 'fresh'}"
-                print(gain_line(noise, kind, mean_night(nights, loop.judge, noise, share, stays), one), flush=True)
+                ours = mean_night(nights, loop.judge, noise, share, stays)
+                print(gain_line(noise, kind, ours, one), flush=True)
 
 
 def gain_line(noise, kind, night, one):
@@ -189,8 +190,8 @@ def gain_line(noise, kind, night, one):
 
 
 def show_priors(nights, baselines):
-    print("\nthe ruler's prior is wrong (a fifth, fresh), at the three noises: true gain and false keeps x strict, and")
-    print("the noise known in the end x true")
+    print("\nthe ruler's prior is wrong (a fifth, fresh), at the three noises: true gain and false keeps")
+    print("x strict, and the noise known at the end x true")
     for prior in (1 / 3, 1, 3):
         cells = []
         for noise in NOISES:
@@ -200,14 +201,15 @@ def show_priors(nights, baselines):
 
 
 def show_bad_runs(nights):
-    print("\none bad run a night (0.0007, a fifth, fresh): true gain, reported, noise known in the end x true")
+    print("\none bad run a night (0.0007, a fifth, fresh): true gain, reported, noise known at the end")
     for size in (0, -0.05):
         for worse in (0, 0.1, 0.3):
             cells = []
             for kind in ("bad_run", "bad_parent"):
                 ours = mean_night(nights, loop.judge, 0.0007, 0.2, size=size, **{kind: worse})
                 cells.append(f"{ours.true:.5f} {ours.reported:.5f} {ours.learned:.2f}")
-            print(f"  edits add {size:3.0%}, worse by {worse:3}:  a candidate's {cells[0]}   a parent's {cells[1]}", flush=True)
+            line = f"  edits add {size:3.0%}, worse by {worse:3}:"
+            print(f"{line}  a candidate's {cells[0]}   a parent's {cells[1]}", flush=True)
 
 
 def show_no_effect(nights):
@@ -217,15 +219,16 @@ def show_no_effect(nights):
         for stays in (False, True):
             ours = mean_night(nights, loop.judge, 0.0007, 0.2, stays, effects=[0], size=size)
             share = ours.keeps / ours.tried
-            cells.append(f"{ours.keeps:5.2f} {share:3.0%} {ours.measured:8.5f} {ours.reported:8.5f} +-{ours.error:.5f}")
+            gain = f"{ours.measured:8.5f} {ours.reported:8.5f} +-{ours.error:.5f}"
+            cells.append(f"{ours.keeps:5.2f} {share:3.0%} {gain}")
         print(f"  each adds {size:4.0%}:   fresh {cells[0]}    stays {cells[1]}", flush=True)
     one = mean_night(nights, strict, 0.0007, 1, effects=[0])
     print(f"  strict:           {one.keeps:5.2f} {one.keeps / one.tried:4.0%} {one.measured:8.5f}")
 
 
 def show_simpler(nights):
-    print("\neach edit takes out 5 % and is worse by so many noises of a difference (0.0007, a fifth): kept, then the")
-    print("night's end in such noises and in bpb (positive is worse)")
+    print("\neach edit takes out 5 % and is worse by so many noises of a difference (0.0007, a fifth): kept,")
+    print("then the night's end in such noises and in bpb (positive is worse)")
     for worse in (0, 0.1, 0.3, 1, 3):
         cells = []
         for stays in (False, True):
@@ -235,11 +238,10 @@ def show_simpler(nights):
         print(f"  worse by {worse:3}:   fresh {cells[0]}    stays {cells[1]}", flush=True)
 
 
-def show_frontier(nights):
-    print("\nother constants (fresh): true gain x strict at the three noises, and the most false keeps x strict")
-    nights, chosen = nights[::2], (loop.LEAST_GAIN, loop.CLEAR_GAIN)
-    baselines = {noise: mean_night(nights, strict, noise, 1) for noise in NOISES}
-    for least in (0, 0.3, 0.6):
+def show_frontier(nights, baselines):
+    print("\nother constants (fresh): true gain x strict at the three noises, most false keeps x strict")
+    chosen = loop.LEAST_GAIN, loop.CLEAR_GAIN
+    for least in (0, 0.3, 0.5, 0.8):
         for clear in (1, 1.4, 1.8):
             loop.LEAST_GAIN, loop.CLEAR_GAIN = least, clear
             cells = []
@@ -248,7 +250,8 @@ def show_frontier(nights):
                 gains = " ".join(f"{ours[noise].true / baselines[noise].true:5.2f}" for noise in NOISES)
                 most = max(ours[noise].false / baselines[noise].false for noise in NOISES)
                 cells.append(f"{gains}, {most:.2f}")
-            print(f"  LEAST_GAIN {least:3} CLEAR_GAIN {clear:3}:  a fifth {cells[0]}   unpaired {cells[1]}", flush=True)
+            line = f"  LEAST_GAIN {least:3} CLEAR_GAIN {clear:3}:"
+            print(f"{line}  a fifth {cells[0]}   unpaired {cells[1]}", flush=True)
     loop.LEAST_GAIN, loop.CLEAR_GAIN = chosen
 
 
@@ -260,7 +263,7 @@ def main():
     command.add_argument("--seeds", type=int, default=3)
     command.set_defaults(run=baseline)
     command = commands.add_parser("judge", help=judge.__doc__)
-    command.add_argument("--nights", type=int, default=500)
+    command.add_argument("--nights", type=int, default=700)
     command.add_argument("--seed", type=int, default=0)
     command.set_defaults(run=judge)
     command = commands.add_parser("overhead", help=speed.overhead.__doc__)

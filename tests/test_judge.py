@@ -111,7 +111,7 @@ def test_simpler_files_cannot_walk_uphill():
 
 def test_layout_comments_docstrings_and_names_are_no_size():
     plain = "def f(a):\n    return a + 1\nx = f(2)\n"
-    dressed = '"""A file."""\n# why\ndef add(\n    number,\n):\n    """Adds."""\n    return (\n        number + 1\n    )\n'
+    dressed = '"""A file."""\n# why\ndef add(\n    number,\n):\n    """Adds."""\n    return (number + 1)\n'
     assert loop.size_of(plain) == loop.size_of(dressed + "value = add(2); 'a text that nobody reads'")
 
 
