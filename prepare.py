@@ -31,10 +31,12 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import warnings
 import zlib
+from collections import deque
 from pathlib import Path
-from time import monotonic, sleep  # bound here, so that a train.py which replaces time.time or time.monotonic moves nothing
+from time import monotonic, process_time, sleep, thread_time  # bound here: a train.py that replaces time.monotonic moves nothing
 
 import numpy as np
 
@@ -66,7 +68,19 @@ BATCH_DOCUMENTS = 64  # tokenized at a time: bounds memory
 PATTERN = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
 
 BUDGET = 300  # seconds of wall clock for the whole process, when the loop doesn't say
-TRAINING_SHARE = 5 / 6  # of the budget, for training; the rest pays start-up, compiling and evaluation
+TRAINING_SHARE = 3 / 4  # of the budget, for training on a GPU, by the wall clock; a cold compile fits into the rest
+# A run on a CPU, with these seconds for start and evaluation, takes half of its budget there: so it ends in time, with all of its
+# training, beside other work that takes half of its core.
+CPU_SHARE, CPU_OVERHEAD = 1 / 2, 14
+LEAST_SHARE = 1 / 5  # of the budget, for training on a CPU, where the budget is short
+PACE_EVERY, PACE_ROWS = 0.03, 64  # seconds between two samples of the core's speed; rows of a sample, which takes 1 to 2 ms
+PACE_SECONDS = 1.5  # for measuring the pace of a machine
+FULL_TRAINING = 0.98  # of the training's allowance: who gets less was held up by the machine, and says so
+# A difference in speed to the file that was edited which the clock can't tell from none, at the end of a run and (as a multiple of one over
+# the square root of the share that is done) before; and the share before which nothing is told.
+SAME_SPEED, TOO_EARLY = 0.012, 0.1
+SLOWNESS_SECONDS = 5.0  # wall clock over which it is seen how slow the machine is now
+NOISE = 0.0007  # bits per byte: deviation of the difference of two runs on one seed, before a night has measured it
 EXIT_SECONDS = 1.0  # kept free at the end, to print and exit
 EVAL_RESERVE = 1.5  # times the measured evaluation time is kept free
 USUAL_PASSES, MOST_PASSES = 4, 6  # evaluation passes of as many tokens that a training step takes, and that it may take
@@ -440,16 +454,17 @@ def bits_per_byte(nats, targets, lengths):
     return float((nats.double() * (counted > 0)).sum() / (LN2 * counted.sum()))
 
 
-def sign(secret, lines, seed, budget, fingerprint):
+def sign(secret, lines, seed, budget, fingerprint, pace, tokens):
     """HMAC-SHA256 of the summary's lines and of what the loop set; the loop computes it from its own values."""
-    text = "\n".join([*lines, f"seed: {seed}", f"budget: {budget:g}", f"data: {fingerprint}"])
+    told = f"seed: {seed}", f"budget: {budget:g}", f"data: {fingerprint}", f"pace: {pace}", f"tokens: {tokens}"
+    text = "\n".join([*lines, *told])
     return hmac.new(secret.encode(), text.encode(), "sha256").hexdigest()
 
 
 def device_name(device):
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{device.type}, {torch.get_num_threads()} threads"
+    return f"{device.type}, 1 thread" if device.type == "cpu" else device.type
 
 
 def pick_device():
@@ -459,8 +474,66 @@ def pick_device():
 
 
 def facts():
-    """What a number depends on beside the code, as the loop writes it on a branch: a JSON line."""
-    return json.dumps({"Device": device_name(pick_device()), "Torch": torch.__version__})
+    """What a number depends on beside the code, as the loop writes it on a branch: a JSON line.
+
+    Noise is the deviation of the difference of two runs on one seed that is assumed before any is measured, in bits per byte;
+    Pace, on a CPU, what the sample of WorkClock takes now, in CPU seconds.
+    """
+    device = pick_device()
+    pace = float(f"{measure_pace():.3g}") if device.type == "cpu" else None
+    return json.dumps({"Device": device_name(device), "Torch": torch.__version__, "Noise": NOISE, "Pace": pace})
+
+
+class WorkClock(threading.Thread):
+    """Counts what this process computes on a CPU: its CPU seconds, as many as equal work takes at the noted pace.
+
+    A core that is shared with other machines (its other hyperthread, caches, memory) takes up to twice as long for equal work, from one
+    tenth of a second to the next. So a thread times a small sample of training's kind of work on the same core, again and again; the mean
+    of its speeds, over the time that has passed, says how much was done in it. CPU seconds for equal training varied by 4 % between windows
+    of 33 s on a shared virtual machine, those corrected so by 0.3 %. What the sample itself takes doesn't count; what other threads of
+    the process compute does. pace: CPU seconds of a sample; None: CPU seconds count as they are.
+    """
+
+    def __init__(self, pace=None):
+        super().__init__(daemon=True)
+        generator = torch.Generator().manual_seed(0)
+        self.rows, self.matrix = (torch.randn(n, 128, generator=generator) for n in (PACE_ROWS, CPU_SIZES["vocab_size"]))
+        self.pace, self.most, self.stopped = pace, 0.0, False
+        self.samples = 0, 0.0, 0.0  # how many, the sum of their speeds (one over seconds), CPU seconds of this thread
+        self.began = process_time()
+        self.start()
+
+    def run(self):
+        torch.set_num_threads(1)
+        with torch.inference_mode():
+            while not self.stopped:
+                sleep(PACE_EVERY)
+                count, speeds, _ = self.samples
+                began = thread_time()
+                self.rows.mm(self.matrix.mT).softmax(1).mm(self.matrix)
+                ended = thread_time()
+                self.samples = count + 1, speeds + 1 / (ended - began), ended
+
+    def speed(self):
+        """Samples a CPU second."""
+        count, speeds, _ = self.samples
+        return speeds / count if count else 1 / (self.pace or 1)
+
+    def __call__(self):
+        """Seconds of work since the start; never fewer than before."""
+        seconds = process_time() - self.began - self.samples[2]
+        self.most = max(self.most, seconds * self.speed() * self.pace if self.pace else seconds)
+        return self.most
+
+
+def measure_pace():
+    """CPU seconds of WorkClock's sample on this core, beside work that goes through memory as training does."""
+    torch.set_num_threads(1)
+    clock, memory, end = WorkClock(), torch.ones(2**22), monotonic() + PACE_SECONDS
+    while monotonic() < end:
+        memory.mul_(1.0)
+    clock.stopped = True
+    return 1 / clock.speed()
 
 
 def _guard(event, args):
@@ -476,13 +549,16 @@ class Run:
 
     `device` (torch.device), `seq_len`, `vocab_size` and `train_tokens` (in the train split) are the ruler's facts.
     Reads AUTORESEARCH_BUDGET (300 s of wall clock for the whole process), _STARTED (time.monotonic() at spawn), _SEED (0),
-    _DATA (~/.cache/autoresearch) and _SPLIT (val; test in the closing audit, which prints test_bpb).
+    _PACE (of the machine when the night began, from facts(); on a CPU), _TOKENS (that the file which was edited trained on, with this
+    seed), _DATA (~/.cache/autoresearch) and _SPLIT (val; test in the closing audit, which prints test_bpb). On a CPU a run is one
+    thread, and its training is measured in its work (WorkClock).
     """
 
     def __init__(self):
         self._started = float(os.environ.get("AUTORESEARCH_STARTED") or monotonic())
         self._budget = float(os.environ.get("AUTORESEARCH_BUDGET") or BUDGET)
         self._seed = int(os.environ.get("AUTORESEARCH_SEED") or 0)
+        self._pace, self._rival = (os.environ.get(f"AUTORESEARCH_{name}") or "" for name in ("PACE", "TOKENS"))
         self._split = os.environ.get("AUTORESEARCH_SPLIT") or "val"
         try:
             folder = newest(data_root())
@@ -501,10 +577,17 @@ class Run:
             sys.addaudithook(_guard)
         _sealed.update(os.path.realpath(folder / f"{split}.bin") for split in self._meta["splits"])
         self._iterators = self._tokens = 0  # made by batches(), drawn from them
-        self._first_batch = self._clock = self._told = None  # monotonic times: first batch, training's start, progress() said 1
+        self._work, self._allowance = monotonic, TRAINING_SHARE * self._budget  # training's clock; its seconds for training
+        if self.device.type == "cpu":
+            torch.set_num_threads(1)
+            self._work = WorkClock(float(self._pace) if self._pace else None)
+            self._allowance = max(CPU_SHARE * self._budget - CPU_OVERHEAD, LEAST_SHARE * self._budget)
+        self._first_batch = self._clock = self._told = None  # times of training's clock: first batch, its start, progress() said 1
+        self._done, self._trained = 0.0, 1.0  # shares of the allowance: told last, and given to training in all
         self._calls = self._first_step_tokens = 0  # of progress(); drawn in the first step
-        self._last_call, self._slowest_step, self._event = 0.0, 0.0, None  # time of the last progress(); seconds
-        self._pass_seconds = self._eval_limit = None  # of one evaluation batch; monotonic time by which evaluation must start
+        self._last_call, self._slowest_step, self._event = 0.0, 0.0, None  # time of the last progress(); seconds of work
+        self._marks = deque([(monotonic(), self._work())])  # of the last SLOWNESS_SECONDS: wall clock and work
+        self._pass_seconds = self._eval_seconds = None  # of work: for one evaluation batch; kept free for evaluation
         self._model = None  # from preflight() until training begins
         self._logged = -math.inf
         print(f"data: {folder.name}  device: {device_name(self.device)}  torch: {torch.__version__}  "
@@ -527,7 +610,7 @@ class Run:
         starts = _window_starts(rng, len(self._train), T)
         while True:
             x, y = self._windows(self._train, np.fromiter(itertools.islice(starts, B), dtype=np.int64, count=B), T)
-            self._first_batch = self._first_batch or monotonic()
+            self._first_batch = self._first_batch or self._work()
             self._tokens += B * T
             yield x, y
 
@@ -562,7 +645,7 @@ class Run:
         The clock starts when the first step ends, less what such a step takes without compiling; it starts at the first batch
         if that step drew more than twice the tokens of the second one (twice is a prefetch).
         """
-        if self._eval_limit is None:
+        if self._eval_seconds is None:
             raise RuntimeError("call run.preflight(model) before the first run.progress()")
         if self._told:
             return 1.0
@@ -570,7 +653,7 @@ class Run:
             self._check_untrained(self._model)
             self._model = None
         self._wait_for_steps()
-        now, self._calls = monotonic(), self._calls + 1
+        now, self._calls = self._work(), self._calls + 1
         if self._calls > 1:
             step = now - self._last_call
             if self._calls == 2:
@@ -585,20 +668,36 @@ class Run:
         self._last_call = now
         done = 0.0
         if self._clock:
-            allowance = self._allowance(self._clock)
-            done = (now - self._clock) / allowance
-            done = done if done + step / allowance < 1 + OVERRUN else 1.0  # one more step would be too much
+            self._done = max(self._done, self._as_rival((now - self._clock) / self._allowance))
+            done = self._done if self._done + step / self._allowance < 1 + OVERRUN else 1.0  # one more step would be too much
         # The next step must end before evaluation has to start, and the one in flight before it.
         ahead = self._slowest_step * (2 if self.device.type == "cuda" else 1)
-        if done >= 1 or now + ahead > self._eval_limit:
+        if done >= 1 or self._left(ahead + self._eval_seconds) < 0:
             self._synchronize()
-            self._told = monotonic()
+            self._told, self._trained = self._work(), min(done, 1.0)
             return 1.0
         return done
 
-    def _allowance(self, clock):
-        """Seconds of training from `clock` on: its share of the budget, or what is left before evaluation has to start."""
-        return max(min(TRAINING_SHARE * self._budget, self._eval_limit - clock), 1e-9)
+    def _as_rival(self, done):
+        """The share of training that is done, by the tokens of the file that was edited while the speed is the same.
+
+        So an edit that costs no time, as another learning rate, is compared at equal training, to the token, and not with what the
+        clock is off by. Speeds don't drift so from keep to keep: what counts is always the clock's own measurement of this run.
+        """
+        if not self._rival or done <= 0:
+            return done
+        share = self._tokens / int(self._rival)
+        return share if done < TOO_EARLY or abs(share / done - 1) < SAME_SPEED / math.sqrt(done) else done
+
+    def _left(self, work):
+        """Seconds that the budget leaves after so many seconds of work, at the speed of the last SLOWNESS_SECONDS."""
+        now = monotonic()
+        self._marks.append((now, self._work()))
+        while len(self._marks) > 2 and self._marks[1][0] < now - SLOWNESS_SECONDS:
+            self._marks.popleft()
+        (began, before), (_, after) = self._marks[0], self._marks[-1]
+        slowness = (now - began) / (after - before) if after > before else 1.0
+        return self._started + self._budget - EXIT_SECONDS - now - slowness * work
 
     def log(self, step, loss, tokens):
         """A line about once a second. loss: a number or a 0-dim tensor (read only when a line is due); tokens: so far, in all."""
@@ -609,8 +708,8 @@ class Run:
         if not math.isfinite(loss):
             raise FloatingPointError(f"the loss is {loss} at step {step}")
         self._logged = now
-        seconds = now - (self._clock or now)
-        share = min(seconds / self._allowance(self._clock), 1) if self._clock else 0
+        seconds = self._work() - self._clock if self._clock else 0.0
+        share = min(seconds / self._allowance, 1)
         speed = f"{tokens / seconds:,.0f}" if seconds >= LOG_SECONDS else "-"
         print(f"step {step}  {share:6.1%}  loss {loss:.4f}  {speed} tokens/s  "
               f"{max(self._started + self._budget - now, 0):.0f} s left", flush=True)  # fmt: skip
@@ -688,16 +787,19 @@ class Run:
         with _evaluating(model):
             self._losses(model, *self._windows(self._train, np.zeros(self._eval_rows, dtype=np.int64), self.seq_len))  # may compile
             self._synchronize()
-            began = monotonic()
+            began = self._work()
             self._probe(model, trained=False)
-            self._pass_seconds = (monotonic() - began) / (PROBES + 6)
+            self._pass_seconds = (self._work() - began) / (PROBES + 6)
         self._check_untrained(model)
         self._model = model  # to be looked at once more when training begins
         seconds = self._pass_seconds * (len(self._eval_starts()) + 1 + PROBES + 6)
-        self._eval_limit = self._started + self._budget - EXIT_SECONDS - EVAL_RESERVE * seconds
-        if monotonic() > self._eval_limit:
-            refuse(f"evaluation takes about {seconds:.1f} s and no longer fits in a budget of {self._budget:g} s: make the model smaller")
-        return EVAL_RESERVE * seconds
+        self._eval_seconds = EVAL_RESERVE * seconds
+        if self._eval_seconds + self._allowance > self._budget - EXIT_SECONDS:
+            refuse(f"evaluation takes about {seconds:.1f} s and doesn't fit beside {self._allowance:.1f} s of training "
+                   f"in a budget of {self._budget:g} s: make the model smaller")  # fmt: skip
+        if self._left(self._eval_seconds) < 0:
+            raise SystemExit(f"held up by the machine: {monotonic() - self._started:.0f} s of {self._budget:g} had passed before training")
+        return self._eval_seconds
 
     def _eval_starts(self):
         """(batches, rows) starts of the windows evaluated: spread evenly, in an order in which no row continues another."""
@@ -721,14 +823,16 @@ class Run:
 
     def finish(self, model, depth=None, flops_per_token=None):
         """Evaluates, probes again and prints the summary. flops_per_token: of forward and backward, for the MFU."""
-        if self._eval_limit is None:
+        if self._eval_seconds is None:
             raise RuntimeError("call run.preflight(model) before training")
         model.eval()
         self._synchronize()
-        now = monotonic()
+        now = self._work()
+        if self.device.type == "cpu":
+            self._work.stopped = True  # evaluation needs no samples
         clock = self._clock or self._first_batch or now
-        late = now - (self._told or clock + self._allowance(clock))
-        if late > max(OVERRUN * TRAINING_SHARE * self._budget, self._slowest_step, OVERRUN_SECONDS):
+        late = now - (self._told or clock + self._allowance)
+        if late > max(OVERRUN * self._allowance, self._slowest_step, OVERRUN_SECONDS):
             refuse(f"training went on for {late:.1f} s after its time: stop when run.progress() reaches 1")
         own = zip((globals(), vars(Run)), _as_imported, strict=True)
         if replaced := [name for here, before in own for name, value in before.items() if here.get(name) is not value]:
@@ -749,9 +853,10 @@ class Run:
         summary = {
             f"{self._split}_bpb": f"{bpb:.6f}",
             "training_seconds": f"{training:.1f}",
+            "trained_percent": f"{100 * self._trained:.1f}",
             "total_seconds": f"{monotonic() - self._started:.1f}",
             "peak_vram_mb": f"{memory:.1f}",
-            "total_tokens_M": f"{self._tokens / 1e6:.3f}",
+            "total_tokens_M": f"{self._tokens / 1e6:.6f}",  # to the token: the next edit's AUTORESEARCH_TOKENS
             "num_steps": f"{max(self._calls - 1, 0)}",
             "num_params_M": f"{sum(p.numel() for p in model.parameters()) / 1e6:.3f}",
         }
@@ -762,7 +867,10 @@ class Run:
             summary["depth"] = str(int(depth))
         lines = [f"{key + ':':17} {value}" for key, value in summary.items()]
         if _secret:
-            lines.append(f"{'signature:':17} {sign(_secret, lines, self._seed, self._budget, self._meta['fingerprint'])}")
+            told = self._seed, self._budget, self._meta["fingerprint"], self._pace, self._rival
+            lines.append(f"{'signature:':17} {sign(_secret, lines, *told)}")
+        if self._trained < FULL_TRAINING:
+            print(f"held up by the machine: training got {self._trained:.1%} of its time, so the number says little", flush=True)
         print("---", *lines, sep="\n", flush=True)
 
 
