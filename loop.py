@@ -612,7 +612,7 @@ def audit_report(pairs, first, best, gain, error):
     )
 
 
-def parse_summary(output, secret, seed, budget, fingerprint, split="val", pace=""):
+def parse_summary(output, secret, seed, budget, fingerprint, split="val", pace="", tokens=""):
     """The ruler's summary as {key: text}; raises ValueError with the reason why it can't be believed."""
     metric = f"{split}_bpb"
     lines = output.rstrip("\n").split("\n")
@@ -622,10 +622,11 @@ def parse_summary(output, secret, seed, budget, fingerprint, split="val", pace="
     last = next((line for line in signed if line.startswith("signature:")), "")  # a library may warn at exit, after it
     signed = signed[: signed.index(last)] if last else signed
     summary = dict(re.split(r":\s+", line, maxsplit=1) for line in signed if ": " in line)
-    text = "\n".join([*signed, f"seed: {seed}", f"budget: {budget:g}", f"data: {fingerprint}", f"pace: {pace}"])
+    told = f"seed: {seed}", f"budget: {budget:g}", f"data: {fingerprint}", f"pace: {pace}", f"tokens: {tokens}"
+    text = "\n".join([*signed, *told])
     signature = hmac.new(secret.encode(), text.encode(), "sha256").hexdigest()
     if not hmac.compare_digest(last.encode(), f"{'signature:':17} {signature}".encode()):
-        raise ValueError("the summary is not signed by the ruler for this seed, budget, data and pace")
+        raise ValueError("the summary is not signed by the ruler for this seed, budget, data, pace and tokens")
     if not 0.05 < float(summary[metric]) < 20:  # nan is in no range
         raise ValueError(f"{metric} {summary[metric]} is out of range")
     return summary
@@ -806,6 +807,7 @@ class Notebook:
         self.ref, self.audits = f"refs/heads/{self.name}", f"refs/autoresearch/{tag}/audit"
         self.running = f"refs/autoresearch/{tag}/running"
         self.text, self.rows, self.notes, self.read = HEADER, [], {}, None  # notes: trailers of experiments, up to the commit `read`
+        self.trained = {}  # {(commit, seed): tokens} of the rows' runs
         self.prior = PRIOR_NOISE  # of the noise: the branch's, once its first experiment is known
         self.incumbent = self.incumbent_source = None  # the row and the text of the train.py that is to be beaten
 
@@ -818,11 +820,16 @@ class Notebook:
         if len(rows) < len(self.rows):
             raise OSError(errno.EIO, "rows are missing", f"results.tsv on {self.name}")
         self.text, self.rows[:] = text, rows  # the same list: the screen has it, too
-        # Of each experiment: its code's tree, the places that it changes, the program.md that it ran under.
-        wanted = "%x09".join(f"%(trailers:key={name},valueonly,separator=%x2C)" for name in ("Tree", "Touches", "Program"))
+        # Of each experiment: its code's tree, the places that it changes, the program.md that it ran under. Of each commit that
+        # adds a row or a run to one: the row, the first seed, and the tokens that the runs trained on.
+        names = "Tree", "Touches", "Program", "Row", "Seed", "Trained"
+        wanted = "%x09".join(f"%(trailers:key={name},valueonly,separator=%x2C)" for name in names)
         tip, known = self.tip(), ("--not", self.read) if self.read else ()
         for line in self.git("log", f"--format=%H%x09{wanted}", tip, *known).splitlines():
-            self.notes[line[:7]] = line.split("\t")[1:]
+            commit, *self.notes[line[:7]], row, seed, tokens = line.split("\t")
+            if row:
+                for number, count in enumerate(tokens.split(","), int(seed)):
+                    self.trained[row, number] = count
         self.read, self.tried, self.touches, self.programs = tip, {}, {}, {}
         for row in self.rows:
             tree, self.touches[row.commit], self.programs[row.commit] = self.notes.get(row.commit[:7], [""] * 3)
@@ -882,10 +889,10 @@ class Notebook:
         pairs = zip(parents(self.rows), self.rows, strict=False)
         return noise_of([*(differences(parent, row.runs) for parent, row in pairs if parent), *more], self.prior)
 
-    def remember(self, commit, runs, seconds):
+    def remember(self, commit, runs, tokens, seconds):
         """The running experiment, committed anew with its runs so far and what they took: where a start after a kill goes on."""
         message = self.git.message(commit)
-        trailers = read_trailers(message) | {"Runs": write_runs(runs), "Seconds": f"{seconds:.1f}"}
+        trailers = read_trailers(message) | {"Runs": write_runs(runs), "Trained": ",".join(tokens), "Seconds": f"{seconds:.1f}"}
         message = compose(message.rstrip().rpartition("\n\n")[0], "", trailers)
         again = self.git.commit_tree(f"{commit}^{{tree}}", [f"{commit}^"], message)
         self.begin(again)
@@ -894,8 +901,8 @@ class Notebook:
     def repeat(self, row, result):
         """Adds a run to a row that stands; its val_bpb and its change stay what the verdict was made from."""
         rows = [Row(**vars(row) | dict(runs=[*row.runs, result.bpb])) if other is row else other for other in self.rows]
-        message = compose(f"repeat: {row.description}, {result.bpb:.6f}", "", {"Seconds": f"{result.seconds:.1f}"})
-        self.publish(message, rows)
+        trailers = {"Row": row.commit[:7], "Seed": len(row.runs), "Trained": result.tokens, "Seconds": f"{result.seconds:.1f}"}
+        self.publish(compose(f"repeat: {row.description}, {result.bpb:.6f}", "", trailers), rows)
         self.refresh()
 
     def audited(self):
@@ -924,6 +931,7 @@ class Notebook:
     def record(self, commit, row, body, trailers):
         """Appends the row by a commit with two parents, the branch's tip and the experiment."""
         row.commit = self.git("rev-parse", "--short=7", commit).strip()
+        trailers = {"Row": row.commit[:7], "Seed": 0} | trailers if trailers.get("Trained") else trailers
         self.publish(compose(f"{row.status}: {row.description}", body, trailers), [*self.rows, row], commit)
         self.refresh(commit)
         if self.git.find(self.running) == commit:
@@ -979,6 +987,7 @@ class Result:
     cause: str = ""  # one line; empty when there is a bpb
     failure: str = ""  # its class, a key of SUSPICION
     trained: float = 100.0  # percent of its training that the run was given
+    tokens: int = 0  # that it trained on
     tail: str = ""  # the end of the output
     curve: str = ""  # loss along the run, speed, memory: a line for the next prompt
     seconds: float = 0.0
@@ -1244,11 +1253,12 @@ def one_core():
 
 
 def run_experiment(folder, files, data, fingerprint, seed, budget, facts,
-                   split="val", watch=list, caged=False, on_cpu=False, pace=""):  # fmt: skip
+                   split="val", watch=list, caged=False, on_cpu=False, pace="", tokens=""):  # fmt: skip
     """Runs `files` ({name: text}, train.py among them) in `folder` under the hard budget, and reads the ruler's summary.
 
     What changes prepare.py, the data or a file that watch() lists, before and after, has no result; nor has a run that
-    got less than its training. pace: the branch's, by which the ruler counts the work on a CPU.
+    got less than its training. pace: the branch's, by which the ruler counts the work on a CPU; tokens: that the file which
+    was edited trained on with this seed, so that an edit which costs no time trains on as many.
     """
     runs = folder.parent
     lay_out(folder, files)
@@ -1256,7 +1266,7 @@ def run_experiment(folder, files, data, fingerprint, seed, budget, facts,
     held = list(data.iterdir())
     before = contents([folder / "prepare.py", *held, *watch()])
     env = environment(folder, runs, data, BUDGET=f"{budget:g}", STARTED=started, SEED=seed, SPLIT=split, TOKEN=secret)
-    env |= {"AUTORESEARCH_PACE": pace} if pace else {}
+    env |= {f"AUTORESEARCH_{name}": f"{value}" for name, value in (("PACE", pace), ("TOKENS", tokens)) if value}
     env |= ONE_THREAD if on_cpu else {}
     # Without a cage, util-linux can at least have the kernel end the run when the loop dies.
     behind = cage(folder, runs, data) if caged else ["setpriv", "--pdeathsig", "KILL"] if shutil.which("setpriv") else []
@@ -1301,10 +1311,10 @@ def run_experiment(folder, files, data, fingerprint, seed, budget, facts,
     )  # fmt: skip
     try:
         if not result.cause:
-            summary = parse_summary(text, secret, seed, budget, fingerprint, split, pace)
+            summary = parse_summary(text, secret, seed, budget, fingerprint, split, pace, tokens)
             result.bpb, result.memory_gb = float(summary[f"{split}_bpb"]), float(summary["peak_vram_mb"]) / 1024
             result.curve = f"{split}_bpb {result.bpb:.6f}, {output.pace or 'no steps logged'}, {result.memory_gb:.1f} GB"
-            result.trained = float(summary["trained_percent"])
+            result.trained, result.tokens = float(summary["trained_percent"]), round(1e6 * float(summary["total_tokens_M"]))
             if result.trained < LEAST_TRAINED:
                 result.bpb, result.failure = math.nan, "environment"
                 result.cause = f"the machine was busy: the run got {result.trained:.0f} % of its training"
@@ -2212,10 +2222,11 @@ class Night:
         facts, rows = self.facts, self.notebook.rows
         files = {"train.py": self.git.blob(commit, "train.py"), "prepare.py": self.prepare_py}
         number = next((n for n, row in enumerate(rows) if commit.startswith(row.commit)), len(rows))
-        folder = self.runs / f"{number:04}-{seed}-{commit[:7]}"
+        folder, parent = self.runs / f"{number:04}-{seed}-{commit[:7]}", parents(rows)[number]
+        tokens = self.notebook.trained.get((parent.commit[:7], seed), "") if parent and split == "val" else ""
         facts.start(activity, why, {}, read_curve(self.runs, self.notebook.incumbent))
         try:
-            setting = split, self.watch, self.caged, self.on_cpu, self.pace
+            setting = split, self.watch, self.caged, self.on_cpu, self.pace, tokens
             result = run_experiment(folder, files, self.data, self.fingerprint, seed, self.budget, facts, *setting)
         finally:
             facts.show(busy=facts.busy + time.monotonic() - facts.since, points=None)
@@ -2241,6 +2252,7 @@ class Night:
         notebook, message = self.notebook, self.git.message(commit)
         trailers, baseline, status, result = read_trailers(message), notebook.incumbent is None, "again", Result()
         runs, seconds = read_runs(trailers.get("Runs", "")), float(trailers.get("Seconds", 0))
+        tokens = [count for count in trailers.get("Trained", "").split(",") if count]
         if refusal := trailers.get("Refused"):
             with self.interrupts.hold():
                 return self.finish(commit, "crash", Result(cause=f"refused: {refusal}"))
@@ -2248,7 +2260,7 @@ class Night:
             self.think_ahead(message)
             if not baseline and not self.parent_has(len(runs), commit):
                 with self.interrupts.hold():
-                    return self.finish(commit, "discard", result, runs, seconds)
+                    return self.finish(commit, "discard", result, runs, tokens, seconds)
             subject, *why = message.strip().split("\n\n")[:-1]
             again = f"run {len(runs) + 1} of up to {MOST_RUNS}: " * bool(runs)
             activity = f"{again}#{len(notebook.rows)} {subject}"
@@ -2266,12 +2278,13 @@ class Night:
                 continue
             with self.interrupts.hold():
                 runs.append(result.bpb)
+                tokens.append(f"{result.tokens}")
                 seconds += result.seconds
                 status = "crash" if result.cause else "keep" if baseline else self.verdict(commit, runs)
                 if status == "again":
-                    commit = notebook.remember(commit, runs, seconds)
+                    commit = notebook.remember(commit, runs, tokens, seconds)
                 else:
-                    self.finish(commit, status, result, runs, seconds)
+                    self.finish(commit, status, result, runs, tokens, seconds)
 
     def parent_has(self, seed, commit):
         """Whether the best so far, which the experiment edited, has a run on this seed; if not, it is made now."""
@@ -2328,7 +2341,7 @@ class Night:
         gains = differences(notebook.incumbent, runs)
         return judge(gains, notebook.noise(gains), size_of(source) / max(size_of(notebook.incumbent_source), 1) - 1)
 
-    def finish(self, commit, status, result, runs=(), seconds=0.0):
+    def finish(self, commit, status, result, runs=(), tokens=(), seconds=0.0):
         """Writes the row of an experiment, and says what came of it."""
         parent, message = self.notebook.incumbent, self.git.message(commit)
         runs = [] if result.cause else list(runs)
@@ -2340,10 +2353,10 @@ class Night:
             bpb = parent.val_bpb + change
         description = one_line(message.splitlines()[0], 120) + (f" [{result.cause}]" if result.cause else "")
         finished = f"{datetime.now(timezone.utc):%Y-%m-%dT%H:%M:%SZ}"
-        tokens = int(read_trailers(message).get("Tokens", 0))
-        row = Row("", bpb, result.memory_gb, status, description, change, error, runs, tokens, finished)
+        asked = int(read_trailers(message).get("Tokens", 0))
+        row = Row("", bpb, result.memory_gb, status, description, change, error, runs, asked, finished)
         log = "".join(f"\n| {line}" for line in result.tail.splitlines()) if result.cause else ""
-        trailers = {"Failure": result.failure} if result.failure else {}
+        trailers = {"Failure": result.failure} if result.failure else {"Trained": ",".join(tokens)} if runs else {}
         self.notebook.record(commit, row, result.curve + log, trailers | {"Seconds": f"{seconds:.1f}"})
         before, self.last_row = self.last_row, time.monotonic()
         self.hasty = self.hasty + 1 if result.cause and self.last_row - before < WAITS[0] else 0

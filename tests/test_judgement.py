@@ -306,6 +306,31 @@ def test_a_run_on_a_cpu_has_one_thread_and_the_pace_that_the_branch_began_with(p
     assert set(told(project)) == {"AUTORESEARCH_PACE=0.0125 OMP_NUM_THREADS=1 MKL_NUM_THREADS=1"}
 
 
+TOKENED = """\
+import os
+import prepare
+WIDTH = 1000
+if __name__ == "__main__":
+    seed = int(os.environ["AUTORESEARCH_SEED"])
+    print("TOLD", WIDTH, seed, os.environ["AUTORESEARCH_SPLIT"], os.environ.get("AUTORESEARCH_TOKENS"))
+    prepare.finish(1 - WIDTH / 10000, tokens=WIDTH + seed)
+"""
+
+
+def test_a_run_is_told_how_many_tokens_the_file_that_it_edited_trained_on_with_its_seed(project, server):
+    project.write("train.py", TOKENED)
+    project.verdicts("again", "keep")
+    for before, after in ((1000, 2000), (2000, 3000)):  # each a session of its own: what was trained on is on the branch
+        server.replies += [block(f"WIDTH = {before}", f"WIDTH = {after}", "wider")]
+        project.online(server, "--experiments", 1)
+    project.constants(**{"AUDIT_PAIRS, AUDIT_SEED": f"2, {loop.AUDIT_SEED}"})
+    project.run("--audit")
+    assert sorted(line for line in told(project) if " val " in line) == [
+        "1000 0 val None", "1000 1 val None", "2000 0 val 1000", "2000 1 val 1001", "3000 0 val 2000", "3000 1 val 2001",
+    ]  # fmt: skip
+    assert {line.split()[-1] for line in told(project) if " test " in line} == {"None"}
+
+
 def test_a_run_on_a_gpu_has_no_pace_and_all_threads(project):
     telling(project, WORDS)
     project.write("prepare.py", project.read("prepare.py").replace("cpu, stand-in", "NVIDIA H100").replace("0.0101", "None"))
@@ -332,7 +357,7 @@ def test_a_run_and_the_rulers_facts_have_the_last_core_and_the_loop_keeps_its_ow
 def test_a_summary_is_signed_for_the_pace_too(project, server):
     server.replies += [block("def main():", "def main():\n    prepare.os.environ['AUTORESEARCH_PACE'] = '9'", "a slower machine")]
     project.online(server, "--experiments", 1)
-    assert "not signed by the ruler for this seed, budget, data and pace" in project.rows()[1]["description"]
+    assert "not signed by the ruler for this seed, budget, data, pace and tokens" in project.rows()[1]["description"]
 
 
 # ---- the audit
