@@ -46,7 +46,7 @@ from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from stat import S_ISREG
-from statistics import fmean, median, stdev
+from statistics import NormalDist, fmean, median, median_low, stdev
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -82,17 +82,20 @@ ENVIRONMENT = re.compile(
     "|No space left|Disk quota|Too many open files|Cannot allocate memory|Resource temporarily unavailable|Input/output error"
     "|Read-only file system|Stale file handle|No module named '(torch|numpy|tiktoken|rich)'|cannot open shared object file"
 )
-REPEATS = (1, 3)  # experiments after which the baseline runs again: early, because every verdict needs to know the noise
-PRIOR_NOISE, PRIOR_RUNS = 0.0007, 4  # bits per byte: a run's deviation on a GPU, before any was measured, and what that is worth
-MOST_RUNS = 3  # of one experiment
-SEEDS = 100  # between one experiment's first seed and the next one's: each run has a seed of its own
-# In standard errors, found by simulation (tests/bench.py judge): what is worth another run, what is kept after two, and what a
-# simpler file may lack.
-LEAST_GAIN, CLEAR_GAIN, TOLERANCE = 0.1, 0.6, 0.5
-LINE_PRICE = 0.05  # noise deviations that a gain must have for each statement it adds
+LEAST_TRAINED = 98  # percent of its training that a run must have got: with less it says nothing of its code
+PRIOR_NOISE = 0.0007  # bits per byte: a run's deviation, for logs that tell no more
+PRIOR_RUNS = 2  # experiments with two runs that the ruler's prior of the noise is worth
+MOST_RUNS = 3  # of one experiment: on the seeds 0, 1 and 2
+MEDIAN_SQUARE = 0.455  # median of the square of a normal deviation of 1
+# Found by simulation (tests/bench.py judge), in noises summed over an experiment's runs: below LEAST_GAIN it
+# is discarded, from CLEAR_GAIN on it is kept, and in between it runs on another seed.
+LEAST_GAIN, CLEAR_GAIN = 0.3, 1.4
+SIZE_PRICE = 20  # noises that each run must gain for a file twice as large: one for 5 percent more
+SIMPLER = 0.02  # share of the file that an edit must take out to be kept at an equal result
+TEXT_NODE = 5  # characters of a text that count as a node: about what code has, as text can be code
 AUDIT_PAIRS, AUDIT_SEED = 5, 900_000_000  # runs of the baseline and of the best, on the same seeds, which no experiment had
 STUDENT = (12.71, 4.30, 3.18, 2.78)  # half of a 95 % interval in standard errors, with 1, 2, ... degrees of freedom (Student's t)
-LUCK = 1.5  # standard errors that the best of a night owes to luck, found by simulation: tests/bench.py judge
+CLEAR = 2  # standard errors by which a change is clear of the noise
 HISTORY_KEEPS, HISTORY_OTHERS, HISTORY_PLACES, NEAR_MISSES = 40, 20, 15, 5  # lines in the prompt, whatever the night's length
 STUCK, STUCK_PLACE = 10, 4  # experiments in a row that were not kept, in all and in one place: then the prompt says so
 MOST_CHARS = 200_000  # of a reply: what is longer isn't an edit
@@ -101,8 +104,10 @@ LOSS_SPAN = 20  # percent of a run over which the loss shown is a mean: that of 
 PLOT_SECONDS = 300  # after which a picture that hangs is given up; it takes about two
 DIFF_CHARS = 12_000  # of an edit that is to be mended: no more than a long history, which shorten() takes out first
 TAIL_CHARS = 3000  # of a failed run's log, in the prompt and on the screen
-COLUMNS = ("commit", "val_bpb", "memory_gb", "status", "description", "runs", "llm_tokens", "finished")
+COLUMNS = ("commit", "val_bpb", "memory_gb", "status", "description", "change", "runs", "llm_tokens", "finished")
 HEADER = "\t".join(COLUMNS) + "\n"
+# Of a run on a CPU: threads of one run would wait for each other, and longer beside other work.
+ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
 # What a run sees of the environment, beside what environment() adds: no key and no other secret.
 ALLOWED = re.compile(
     r"(PATH|LANG|LC_\w+|TZ|TERM|USER|LD_LIBRARY_PATH|PYTHONPATH|CUDA_\w+|NVIDIA_(VISIBLE_DEVICES|DRIVER_CAPABILITIES)|(OMP|MKL|OPENBLAS)_NUM_THREADS|SSL_CERT_\w+)"
@@ -111,9 +116,10 @@ ALLOWED = re.compile(
 RULES = """\
 You are a researcher who improves a language model's training script, one experiment at a time. You propose ONE edit of
 train.py. A program applies it, trains for a fixed wall-clock time on one device, measures validation bits per byte
-(val_bpb, lower is better), and keeps the edit or reverts it. What looks better is run again on other seeds: a gain that a seed
-explains isn't kept, nor a tiny one that adds many lines; an equal result with fewer lines is. Nobody answers questions; every
-reply must hold an edit.
+(val_bpb, lower is better), and keeps the edit or reverts it. Your train.py and the one that it edits run on the same
+seed, and their difference counts: what the seed does to both cancels, so a change of a thousandth can be seen. What is
+in doubt is run on a second and a third seed; an equal result is kept if the file becomes clearly smaller. Nobody
+answers questions; every reply must hold an edit.
 
 train.py is the only file you can change. It must go on using the ruler, prepare.py, which you can't change:
   run = prepare.Run()                      # seed, device, data, clock; run.device, run.seq_len, run.vocab_size, run.train_tokens
@@ -361,14 +367,9 @@ def accept(source, incumbent, tried):
         raise Refused("This edit changes nothing in the code: train.py would mean the same.")
     row = tried.get(tree)
     if row and row.status != "keep":
-        raise Refused(f"This very code was tried: {row.status}, {row.description}, val_bpb {row.val_bpb:.6f}. Propose something else.")
+        result = f"{row.status}, {row.description}, {effect(row).strip()}"
+        raise Refused(f"This very code was tried: {result}. Propose something else.")
     return source
-
-
-def statements(source):
-    """How much code there is, however it is laid out: statements without docstrings, for what an edit adds or takes out."""
-    found = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.stmt)]
-    return sum(not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)) for node in found)
 
 
 def places(source):
@@ -450,20 +451,27 @@ def random_reply(source, rng, other_device):
 
 @dataclass
 class Row:
-    """One experiment, one line of results.tsv. val_bpb is the mean of runs, nan after a crash."""
+    """One experiment, one line of results.tsv.
+
+    change: what it did to val_bpb of the file that it edited, on the same seeds, and error: of that, the standard one;
+    nan for the first row and after a crash. val_bpb: the first row's run on seed 0, and from there on changes added up.
+    """
 
     commit: str
     val_bpb: float
     memory_gb: float
     status: str  # keep, discard or crash
     description: str
-    runs: list
+    change: float
+    error: float
+    runs: list  # bits per byte on seed 0, 1, ...
     llm_tokens: int
     finished: str  # UTC, ISO 8601
 
     def line(self):
-        cells = (self.commit, f"{self.val_bpb:.6f}", f"{self.memory_gb:.1f}", self.status, self.description, write_runs(self.runs))
-        return "\t".join((*cells, str(self.llm_tokens), self.finished)) + "\n"
+        cells = (self.commit, f"{self.val_bpb:.6f}", f"{self.memory_gb:.1f}", self.status, self.description)
+        cells += (write_change(self), write_runs(self.runs), str(self.llm_tokens), self.finished)
+        return "\t".join(cells) + "\n"
 
 
 def read_runs(text):
@@ -474,55 +482,125 @@ def write_runs(runs):
     return ",".join(f"{bpb:.6f}" for bpb in runs)
 
 
+def write_change(row):
+    """A row's effect with its standard error, negative is lower; empty where there is none."""
+    change = round(row.change, 4) + 0.0  # never -0.0000
+    return "" if math.isnan(change) else f"{change:+.4f}+-{row.error:.4f}"
+
+
 def read_rows(text, name="results.tsv on the branch"):
-    """The rows of a results.tsv, the community's with only the first five columns too; Stop names the first line that isn't one."""
+    """The rows of a results.tsv, its columns read by their names; Stop names the first line that isn't a row.
+
+    Logs without a column `change`, the community's and this project's first, had each run on a seed of its own: their
+    changes are the differences to the last kept row before, as sure as the noise of a run allows.
+    """
     header, *lines = text.removeprefix("\ufeff").splitlines() or [""]
-    if header and header.split("\t")[:5] != list(COLUMNS[:5]):
-        raise Stop(f"{name} doesn't begin with the header line {' '.join(COLUMNS[:5])} (tabs between them): {one_line(header)!r}")
-    rows = []
+    names, rows = header.split("\t"), []
+    if header and not {*COLUMNS[:5]} <= {*names}:
+        wanted = " ".join(COLUMNS[:5])
+        raise Stop(f"{name} doesn't begin with a header line that names {wanted} (tabs between): {one_line(header)!r}")
     for number, line in enumerate(lines, 2):
+        if not line.strip():
+            continue
         try:
-            cells = line.split("\t", header.count("\t"))
-            cells = cells if f"{header}\n" == HEADER else [*cells[:5], "", "0", ""]
-            commit, bpb, memory, status, description, runs, tokens, finished = cells
+            cells = dict(zip(names, line.split("\t", len(names) - 1), strict=True))
+            status, change = cells["status"], cells.get("change") or "nan+-nan"
             if status not in STYLES:
                 raise ValueError
-            bpb = math.nan if status == "crash" else float(bpb)  # the community writes 0 there
-            runs = read_runs(runs) or [bpb] * (0 < bpb < math.inf)
-            rows.append(Row(commit, bpb, float(memory), status, description, runs, int(tokens), finished))
+            bpb = math.nan if status == "crash" else float(cells["val_bpb"])  # the community writes 0 there
+            change, error = map(float, change.split("+-"))
+            runs = read_runs(cells.get("runs", "")) or [bpb] * (0 < bpb < math.inf)
+            row = Row(cells["commit"], bpb, float(cells["memory_gb"]), status, cells["description"], change, error, runs,
+                      int(cells.get("llm_tokens", 0)), cells.get("finished", ""))  # fmt: skip
+            rows.append(row)
         except ValueError:
             raise Stop(f"{name}, line {number}, is not a row: {one_line(line)!r}; mend and commit it") from None
+    if "change" not in names:
+        noise = noise_of([row.runs for row in rows], PRIOR_NOISE)
+        for row, parent in zip(rows, parents(rows), strict=False):
+            if parent and row.runs:
+                row.change = row.val_bpb - parent.val_bpb
+                row.error = noise * math.sqrt(1 / len(parent.runs) + 1 / len(row.runs))
     return rows
 
 
-def noise_of(groups):
-    """The standard deviation of one run, pooled over the runs of each commit, from a prior that a few repeats outweigh."""
-    groups = [runs for runs in groups if len(runs) > 1]
-    squares = sum((run - middle) ** 2 for runs in groups for middle in [fmean(runs)] for run in runs)
-    return math.sqrt((PRIOR_RUNS * PRIOR_NOISE**2 + squares) / (PRIOR_RUNS + sum(len(runs) - 1 for runs in groups)))
+def parents(rows):
+    """The last kept row before each row, whose file it edited, None for the first; and the one after the last."""
+    found = [None]
+    for row in rows:
+        found.append(row if row.status == "keep" and row.runs else found[-1])
+    return found
 
 
-def judge(best, candidate, noise, lines):
-    """`keep`, `discard` or `again` (run it on another seed): the one place that decides.
+def differences(parent, runs):
+    """What was gained on each seed that both have: the parent's run less the experiment's own."""
+    return [before - after for before, after in zip(parent.runs, runs, strict=False)]
 
-    best, candidate: val_bpb of each one's runs; noise: standard deviation of a run; lines: statements that the edit adds.
+
+def size_of(source):
+    """How much code a file holds: nodes of its syntax tree, and texts by their length, without docstrings.
+
+    Layout, names and joined statements don't make it smaller; a file that runs text is as large as its text.
     """
-    error = noise * math.sqrt(1 / len(best) + 1 / len(candidate))
-    gain = (fmean(best) - fmean(candidate) - LINE_PRICE * noise * max(lines, 0)) / error  # in standard errors
-    least = -TOLERANCE if lines < 0 else LEAST_GAIN
-    if gain < least:
+    nodes = [node for node in ast.walk(ast.parse(source)) if not isinstance(node, ast.expr_context)]
+    if any(isinstance(node, ast.Name) and node.id in ("exec", "eval", "compile") for node in nodes):
+        return len(source)
+    alone = {node.value for node in nodes if isinstance(node, ast.Expr)}
+    constants = {node for node in nodes if isinstance(node, ast.Constant)}
+    docstrings = constants & alone
+    texts = [node.value for node in constants - docstrings if isinstance(node.value, (str, bytes))]
+    return len(nodes) - 2 * len(docstrings) + sum(len(text) // TEXT_NODE for text in texts)
+
+
+def noise_of(groups, prior):
+    """The deviation of one paired difference: pooled within experiments, from the ruler's prior.
+
+    groups: the differences of each experiment. One bad run must not unhinge it: no experiment counts for more
+    than three times the typical deviation, a median in which the prior stands for PRIOR_RUNS experiments.
+    """
+    groups = [group for group in groups if len(group) > 1]
+    squares = [(len(group) - 1, sum((d - fmean(group)) ** 2 for d in group)) for group in groups]
+    variances = [square / free / MEDIAN_SQUARE for free, square in squares]
+    typical = median_low([prior**2] * PRIOR_RUNS + variances)
+    capped = sum(min(square, 9 * typical * free) for free, square in squares)
+    return math.sqrt((PRIOR_RUNS * prior**2 + capped) / (PRIOR_RUNS + sum(free for free, _ in squares)))
+
+
+def effect_of(differences, noise):
+    """The mean difference, each at most three noises above the lowest: a parent's bad run is no gain."""
+    return fmean(min(difference, min(differences) + 3 * noise) for difference in differences)
+
+
+def judge(differences, noise, size):
+    """`keep`, `discard` or `again` (run it on another seed), by the sum of its gains in noises: what decides.
+
+    differences: parent minus candidate on each seed, a gain is positive; noise: the deviation of one; size:
+    by what share the edit makes the file larger. A clearly smaller one may be equal, but never worse.
+    """
+    runs, simpler = len(differences), size <= -SIMPLER
+    gain = runs * (effect_of(differences, noise) / noise - SIZE_PRICE * max(size, 0))
+    if gain < (0 if simpler else LEAST_GAIN):
         return "discard"
-    return "keep" if len(candidate) >= (MOST_RUNS if gain < CLEAR_GAIN else 2) else "again"
+    if gain >= CLEAR_GAIN:
+        return "keep"
+    return "again" if runs < MOST_RUNS else "keep" if simpler else "discard"
 
 
-def gain_of(baseline, best, noise):
-    """(gain of the best over the baseline without what luck adds to the best of many, its standard error), bits per byte."""
-    error = noise * math.sqrt(1 / len(baseline) + 1 / len(best))
-    return max(fmean(baseline) - fmean(best) - LUCK * error, 0.0), error
+def gain_of(changes):
+    """(a night's gain without what luck adds, its standard error), from the same two of each kept edit.
+
+    What is kept because it looked good is worse than it looked, the more the nearer it was to the limit:
+    by the mean of a normal deviation that is cut off there.
+    """
+    normal = NormalDist()
+    above = [(error, max(gain / error, 0) - CLEAR_GAIN) for gain, error in changes if error > 0]
+    luck = sum(error * normal.pdf(margin) / normal.cdf(margin) for error, margin in above)
+    return sum(gain for gain, _ in changes) - luck, math.hypot(*(error for _, error in changes))
 
 
-def audit_report(pairs, first, best, gain):
-    """Lines for the morning, from (baseline, best) test bits per byte of each seed, and what the night says: val_bpb and gain."""
+def audit_report(pairs, first, best, gain, error):
+    """Lines for the morning, from (baseline, best) test bits per byte of each seed; first, best: val_bpb of both, and gain
+    and error: what the night says of itself."""
     gains = [baseline - after for baseline, after in pairs]
     half = STUDENT[len(gains) - 2] * stdev(gains) / math.sqrt(len(gains))
     middle = fmean(gains)
@@ -530,11 +608,11 @@ def audit_report(pairs, first, best, gain):
         f"test_bpb: baseline {fmean(b for b, _ in pairs):.4f}, best {fmean(a for _, a in pairs):.4f}",
         f"audited gain {middle:.4f}, 95 % interval {middle - half:.4f} to {middle + half:.4f}"
         + ("" if middle > half else ": it is worse" if middle < -half else ": it may be no gain at all"),
-        f"the night's own figures: {first - best:.4f} between the means of its runs, {gain:.4f} less luck",
+        f"the night's own figures: {first - best:.4f} by its rows, {gain:.4f} +- {error:.4f} with luck taken off",
     )
 
 
-def parse_summary(output, secret, seed, budget, fingerprint, split="val"):
+def parse_summary(output, secret, seed, budget, fingerprint, split="val", pace="", tokens=""):
     """The ruler's summary as {key: text}; raises ValueError with the reason why it can't be believed."""
     metric = f"{split}_bpb"
     lines = output.rstrip("\n").split("\n")
@@ -544,16 +622,23 @@ def parse_summary(output, secret, seed, budget, fingerprint, split="val"):
     last = next((line for line in signed if line.startswith("signature:")), "")  # a library may warn at exit, after it
     signed = signed[: signed.index(last)] if last else signed
     summary = dict(re.split(r":\s+", line, maxsplit=1) for line in signed if ": " in line)
-    text = "\n".join([*signed, f"seed: {seed}", f"budget: {budget:g}", f"data: {fingerprint}"])
+    told = f"seed: {seed}", f"budget: {budget:g}", f"data: {fingerprint}", f"pace: {pace}", f"tokens: {tokens}"
+    text = "\n".join([*signed, *told])
     signature = hmac.new(secret.encode(), text.encode(), "sha256").hexdigest()
     if not hmac.compare_digest(last.encode(), f"{'signature:':17} {signature}".encode()):
-        raise ValueError("the summary is not signed by the ruler for this seed, budget and data")
+        raise ValueError("the summary is not signed by the ruler for this seed, budget, data, pace and tokens")
     if not 0.05 < float(summary[metric]) < 20:  # nan is in no range
         raise ValueError(f"{metric} {summary[metric]} is out of range")
     return summary
 
 
 # ----------------------------------------------------------------------------------------------------------- the context
+
+
+def effect(row):
+    """What a row's experiment did, for the prompt."""
+    change = write_change(row).replace("+-", " +-")
+    return f"{change or ('crash' if row.status == 'crash' else f'{row.val_bpb:.6f}'):16}"
 
 
 def history(rows, best, noise, touches, earlier=0):
@@ -565,23 +650,24 @@ def history(rows, best, noise, touches, earlier=0):
     others = [row for row in rows if row.status != "keep"]
     lines = [f"{len(rows)} experiments: {len(keeps)} kept, {sum(r.status == 'crash' for r in others)} crashed. "
              f"The train.py to beat: val_bpb {best.val_bpb:.6f}.",
-             f"Another seed alone moves val_bpb by about {noise:.4f} (one standard deviation)."]  # fmt: skip
+             "A line says how an experiment changed val_bpb of the file that it edited, and the standard error of that.",
+             f"On one seed a change is off by about {noise:.4f} (one standard deviation)."]  # fmt: skip
     lines += [f"The person has changed program.md: the first {earlier} experiments ran under an earlier one."] if earlier else []
     lines += ["", "Kept, in order:"]
     if len(keeps) > HISTORY_KEEPS:
         lines.append(f"({len(keeps) - HISTORY_KEEPS} earlier ones left out)")
-    lines += [f"  {row.val_bpb:.6f}  {row.description}" for row in keeps[-HISTORY_KEEPS:]]
-    measured = sorted((row for row in others if row.runs), key=lambda row: row.val_bpb)
+    lines += [f"  {effect(row)}  {row.description}" for row in keeps[-HISTORY_KEEPS:]]
+    measured = sorted((row for row in others if row.runs), key=lambda row: row.change)
     if measured:
         lines += ["", "Near misses (not kept):"]
-        lines += [f"  {row.val_bpb:.6f}  {row.description}" for row in measured[:NEAR_MISSES]]
+        lines += [f"  {effect(row)}  {row.description}" for row in measured[:NEAR_MISSES]]
     tried = Counter(touches.get(row.commit) for row in rows)
     kept = Counter(touches.get(row.commit) for row in keeps)
     often = [(place, count) for place, count in tried.most_common(HISTORY_PLACES) if place and count > 1]
     if often:
         lines += ["", "Where it was tried most:", *(f"  {place}: {count} times, {kept[place]} kept" for place, count in often)]
     lines += ["", "Latest not kept:"]
-    lines += [f"  {'crash   ' if row.status == 'crash' else f'{row.val_bpb:.6f}'}  {row.description}" for row in others[-HISTORY_OTHERS:]]
+    lines += [f"  {effect(row)}  {row.description}" for row in others[-HISTORY_OTHERS:]]
     return "\n".join(lines)
 
 
@@ -721,6 +807,8 @@ class Notebook:
         self.ref, self.audits = f"refs/heads/{self.name}", f"refs/autoresearch/{tag}/audit"
         self.running = f"refs/autoresearch/{tag}/running"
         self.text, self.rows, self.notes, self.read = HEADER, [], {}, None  # notes: trailers of experiments, up to the commit `read`
+        self.trained = {}  # {(commit, seed): tokens} of the rows' runs
+        self.prior = PRIOR_NOISE  # of the noise: the branch's, once its first experiment is known
         self.incumbent = self.incumbent_source = None  # the row and the text of the train.py that is to be beaten
 
     def open(self):
@@ -732,11 +820,16 @@ class Notebook:
         if len(rows) < len(self.rows):
             raise OSError(errno.EIO, "rows are missing", f"results.tsv on {self.name}")
         self.text, self.rows[:] = text, rows  # the same list: the screen has it, too
-        # Of each experiment: its code's tree, the places that it changes, the program.md that it ran under.
-        wanted = "%x09".join(f"%(trailers:key={name},valueonly,separator=%x2C)" for name in ("Tree", "Touches", "Program"))
+        # Of each experiment: its code's tree, the places that it changes, the program.md that it ran under. Of each commit that
+        # adds a row or a run to one: the row, the first seed, and the tokens that the runs trained on.
+        names = "Tree", "Touches", "Program", "Row", "Seed", "Trained"
+        wanted = "%x09".join(f"%(trailers:key={name},valueonly,separator=%x2C)" for name in names)
         tip, known = self.tip(), ("--not", self.read) if self.read else ()
         for line in self.git("log", f"--format=%H%x09{wanted}", tip, *known).splitlines():
-            self.notes[line[:7]] = line.split("\t")[1:]
+            commit, *self.notes[line[:7]], row, seed, tokens = line.split("\t")
+            if row:
+                for number, count in enumerate(tokens.split(","), int(seed)):
+                    self.trained[row, number] = count
         self.read, self.tried, self.touches, self.programs = tip, {}, {}, {}
         for row in self.rows:
             tree, self.touches[row.commit], self.programs[row.commit] = self.notes.get(row.commit[:7], [""] * 3)
@@ -792,27 +885,24 @@ class Notebook:
         return commit
 
     def noise(self, *more):
-        return noise_of([row.runs for row in self.rows] + [*more])
+        """The standard deviation of one difference on a seed, from all that were measured and `more`."""
+        pairs = zip(parents(self.rows), self.rows, strict=False)
+        return noise_of([*(differences(parent, row.runs) for parent, row in pairs if parent), *more], self.prior)
 
-    def best(self):
-        """The kept row that has to be beaten: the lowest, so that simpler files, kept at equal results, can't lower the bar bit by bit."""
-        return min((row for row in self.rows if row.status == "keep"), key=lambda row: row.val_bpb)
-
-    def remember(self, commit, runs, seconds):
+    def remember(self, commit, runs, tokens, seconds):
         """The running experiment, committed anew with its runs so far and what they took: where a start after a kill goes on."""
         message = self.git.message(commit)
-        trailers = read_trailers(message) | {"Runs": write_runs(runs), "Seconds": f"{seconds:.1f}"}
+        trailers = read_trailers(message) | {"Runs": write_runs(runs), "Trained": ",".join(tokens), "Seconds": f"{seconds:.1f}"}
         message = compose(message.rstrip().rpartition("\n\n")[0], "", trailers)
         again = self.git.commit_tree(f"{commit}^{{tree}}", [f"{commit}^"], message)
         self.begin(again)
         return again
 
     def repeat(self, row, result):
-        """Adds a run to a row that stands."""
-        runs = [*row.runs, result.bpb]
-        rows = [Row(**vars(row) | dict(runs=runs, val_bpb=fmean(runs))) if other is row else other for other in self.rows]
-        message = compose(f"repeat: {row.description}, {result.bpb:.6f}", "", {"Seconds": f"{result.seconds:.1f}"})
-        self.publish(message, rows)
+        """Adds a run to a row that stands; its val_bpb and its change stay what the verdict was made from."""
+        rows = [Row(**vars(row) | dict(runs=[*row.runs, result.bpb])) if other is row else other for other in self.rows]
+        trailers = {"Row": row.commit[:7], "Seed": len(row.runs), "Trained": result.tokens, "Seconds": f"{result.seconds:.1f}"}
+        self.publish(compose(f"repeat: {row.description}, {result.bpb:.6f}", "", trailers), rows)
         self.refresh()
 
     def audited(self):
@@ -841,6 +931,7 @@ class Notebook:
     def record(self, commit, row, body, trailers):
         """Appends the row by a commit with two parents, the branch's tip and the experiment."""
         row.commit = self.git("rev-parse", "--short=7", commit).strip()
+        trailers = {"Row": row.commit[:7], "Seed": 0} | trailers if trailers.get("Trained") else trailers
         self.publish(compose(f"{row.status}: {row.description}", body, trailers), [*self.rows, row], commit)
         self.refresh(commit)
         if self.git.find(self.running) == commit:
@@ -895,6 +986,8 @@ class Result:
     log: Path | None = None
     cause: str = ""  # one line; empty when there is a bpb
     failure: str = ""  # its class, a key of SUSPICION
+    trained: float = 100.0  # percent of its training that the run was given
+    tokens: int = 0  # that it trained on
     tail: str = ""  # the end of the output
     curve: str = ""  # loss along the run, speed, memory: a line for the next prompt
     seconds: float = 0.0
@@ -1146,10 +1239,26 @@ def changed_mark(data):
     return data / "meta.json.changed"
 
 
-def run_experiment(folder, files, data, fingerprint, seed, budget, facts, split="val", watch=list, caged=False):
+@contextlib.contextmanager
+def one_core():
+    """What is started within runs on one core, the last that the loop may use; on any, where the system can't say."""
+    cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
+    try:
+        if cores:
+            os.sched_setaffinity(0, {max(cores)})  # of this thread: a child inherits it
+        yield
+    finally:
+        if cores:
+            os.sched_setaffinity(0, cores)
+
+
+def run_experiment(folder, files, data, fingerprint, seed, budget, facts,
+                   split="val", watch=list, caged=False, on_cpu=False, pace="", tokens=""):  # fmt: skip
     """Runs `files` ({name: text}, train.py among them) in `folder` under the hard budget, and reads the ruler's summary.
 
-    What changes prepare.py, the data or a file that watch() lists, before and after, has no result.
+    What changes prepare.py, the data or a file that watch() lists, before and after, has no result; nor has a run that
+    got less than its training. pace: the branch's, by which the ruler counts the work on a CPU; tokens: that the file which
+    was edited trained on with this seed, so that an edit which costs no time trains on as many.
     """
     runs = folder.parent
     lay_out(folder, files)
@@ -1157,10 +1266,13 @@ def run_experiment(folder, files, data, fingerprint, seed, budget, facts, split=
     held = list(data.iterdir())
     before = contents([folder / "prepare.py", *held, *watch()])
     env = environment(folder, runs, data, BUDGET=f"{budget:g}", STARTED=started, SEED=seed, SPLIT=split, TOKEN=secret)
+    env |= {f"AUTORESEARCH_{name}": f"{value}" for name, value in (("PACE", pace), ("TOKENS", tokens)) if value}
+    env |= ONE_THREAD if on_cpu else {}
     # Without a cage, util-linux can at least have the kernel end the run when the loop dies.
     behind = cage(folder, runs, data) if caged else ["setpriv", "--pdeathsig", "KILL"] if shutil.which("setpriv") else []
-    process = subprocess.Popen([*behind, sys.executable, "train.py"], cwd=folder, env=env, stdin=subprocess.DEVNULL,
-                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)  # fmt: skip
+    with one_core() if on_cpu else contextlib.nullcontext():
+        process = subprocess.Popen([*behind, sys.executable, "train.py"], cwd=folder, env=env, stdin=subprocess.DEVNULL,
+                                   stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)  # fmt: skip
     output, left, stopped, deadline = Output(process.stdout, result.log, facts), {}, None, started + budget + KILL_GRACE
     try:
         with contextlib.suppress(OSError):  # where memory ends, the kernel should choose the run
@@ -1199,9 +1311,13 @@ def run_experiment(folder, files, data, fingerprint, seed, budget, facts, split=
     )  # fmt: skip
     try:
         if not result.cause:
-            summary = parse_summary(text, secret, seed, budget, fingerprint, split)
+            summary = parse_summary(text, secret, seed, budget, fingerprint, split, pace, tokens)
             result.bpb, result.memory_gb = float(summary[f"{split}_bpb"]), float(summary["peak_vram_mb"]) / 1024
             result.curve = f"{split}_bpb {result.bpb:.6f}, {output.pace or 'no steps logged'}, {result.memory_gb:.1f} GB"
+            result.trained, result.tokens = float(summary["trained_percent"]), round(1e6 * float(summary["total_tokens_M"]))
+            if result.trained < LEAST_TRAINED:
+                result.bpb, result.failure = math.nan, "environment"
+                result.cause = f"the machine was busy: the run got {result.trained:.0f} % of its training"
     except ValueError as error:
         result.failure, result.cause = "refused", str(error)
     result.cause = one_line(result.cause)
@@ -1402,7 +1518,7 @@ class Facts:
 
 
 STYLES = {"keep": "green", "discard": "", "crash": "red"}  # legible on dark and on light
-CELLS = "{:8} {:9} {:>7}  {}"
+CELLS = "{:8} {:9} {:>15}  {}"
 BLOCKS = " ▁▂▃▄▅▆▇█░"  # of a column: how full a cell is, and what lies below it
 ASCII = str.maketrans(BLOCKS + "━─·…", " __--==##:=--.")  # where the terminal isn't UTF-8
 # The view's parts and how many lines each may have, the most important first: what the window has no room for is left out.
@@ -1410,31 +1526,30 @@ SHARES = (("now", 1), ("run", 2), ("totals", 1), ("rows", 1), ("next", 1), ("tit
           ("said", 1), ("chart", 4), ("rows", 8), ("totals", 4), ("why", 4), ("chart", 9), ("said", 8), ("rows", 9999))  # fmt: skip
 
 
-def cells(row, best):
-    """A row for the eye: status, val_bpb, the distance from the best before it, description."""
-    if row.status == "crash":
-        return row.status, "", "", row.description
+def cells(row):
+    """A row for the eye: status, val_bpb, what it changed of the file that it edited, description."""
     times = f" x{len(row.runs)}" if len(row.runs) > 1 else ""
-    return row.status, f"{row.val_bpb:.4f}{times}", f"{row.val_bpb - best.val_bpb:+.4f}" if best else "", row.description
+    return row.status, "" if row.status == "crash" else f"{row.val_bpb:.4f}{times}", write_change(row), row.description
 
 
-def bests(rows):
-    """The lowest kept before each row, which it had to beat, None for the first; and after the last."""
-    found = [None]
-    for row in rows:
-        lower = row.status == "keep" and row.runs and not (found[-1] and found[-1].val_bpb <= row.val_bpb)
-        found.append(row if lower else found[-1])
-    return found
+def noise_in(rows):
+    """The standard deviation of one difference, as the latest row's error tells it; nan before there is one."""
+    return next((row.error * math.sqrt(len(row.runs)) for row in reversed(rows) if row.error > 0), math.nan)
+
+
+def night_gain(rows):
+    """(the gain of what was kept after the baseline, luck taken off; its standard error)."""
+    return gain_of([(-row.change, row.error) for row in rows if row.status == "keep" and not math.isnan(row.change)])
 
 
 def outcome(rows):
     """(what was won, the noise), in words."""
-    kept, noise = [row for row in rows if row.status == "keep" and row.runs], noise_of(row.runs for row in rows)
+    kept, noise = [row for row in rows if row.status == "keep" and row.runs], noise_in(rows)
     won = f"baseline {kept[0].val_bpb:.4f}" if kept else "no baseline yet"
     if kept[1:]:
-        gain, error = gain_of(kept[0].runs, kept[-1].runs, noise)
+        gain, error = night_gain(rows)
         won = f"best {kept[-1].val_bpb:.4f}, {won}: gain {gain:.4f} +- {error:.4f}, luck taken off"
-    return won, f"noise of a run {noise:.4f}" if kept else "noise not known"
+    return won, "noise not known" if math.isnan(noise) else f"noise of a difference {noise:.4f}"
 
 
 def counts(rows):
@@ -1457,8 +1572,8 @@ def totals(facts, now):
 
 
 def race(points, rival):
-    """The loss of a run, against the best so far's at the same point of its own. It is the loss of single batches, with another seed:
-    so both are means over the last LOSS_SPAN percent of the run, and nothing is compared before there are as many."""
+    """The loss of a run, against the best so far's at the same point of its own. It is the loss of single batches, maybe of
+    other ones: so both are means over the last LOSS_SPAN percent of the run, and nothing is compared before there are as many."""
     now = max(points)
     mine, its = ([loss for percent, loss in curve if now - LOSS_SPAN < percent <= now] for curve in (points.items(), rival))
     loss, best = round(fmean(mine), 3), round(fmean(its or [0]), 3)
@@ -1485,8 +1600,8 @@ def fit(text, width, most=1, style="", start=""):
 
 def render(facts, now, width, height):
     """The live view in a window of this size: from top to bottom its parts, as functions of the lines that SHARES leaves them."""
-    points, best = facts.points, bests(facts.rows)  # points: read once, a thread writes them
-    rows, values, said = [*zip(facts.rows, best, strict=False)][::-1], [row.val_bpb for row in best if row], [*facts.said][::-1]
+    points, rows, said = facts.points, facts.rows[::-1], [*facts.said][::-1]  # points: read once, a thread writes them
+    values = [row.val_bpb for row in parents(facts.rows) if row]
     percent, size = min(max(points or {}, default=0), 100), min(width // 3, 80)
     bar = Text.assemble("  ", ("━" * (done := size * percent // 100), "green"), "─" * (size - done), "  ")
     state = f"{percent} %  {max(facts.since + facts.budget - now, 0):.0f} s left  {facts.pace or 'starting'}" * (points is not None)
@@ -1495,9 +1610,7 @@ def render(facts, now, width, height):
     parts = {
         "title": lambda n: fit(facts.title, width, n, "bold"),
         "chart": lambda n: chart(values, width, n) if n > 1 and values[:1] > values[-1:] else [],
-        "rows": lambda n: [
-            line for row, old in rows[:n][::-1] for line in fit(CELLS.format(*cells(row, old)), width, 1, STYLES[row.status])
-        ],
+        "rows": lambda n: [line for row in rows[:n][::-1] for line in fit(CELLS.format(*cells(row)), width, 1, STYLES[row.status])],
         "said": lambda n: [line for text in said[:n][::-1] for line in fit(text.splitlines()[-1], width)],
         "now": lambda n: fit(activity, width, n, "bold", "> "),
         "why": lambda n: fit(one_line(facts.why, 999), width, n, start="  "),
@@ -1524,19 +1637,17 @@ class Report:
     seconds: dict = field(default_factory=dict)  # {commit: what ran since the row before it}; likewise
 
     def __post_init__(self):
-        self.noise = noise_of(row.runs for row in self.rows)
         self.kept = [number for number, row in enumerate(self.rows) if row.status == "keep" and row.runs]
-        self.best = bests(self.rows)
+        self.best = parents(self.rows)
 
     def gain(self, number):
-        """(how much lower a row is than the best before it, the standard error of that); the first is no gain, but matters most."""
-        row, best = self.rows[number], self.best[number]
-        return (best.val_bpb - row.val_bpb, gain_of(best.runs, row.runs, self.noise)[1]) if best else (math.inf, math.inf)
+        """How much an experiment lowered val_bpb of the file that it edited; the baseline is no gain, but matters most."""
+        return -self.rows[number].change if self.best[number] else math.inf
 
     def clear(self, number):
-        """Whether luck alone wouldn't explain a gain."""
-        gain, error = self.gain(number)
-        return gain > LUCK * error
+        """Whether the noise alone wouldn't explain a gain."""
+        row = self.rows[number]
+        return -row.change > CLEAR * row.error
 
 
 def hours_of(report):
@@ -1554,14 +1665,14 @@ def hours_of(report):
 
 
 def listing(report, numbers, last):
-    """A table of these rows, against the best before each."""
+    """A table of these rows, with what each changed of the best before it."""
     table = Table("#", "commit", "val_bpb", "change", "clear", "best", last, box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for column, justify in zip(table.columns[:-1], ("right", "left", "left", "right", "left", "right"), strict=True):
         column.no_wrap, column.justify = True, justify
     for number in numbers:
         row, before, after = report.rows[number], *report.best[number : number + 2]
         clear = "" if not before else "yes" if report.clear(number) else "no"
-        found = (str(number), row.commit[:8], *cells(row, before)[1:3], clear, f"{after.val_bpb:.4f}", one_line(row.description))
+        found = (str(number), row.commit[:8], *cells(row)[1:3], clear, f"{after.val_bpb:.4f}", one_line(row.description))
         table.add_row(*map(Text, found), style="green" if clear == "yes" else "")
     return table
 
@@ -1571,7 +1682,7 @@ def render_report(report):
     rows, kept, parts = report.rows, report.kept, [Text(report.name, "bold")]
     if kept:
         parts += [Text(), listing(report, kept, "kept, in order")]
-    near = [n for n, row in enumerate(rows) if row.status == "discard" and row.runs and report.best[n] and sum(report.gain(n)) > 0]
+    near = [number for number, row in enumerate(rows) if row.status == "discard" and row.change < row.error]
     if near := sorted(near, key=report.gain, reverse=True)[:NEAR_MISSES]:
         parts += [Text("\nWorth a second look: not a standard error worse than the best before"), listing(report, near, "not kept")]
     crashes = Counter(report.failures.get(row.commit[:7]) or "no edit" for row in rows if row.status == "crash")
@@ -1586,14 +1697,14 @@ def render_report(report):
         each = ", ".join(f"{total / count:{form}} {unit}" for total, form, unit in spent if total and count)
         lines.append(f"gains {kind}: {count}{each and f', one for {each}'}")
     if kept[1:]:
-        lines.append(f"clear: by more than {LUCK:g} standard errors, which luck may add to the best of many")
+        lines.append(f"clear: lower by more than {CLEAR} standard errors")
     if kept and max(len(row.runs) for row in rows) == 1:
         lines.append("the noise is assumed: nothing here was run twice")
     return Group(*parts, *map(Text, lines))
 
 
 def draw(report, path):
-    """progress.png: each experiment a dot, the best so far a line with the noise around it, and the largest gains named."""
+    """progress.png: each experiment a dot with its standard error, the best so far a line, and the largest gains named."""
     signal.alarm(PLOT_SECONDS)  # if it hangs, it ends: nobody may be there to end it
     warnings.simplefilter("ignore")  # a font that lacks a sign
     from matplotlib.figure import Figure
@@ -1604,7 +1715,8 @@ def draw(report, path):
     measured, kept = {n for n, row in enumerate(rows) if row.runs}, set(report.kept)
     # What is higher would flatten the rest; kept rows are the story, and have more room.
     shown = {n for n in measured if rows[n].val_bpb <= (2 * low if n in kept else usual)}
-    room = max([rows[n].val_bpb - low for n in shown] + [6 * report.noise])
+    errors = [row.error for row in rows if row.error > 0]
+    room = max([rows[n].val_bpb - low for n in shown] + [6 * median(errors or [PRIOR_NOISE])])
     bottom, top = low - 0.15 * room, low + 1.1 * room
     figure = Figure((12, 6.75), dpi=150)
     axes = figure.add_axes((0.06, 0.08, 0.64, 0.8), xlim=(-0.01 * count - 0.5, 1.01 * count), ylim=(bottom, top))
@@ -1621,13 +1733,13 @@ def draw(report, path):
     if best := [row.val_bpb for row in report.best if row]:
         x, y = range(count - len(best), count + 1), [*best, best[-1]]
         axes.step(x, y, color="#00795a", where="post", label="best so far")
-        band = [bpb - report.noise for bpb in y], [bpb + report.noise for bpb in y]
-        name = f"noise of a run, {report.noise:.4f} either way"
-        axes.fill_between(x, *band, color="#00795a", alpha=0.15, linewidth=0, step="post", label=name)
+        sure = sorted(n for n in shown if rows[n].error > 0)
+        bars = [rows[n].val_bpb for n in sure], [rows[n].error for n in sure]
+        axes.errorbar(sure, *bars, fmt="none", ecolor="#9a9a9a", elinewidth=0.8, label="standard error of the change")
         named = sorted(sorted(shown & kept, key=report.gain, reverse=True)[:NAMES])
         for n in named:
             axes.annotate(n, (n, rows[n].val_bpb), (-4, -3), textcoords="offset points", ha="right", va="top", fontsize=7)
-        names = "\n".join(f"{n}  {rows[n].val_bpb:.4f}  {one_line(rows[n].description, 40)}" for n in named)
+        names = "\n".join(f"{n}  {effect(rows[n]).strip()}  {one_line(rows[n].description, 36)}" for n in named)
         figure.text(0.715, 0.88, as_unicode(names), va="top", fontsize=8, linespacing=1.5, parse_math=False)
     else:
         axes.set_yticks([])
@@ -1798,10 +1910,10 @@ class Night:
         self.hasty, self.last_row = 0, 0.0  # failures in a row that took seconds each; when the last row was written
         self.suspicion = 0.0  # against the machine, since the last run that had a result
         self.failed = 0  # times in a row that the best so far failed, too
-        self.tested = Counter()  # {experiment: spells of a failing machine around it}
+        self.tested = Counter()  # {experiment, or (commit, seed) of a parent's run: spells of a failing machine around it}
+        self.lacking = set()  # (commit, seed) of parents' runs that fail, so that there is nothing to compare with
         self.measured = None, None  # the last run: (commit, seed, split), Result
         self.errors, self.error = 0, ""  # of the loop itself or of the machine, in a row; what the last one said
-        self.repeats = REPEATS
         self.interrupts = Interrupts()
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a crash's memory image can be as large as the model
         adopt_orphans()
@@ -1872,11 +1984,13 @@ class Night:
         )
 
     def machine(self, *behind):
-        """{Device, Torch} as the ruler sees them; a process of its own, because loop.py never loads torch."""
+        """What the ruler's facts() says of this machine; a process of its own, because loop.py never loads torch, and on one
+        core, as a run on a CPU: how fast it is there is one of the facts."""
         command = [*behind, sys.executable, "-c", "import prepare; print(prepare.facts())"]
         place = self.runs / "probe" if behind else self.folder
-        env = environment(place, self.runs, self.data) if behind else None
-        done = subprocess.run(command, cwd=place, env=env, capture_output=True, text=True)
+        env = environment(place, self.runs, self.data) if behind else os.environ
+        with one_core():
+            done = subprocess.run(command, cwd=place, env={**env, **ONE_THREAD}, capture_output=True, text=True)
         if done.returncode:
             raise Stop(f"the ruler does not start: {one_line(done.stderr[-200:])}; is everything installed? pip install -e .")
         return json.loads(done.stdout.splitlines()[-1])
@@ -1890,7 +2004,7 @@ class Night:
             lay_out(probe, {"prepare.py": self.prepare_py})
             try:
                 inside = self.machine(*cage(probe, self.runs, self.data))
-                reason = "" if inside == machine else f"the device is {inside['Device']} behind bwrap"
+                reason = "" if machine.items() <= inside.items() else f"the device is {inside['Device']} behind bwrap"
             except (Stop, ValueError, LookupError) as error:
                 reason = f"bwrap does not work here: {one_line(str(error), 120)}"
             remove(probe)
@@ -1910,15 +2024,21 @@ class Night:
         self.data, self.fingerprint = self.find_data(began.get("Data"))
         self.data_was = contents(self.data.iterdir())
         ruler = hashlib.sha256(self.prepare_py.encode()).hexdigest()[:12]
-        machine = self.machine()
+        facts = self.machine()
+        machine = {name: facts[name] for name in ("Device", "Torch")}
         self.ruler = {"Data": self.fingerprint, "Ruler": ruler, "Budget": f"{self.budget:g}", **machine}
         differ = [f"{name} was {began[name]} and is {value}" for name, value in self.ruler.items() if began.get(name, value) != value]
         if differ:
             raise Stop(
                 f"{self.notebook.name} was measured with another ruler ({'; '.join(differ)}); begin anew with --tag NAME, or go back to it"
             )
+        # What may be another one at each start, and must be one within a branch: noted by its first experiment.
+        noted = {name: began.get(name, f"{facts[name]}") for name in ("Noise", "Pace") if facts[name] is not None}
+        self.ruler |= noted
+        self.notebook.prior, self.pace = float(noted["Noise"]), noted.get("Pace", "")
         self.caged = self.check_cage(machine)
-        self.other_device = "GPU" if self.ruler["Device"].startswith(("cpu", "mps")) else "CPU"
+        self.on_cpu = machine["Device"].startswith("cpu")
+        self.other_device = "GPU" if machine["Device"].startswith(("cpu", "mps")) else "CPU"
 
     def check_out(self):
         """The branch, made at HEAD with an empty results.tsv, or checked out as git would do it by hand."""
@@ -1968,17 +2088,17 @@ class Night:
 
     def next_experiment(self):
         """Begins the next experiment; one whose edit was refused is never run, but has its row."""
-        notebook, seed = self.notebook, SEEDS * len(self.notebook.rows)
+        notebook = self.notebook
         self.wanted()
         if notebook.incumbent is None:
-            return self.begin(notebook.incumbent_source, "baseline", "", {"Seed": seed, **self.ruler})
+            return self.begin(notebook.incumbent_source, "baseline", "", {**self.ruler})
         if edit := notebook.person_edit():
             self.facts.say("your edit of train.py is the next experiment")
-            return self.begin(edit, "your edit of train.py", "", {"Model": "person", "Seed": seed})
+            return self.begin(edit, "your edit of train.py", "", {"Model": "person"})
         if not (thought := self.propose()):
             return
         edit, source, body = thought.edit, thought.new, thought.edit and thought.edit.reasoning
-        trailers = {"Model": self.model.name if self.model else "offline", "Seed": seed, "Tokens": thought.tokens, **thought.mends}
+        trailers = {"Model": self.model.name if self.model else "offline", "Tokens": thought.tokens, **thought.mends}
         if source is None:
             source, body, trailers["Refused"] = notebook.incumbent_source, thought.refusal, one_line(thought.refusal)
         self.begin(source, edit.description if edit else "no edit", body, trailers)
@@ -2010,7 +2130,8 @@ class Night:
         if notebook.rows:
             version = notebook.version(self.program)
             earlier = [number for number, row in enumerate(notebook.rows, 1) if notebook.programs.get(row.commit) != version]
-            results = history(notebook.rows, notebook.best(), notebook.noise(), notebook.touches, max(earlier, default=0))
+            noise, earlier = notebook.noise(), max(earlier, default=0)
+            results = history(notebook.rows, notebook.incumbent, noise, notebook.touches, earlier)
         runs = "\n\n".join(message.rstrip().rpartition("\n\n")[0] for _, message in notebook.latest(LAST_RUNS))  # without trailers
         parts = (
             setting,
@@ -2043,10 +2164,9 @@ class Night:
             tries, chat = max(refused.tries, 1), chat + refused.chat[-2:]
         self.ahead = Thought(ask, tries, self.facts, chat, known, mends, refused.tokens if refused else 0)
 
-    def think_ahead(self, running=""):
-        """While something runs (an experiment, by its commit's message, or a repeat), the model thinks about what comes next: so the
-        device needn't wait for it."""
-        if self.model and not self.over(1 if running else 0):
+    def think_ahead(self, running):
+        """While an experiment runs (its commit's message), the model thinks about what comes next: the device needn't wait."""
+        if self.model and not self.over(1):
             with contextlib.suppress(Exception):  # what is wrong comes up again when the edit is due, and is waited out there
                 if not self.wanted():
                     self.think(running)
@@ -2099,11 +2219,15 @@ class Night:
             return self.measured[1]
         make_room(self.runs)
         self.check_data()
-        facts, files = self.facts, {"train.py": self.git.blob(commit, "train.py"), "prepare.py": self.prepare_py}
-        folder = self.runs / f"{seed // SEEDS:04}-{seed % SEEDS}-{commit[:7]}"
+        facts, rows = self.facts, self.notebook.rows
+        files = {"train.py": self.git.blob(commit, "train.py"), "prepare.py": self.prepare_py}
+        number = next((n for n, row in enumerate(rows) if commit.startswith(row.commit)), len(rows))
+        folder, parent = self.runs / f"{number:04}-{seed}-{commit[:7]}", parents(rows)[number]
+        tokens = self.notebook.trained.get((parent.commit[:7], seed), "") if parent and split == "val" else ""
         facts.start(activity, why, {}, read_curve(self.runs, self.notebook.incumbent))
         try:
-            result = run_experiment(folder, files, self.data, self.fingerprint, seed, self.budget, facts, split, self.watch, self.caged)
+            setting = split, self.watch, self.caged, self.on_cpu, self.pace, tokens
+            result = run_experiment(folder, files, self.data, self.fingerprint, seed, self.budget, facts, *setting)
         finally:
             facts.show(busy=facts.busy + time.monotonic() - facts.since, points=None)
         if result.failure != "environment":
@@ -2126,16 +2250,25 @@ class Night:
     def run(self, commit):
         """Runs a begun experiment, as often as it takes to judge it, and writes its row."""
         notebook, message = self.notebook, self.git.message(commit)
-        trailers, baseline, status = read_trailers(message), notebook.incumbent is None, "again"
-        runs, seed, seconds = read_runs(trailers.get("Runs", "")), int(trailers["Seed"]), float(trailers.get("Seconds", 0))
+        trailers, baseline, status, result = read_trailers(message), notebook.incumbent is None, "again", Result()
+        runs, seconds = read_runs(trailers.get("Runs", "")), float(trailers.get("Seconds", 0))
+        tokens = [count for count in trailers.get("Trained", "").split(",") if count]
         if refusal := trailers.get("Refused"):
             with self.interrupts.hold():
                 return self.finish(commit, "crash", Result(cause=f"refused: {refusal}"))
         while status == "again":
-            activity = f"run {len(runs) + 1} of up to {MOST_RUNS}: " * bool(runs) + f"#{len(notebook.rows)} {message.splitlines()[0]}"
             self.think_ahead(message)
-            result = self.measure(commit, seed + len(runs), activity, why="\n".join(message.strip().split("\n\n")[1:-1]))
+            if not baseline and not self.parent_has(len(runs), commit):
+                with self.interrupts.hold():
+                    return self.finish(commit, "discard", result, runs, tokens, seconds)
+            subject, *why = message.strip().split("\n\n")[:-1]
+            again = f"run {len(runs) + 1} of up to {MOST_RUNS}: " * bool(runs)
+            activity = f"{again}#{len(notebook.rows)} {subject}"
+            result = self.measure(commit, len(runs), activity, why="\n".join(why))
             if baseline and result.cause:
+                if result.trained < LEAST_TRAINED:
+                    advice = "the baseline runs again; a quieter machine helps, or a larger --budget"
+                    raise OSError(errno.EIO, f"{result.cause}, {advice}", str(result.log))
                 notebook.abandon()
                 advice = f"mend train.py and commit it\n\nthe end of {result.log}:\n{result.tail}"
                 raise Stop(f"the baseline failed: {result.cause}; {advice}", 1)
@@ -2145,12 +2278,35 @@ class Night:
                 continue
             with self.interrupts.hold():
                 runs.append(result.bpb)
+                tokens.append(f"{result.tokens}")
                 seconds += result.seconds
                 status = "crash" if result.cause else "keep" if baseline else self.verdict(commit, runs)
                 if status == "again":
-                    commit = notebook.remember(commit, runs, seconds)
+                    commit = notebook.remember(commit, runs, tokens, seconds)
                 else:
-                    self.finish(commit, status, result, runs, seconds)
+                    self.finish(commit, status, result, runs, tokens, seconds)
+
+    def parent_has(self, seed, commit):
+        """Whether the best so far, which the experiment edited, has a run on this seed; if not, it is made now."""
+        row = self.notebook.incumbent
+        if seed < len(row.runs):
+            return True
+        if (row.commit, seed) in self.lacking:
+            return False
+        result = self.measure(row.commit, seed, f"run {seed + 1} of what it edited, for comparison: {row.description}")
+        if not result.cause:
+            self.suspicion = 0
+            with self.interrupts.hold():
+                self.notebook.repeat(row, result)
+            return True
+        if result.failure == "environment":
+            self.tested[row.commit, seed] += 1
+            if self.tested[row.commit, seed] < MOST_SPELLS:
+                self.check_machine(result)
+            self.fails_alone(commit)
+        self.lacking.add((row.commit, seed))
+        self.facts.say(f"the best so far fails on seed {seed}: {result.cause}; what is in doubt isn't kept")
+        return False
 
     def to_blame(self, commit, result):
         """Whether a failure is its code's own; else the experiment runs again. One of the machine is an error, which is waited out."""
@@ -2169,57 +2325,42 @@ class Night:
             raise OSError(errno.EIO, result.cause, str(result.log))
 
     def fails_alone(self, commit):
-        """After failures, the best so far runs until it has a result: one more run of its row. If that is at once, what fails next is the
-        experiment; so it is after MOST_SPELLS of a failing machine around it, as it may break the machine for a while, each time."""
-        row, self.suspicion = self.notebook.incumbent, 0
-        seed = self.seed(row, self.failed)  # another one each time: one may be bad luck
-        result = self.measure(row.commit, seed, f"after failures, the best so far again: {row.description}")
+        """After failures, the best so far runs again, on seed 0 as before and not recorded, until it has a result. If that is
+        at once, what fails next is the experiment; so it is after MOST_SPELLS of a failing machine around it, as it may break
+        the machine for a while, each time."""
+        row, self.suspicion, self.measured = self.notebook.incumbent, 0, (None, None)
+        result = self.measure(row.commit, 0, f"after failures, the best so far again: {row.description}")
         if result.cause:
             self.failed += 1
             raise OSError(errno.EIO, f"the best so far fails too, so the machine is at fault ({result.cause})", str(result.log))
-        with self.interrupts.hold():
-            self.notebook.repeat(row, result)
         self.tested[commit] += 1 if self.failed or self.errors >= 3 else MOST_SPELLS
         self.failed = 0
 
-    def seed(self, row, failed=0):
-        """The seed of a row's next run."""
-        return SEEDS * self.notebook.rows.index(row) + (len(row.runs) + 17 * failed) % SEEDS  # apart from those of later runs
-
     def verdict(self, commit, runs):
-        notebook = self.notebook
-        lines = statements(self.git.blob(commit, "train.py")) - statements(notebook.incumbent_source)
-        return judge(notebook.best().runs, runs, notebook.noise(runs), lines)
+        notebook, source = self.notebook, self.git.blob(commit, "train.py")
+        gains = differences(notebook.incumbent, runs)
+        return judge(gains, notebook.noise(gains), size_of(source) / max(size_of(notebook.incumbent_source), 1) - 1)
 
-    def repeat_baseline(self):
-        """Early in a night the baseline runs again, twice: what two seeds of the same code differ by is the noise."""
-        row = self.notebook.rows[0]
-        self.think_ahead()
-        result = self.measure(row.commit, self.seed(row), f"the baseline again, run {len(row.runs) + 1}: how much does a seed change?")
-        if result.cause:
-            if self.errors < 3:
-                self.check_machine(result)
-            self.repeats = ()  # the verdicts go on with what is known
-            return self.facts.say(f"the baseline's repeat failed: {result.cause}")
-        self.suspicion = 0
-        with self.interrupts.hold():
-            self.notebook.repeat(row, result)
-        self.facts.say(f"the baseline again: {result.bpb:.6f}; noise of a run {self.notebook.noise():.4f}")
-
-    def finish(self, commit, status, result, runs=(), seconds=0.0):
+    def finish(self, commit, status, result, runs=(), tokens=(), seconds=0.0):
         """Writes the row of an experiment, and says what came of it."""
-        best, message = self.notebook.best() if self.notebook.rows else None, self.git.message(commit)
+        parent, message = self.notebook.incumbent, self.git.message(commit)
         runs = [] if result.cause else list(runs)
+        bpb, change, error = runs[0] if runs else math.nan, math.nan, math.nan
+        if parent and runs:
+            gains = differences(parent, runs)
+            noise = self.notebook.noise(gains)
+            change, error = -effect_of(gains, noise), noise / math.sqrt(len(gains))
+            bpb = parent.val_bpb + change
         description = one_line(message.splitlines()[0], 120) + (f" [{result.cause}]" if result.cause else "")
         finished = f"{datetime.now(timezone.utc):%Y-%m-%dT%H:%M:%SZ}"
-        tokens = int(read_trailers(message).get("Tokens", 0))
-        row = Row("", fmean(runs) if runs else math.nan, result.memory_gb, status, description, runs, tokens, finished)
+        asked = int(read_trailers(message).get("Tokens", 0))
+        row = Row("", bpb, result.memory_gb, status, description, change, error, runs, asked, finished)
         log = "".join(f"\n| {line}" for line in result.tail.splitlines()) if result.cause else ""
-        trailers = {"Failure": result.failure} if result.failure else {}
+        trailers = {"Failure": result.failure} if result.failure else {"Trained": ",".join(tokens)} if runs else {}
         self.notebook.record(commit, row, result.curve + log, trailers | {"Seconds": f"{seconds:.1f}"})
         before, self.last_row = self.last_row, time.monotonic()
         self.hasty = self.hasty + 1 if result.cause and self.last_row - before < WAITS[0] else 0
-        self.facts.say(CELLS.format(*cells(row, best)), seen=True)
+        self.facts.say(CELLS.format(*cells(row)), seen=True)
         plot(self.folder, self.notebook.name)
         if not self.notebook.checked_out():
             self.facts.say(f"this checkout is on another branch now; the row went to {self.notebook.name}, and no file here was touched")
@@ -2232,7 +2373,10 @@ class Night:
         for number, seed in enumerate(seeds, 1):
             for row in (first, best):
                 if (row.commit, seed) not in test:
-                    result = self.measure(row.commit, seed, f"audit {number} of {AUDIT_PAIRS}: {row.description}", "test")
+                    for _ in range(MOST_SPELLS):  # of a busy machine
+                        result = self.measure(row.commit, seed, f"audit {number} of {AUDIT_PAIRS}: {row.description}", "test")
+                        if result.trained >= LEAST_TRAINED:
+                            break
                     if result.cause:
                         self.facts.say(f"failed: {result.cause}; its log: {result.log}")
                         continue
@@ -2244,7 +2388,7 @@ class Night:
         if len(pairs) < 2:
             raise Stop("too many runs of the audit failed, see above; the same command tries them again", 1)
         both = f"baseline {first.commit} and best {best.commit} ({best.description}), the same {len(pairs)} fresh seeds, test text:"
-        return both, *audit_report(pairs, first.val_bpb, best.val_bpb, gain_of(first.runs, best.runs, notebook.noise())[0])
+        return both, *audit_report(pairs, first.val_bpb, best.val_bpb, *night_gain(notebook.rows))
 
     def over(self, more=0):
         """Whether --experiments or --hours says to stop, once there are so many more rows; never before there is a baseline."""
@@ -2268,8 +2412,6 @@ class Night:
             self.run(commit)
         elif self.over():
             return False
-        elif rows and len(rows[0].runs) <= sum(len(rows) > number for number in self.repeats):
-            self.repeat_baseline()
         else:
             self.next_experiment()
         if self.hasty > HASTE and len(rows) > before:

@@ -11,6 +11,7 @@ Writes only below a temporary folder. Numbers depend on what else the machine do
 """
 
 import argparse
+import math
 import os
 import random
 import re
@@ -56,73 +57,202 @@ DELTAS = (
 )  # fmt: skip
 
 
-def strict(best, candidate, noise, lines):
+EFFECTS = [delta / 1e6 for delta in DELTAS]
+NOISES = (0.0003, 0.0007, 0.0015)  # deviations of a run over seeds, bits per byte
+RUNS = 100  # of a night, the baseline's and those that a parent needs on further seeds among them
+GOALS = (1.25, 2.1, 5.5)  # times strict's true gain, where a fifth of a run's noise is its own
+
+
+def strict(differences, noise, size):
     """What most loops do: one run, and lower is better."""
-    return "keep" if candidate[0] < best[0] else "discard"
+    return "keep" if differences[0] > 0 else "discard"
 
 
-def rerun(best, candidate, noise, lines):
-    """Every win is run once more, and kept if the mean of both is still lower."""
-    return "discard" if fmean(candidate) >= fmean(best) else "keep" if len(candidate) > 1 else "again"
+def draw_nights(count, seed):
+    """The chances of each night, the same for every rule: its seeds', and each experiment's edit and runs."""
+    rng = random.Random(seed)
+
+    def chances():
+        return [rng.gauss() for _ in range(loop.MOST_RUNS)]
+
+    return [(chances(), [(rng.random(), chances()) for _ in range(RUNS)]) for _ in range(count)]
 
 
-def simulate(rule, noise, rng, effects, lines=0, runs=100, repeats=loop.REPEATS):
-    """One night of `runs` runs: (true gain, plain difference of the means, reported gain, false keeps, keeps, experiments)."""
+def simulate(
+    chances,
+    rule,
+    noise,
+    share,
+    stays=False,
+    prior=1.0,
+    effects=EFFECTS,
+    size=0.0,
+    bad_run=0.0,
+    bad_parent=0.0,
+):
+    """One night; a run is its file's true value + what its seed does to all + what is particular to this run.
 
-    def run(bpb):
-        return bpb + rng.gauss(0, noise)
+    noise: deviation of a run; share: the particular part's of it; stays: that part is the edit's, and every
+    file built on it inherits it (else each file has its own); prior: the ruler's, in true deviations of a
+    difference; size: share that each edit adds; bad_run, bad_parent: added to one's second run.
+    """
+    of_seeds, experiments = chances
+    particular = share * noise
+    common = math.sqrt(noise**2 - particular**2)
+    pair = deviation_of_pair(noise, share, stays)
 
-    kept, truth, tried, false, used = [[run(0)]], [0.0], [], 0, 1
-    while used < runs:
-        if len(kept[0]) <= sum(len(tried) >= number for number in repeats):
-            kept[0].append(run(0))
-            used += 1
-            continue
-        effect = rng.choice(effects)
-        candidate, verdict = [], "again"
-        tried.append(candidate)
-        while verdict == "again" and used < runs:
-            candidate.append(run(truth[-1] + effect))
-            used += 1
-            verdict = rule(min(kept, key=fmean), candidate, loop.noise_of([kept[0], *tried]), lines)
+    def runs_of(truth, own):
+        return [truth + common * a + particular * b for a, b in zip(of_seeds, own, strict=True)]
+
+    own = [0.0] * loop.MOST_RUNS if stays else experiments[0][1]
+    truth, parent, made, used = 0.0, runs_of(0.0, own), 1, 1
+    pairs, deviation = [], prior * pair
+    changes, false, tried = [], 0, 0
+    while used < RUNS:
+        tried += 1
+        place, chance = experiments[tried]
+        effect = effects[int(place * len(effects))]
+        inherited = [a + b for a, b in zip(own, chance, strict=True)] if stays else chance
+        candidate, differences, verdict = runs_of(truth + effect, inherited), [], "again"
+        if bad_parent and tried >= 20 and made == 1:  # before its second run is made
+            parent[1], bad_parent = parent[1] + bad_parent, 0
+        while verdict == "again":
+            seed = len(differences)
+            used += 1 + (seed >= made)  # the parent's run on this seed, where it has none
+            if used > RUNS:
+                break
+            made = max(made, seed + 1)
+            if bad_run and tried >= 20 and seed == 1:
+                candidate[1], bad_run = candidate[1] + bad_run, 0
+            differences.append(parent[seed] - candidate[seed])
+            if seed == 1:
+                pairs.append(differences)
+            if seed:
+                deviation = loop.noise_of(pairs, prior * pair)
+            verdict = rule(differences, deviation, size)
         if verdict == "keep":
-            kept.append(candidate)
-            truth.append(truth[-1] + effect)
+            changes.append((loop.effect_of(differences, deviation), deviation / math.sqrt(len(differences))))
+            truth, parent, own, made = truth + effect, candidate, inherited, len(differences)
             false += effect >= 0
-    reported = loop.gain_of(kept[0], kept[-1], loop.noise_of([kept[0], *tried]))[0] if len(kept) > 1 else 0
-    return -truth[-1], fmean(kept[0]) - fmean(kept[-1]), reported, false, len(kept) - 1, len(tried)
+    reported, error = loop.gain_of(changes)
+    measured = sum(gain for gain, _ in changes)
+    learned = deviation / pair
+    return -truth, measured, reported, error, false, len(changes), tried, learned
+
+
+def deviation_of_pair(noise, share, stays=False):
+    """The deviation of a difference: two files' own parts, or the one that the edit brings."""
+    return share * noise * (1 if stays else math.sqrt(2))
+
+
+def mean_night(nights, *args, **kwargs):
+    """Means over the nights of what simulate() returns, by name."""
+    columns = zip(*[simulate(chances, *args, **kwargs) for chances in nights], strict=True)
+    names = ("true", "measured", "reported", "error", "false", "keeps", "tried", "learned")
+    return argparse.Namespace(**dict(zip(names, map(fmean, columns), strict=True)))
 
 
 def judge(args):
-    """Nights of 100 runs, with true effects drawn from a real night's and normal noise; and nights in which nothing is a gain."""
-    rules = dict(strict=(strict, ()), rerun=(rerun, ()), ours=(loop.judge, loop.REPEATS))
+    """Nights of 100 runs, with true effects drawn from a real night's and the same chances for every rule."""
+    nights = draw_nights(args.nights, args.seed)
+    print(f"{args.nights} nights of {RUNS} runs each; a run: true value + its seed's to all + its own.")
+    print("fresh: the own part is each file's; stays: each edit's, inherited by what is built on it")
+    baselines = {noise: mean_night(nights, strict, noise, 1) for noise in NOISES}
+    show_gains(nights, baselines)
+    show_priors(nights, baselines)
+    show_bad_runs(nights)
+    show_no_effect(nights)
+    show_simpler(nights)
+    show_frontier(nights, baselines)
 
-    def night(rule, repeats, noise, effects, lines=0):
-        rng = random.Random(args.seed)
-        nights = [simulate(rule, noise, rng, effects, lines, repeats=repeats) for _ in range(args.nights)]
-        return [fmean(column) for column in zip(*nights, strict=True)]
 
-    effects = [delta / 1e6 for delta in DELTAS]
-    print(f"{args.nights} nights each, bits per byte; prior of the noise {loop.PRIOR_NOISE}")
-    print("               true gain           reported gain       false keeps                      where nothing is a gain:")
-    print("rule    noise    bpb    x strict    bpb    x true     a night  x strict  experiments   keeps  reported")
-    for noise in (0.0003, 0.0007, 0.0015):
-        for name, (rule, repeats) in rules.items():
-            true, plain, reported, false, _, tried = night(rule, repeats, noise, effects)
-            null = night(rule, repeats, noise, [0])
-            if name == "strict":
-                strict_true, strict_false = true, false
-            if name != "ours":  # these report what they measured
-                reported, null[2] = plain, null[1]
-            print(f"{name:6}  {noise:.4f}  {true:.5f}  {true / strict_true:5.2f}   {reported:.5f}  {reported / true:6.2f}   "
-                  f"{false:8.2f}  {false / strict_false:7.2f}  {tried:9.0f}  {null[3]:8.2f}  {null[2]:.5f}", flush=True)  # fmt: skip
-    print("\nsimpler files: every edit takes out five statements and is worse by so many noise deviations; where the night ends, in them")
-    for worse in (0, 0.1, 0.3, 1):
-        true, _, _, _, keeps, _ = night(loop.judge, loop.REPEATS, 0.0007, [worse * 0.0007], lines=-5)
-        print(f"  each worse by {worse:3}: {keeps:4.1f} kept, {-true / 0.0007:5.2f} worse at the end", flush=True)
-    print("every edit adds statements and has no effect: kept a night")
-    for lines in (0, 5, 30):
-        print(f"  {lines:2} more: {night(loop.judge, loop.REPEATS, 0.0007, [0], lines=lines)[4]:.2f}", flush=True)
+def show_gains(nights, baselines):
+    print(f"\ngoals at a fifth: {GOALS} x strict, false keeps at most 0.25 x, reported within 10 % of true;")
+    print("unpaired, the rule that this one replaced (a seed for each run): 0.90, 1.07, 1.71 x strict")
+    print("                          true gain         false keeps        measured  reported")
+    print("noise   particular        bpb  x strict  a night  x strict   x true    x true  keeps  experiments")
+    for noise in NOISES:
+        one = baselines[noise]
+        print(gain_line(noise, "strict", one, one))
+        for stays, shares in ((False, (0.1, 0.2, 1 / 3, 1)), (True, (0.1, 0.2, 1 / 3))):
+            for share in shares:
+                kind = "unpaired" if share == 1 else f"{share:.2f} {'stays' if stays else 'fresh'}"
+                ours = mean_night(nights, loop.judge, noise, share, stays)
+                print(gain_line(noise, kind, ours, one), flush=True)
+
+
+def gain_line(noise, kind, night, one):
+    gain = f"{night.true:.5f} {night.true / one.true:9.2f}"
+    false = f"{night.false:8.2f} {night.false / one.false:9.2f}"
+    reported = f"{'':8}" if kind == "strict" else f"{night.reported / night.true:8.2f}"
+    claims = f"{night.measured / night.true:9.2f}  {reported}"
+    return f"{noise:.4f}  {kind:13} {gain} {false} {claims} {night.keeps:6.1f} {night.tried:12.0f}"
+
+
+def show_priors(nights, baselines):
+    print("\nthe ruler's prior is wrong (a fifth, fresh), at the three noises: true gain and false keeps")
+    print("x strict, and the noise known at the end x true")
+    for prior in (1 / 3, 1, 3):
+        cells = []
+        for noise in NOISES:
+            ours, one = mean_night(nights, loop.judge, noise, 0.2, prior=prior), baselines[noise]
+            cells.append(f"{ours.true / one.true:.2f} {ours.false / one.false:.2f} {ours.learned:.2f}")
+        print(f"  {prior:4.2f} times the true one:   " + "    ".join(cells), flush=True)
+
+
+def show_bad_runs(nights):
+    print("\none bad run a night (0.0007, a fifth, fresh): true gain, reported, noise known at the end")
+    for size in (0, -0.05):
+        for worse in (0, 0.1, 0.3):
+            cells = []
+            for kind in ("bad_run", "bad_parent"):
+                ours = mean_night(nights, loop.judge, 0.0007, 0.2, size=size, **{kind: worse})
+                cells.append(f"{ours.true:.5f} {ours.reported:.5f} {ours.learned:.2f}")
+            line = f"  edits add {size:3.0%}, worse by {worse:3}:"
+            print(f"{line}  a candidate's {cells[0]}   a parent's {cells[1]}", flush=True)
+
+
+def show_no_effect(nights):
+    print("\nedits without effect (0.0007, a fifth): kept, share of experiments, measured and reported gain")
+    for size in (0, 0.05, -0.01, -0.03, -0.1):
+        cells = []
+        for stays in (False, True):
+            ours = mean_night(nights, loop.judge, 0.0007, 0.2, stays, effects=[0], size=size)
+            share = ours.keeps / ours.tried
+            gain = f"{ours.measured:8.5f} {ours.reported:8.5f} +-{ours.error:.5f}"
+            cells.append(f"{ours.keeps:5.2f} {share:3.0%} {gain}")
+        print(f"  each adds {size:4.0%}:   fresh {cells[0]}    stays {cells[1]}", flush=True)
+    one = mean_night(nights, strict, 0.0007, 1, effects=[0])
+    print(f"  strict:           {one.keeps:5.2f} {one.keeps / one.tried:4.0%} {one.measured:8.5f}")
+
+
+def show_simpler(nights):
+    print("\neach edit takes out 5 % and is worse by so many noises of a difference (0.0007, a fifth): kept,")
+    print("then the night's end in such noises and in bpb (positive is worse)")
+    for worse in (0, 0.1, 0.3, 1, 3):
+        cells = []
+        for stays in (False, True):
+            pair = deviation_of_pair(0.0007, 0.2, stays)
+            ours = mean_night(nights, loop.judge, 0.0007, 0.2, stays, effects=[worse * pair], size=-0.05)
+            cells.append(f"{ours.keeps:5.2f} {-ours.true / pair:5.2f} {-ours.true:8.5f}")
+        print(f"  worse by {worse:3}:   fresh {cells[0]}    stays {cells[1]}", flush=True)
+
+
+def show_frontier(nights, baselines):
+    print("\nother constants (fresh): true gain x strict at the three noises, most false keeps x strict")
+    chosen = loop.LEAST_GAIN, loop.CLEAR_GAIN
+    for least in (0, 0.3, 0.5, 0.8):
+        for clear in (1, 1.4, 1.8):
+            loop.LEAST_GAIN, loop.CLEAR_GAIN = least, clear
+            cells = []
+            for share in (0.2, 1):
+                ours = {noise: mean_night(nights, loop.judge, noise, share) for noise in NOISES}
+                gains = " ".join(f"{ours[noise].true / baselines[noise].true:5.2f}" for noise in NOISES)
+                most = max(ours[noise].false / baselines[noise].false for noise in NOISES)
+                cells.append(f"{gains}, {most:.2f}")
+            line = f"  LEAST_GAIN {least:3} CLEAR_GAIN {clear:3}:"
+            print(f"{line}  a fifth {cells[0]}   unpaired {cells[1]}", flush=True)
+    loop.LEAST_GAIN, loop.CLEAR_GAIN = chosen
 
 
 def main():
@@ -133,7 +263,7 @@ def main():
     command.add_argument("--seeds", type=int, default=3)
     command.set_defaults(run=baseline)
     command = commands.add_parser("judge", help=judge.__doc__)
-    command.add_argument("--nights", type=int, default=2000)
+    command.add_argument("--nights", type=int, default=700)
     command.add_argument("--seed", type=int, default=0)
     command.set_defaults(run=judge)
     command = commands.add_parser("overhead", help=speed.overhead.__doc__)

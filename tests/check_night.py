@@ -14,7 +14,7 @@ from collections import Counter
 from pathlib import Path
 from statistics import fmean
 
-COLUMNS = "commit val_bpb memory_gb status description runs llm_tokens finished".split()
+COLUMNS = "commit val_bpb memory_gb status description change runs llm_tokens finished".split()
 HEADER = "\t".join(COLUMNS).encode() + b"\n"
 
 
@@ -75,7 +75,7 @@ def of_an_outcome(git, before, now, commit, parents, subject, incumbent, chain):
         yield f"its row has {len(cells)} columns"
         return
     row = dict(zip(COLUMNS, cells, strict=True))
-    experiment, index = parents[1], before.count(b"\n") - 1
+    experiment = parents[1]
     if len(row["commit"]) < 7 or not experiment.startswith(row["commit"]):
         yield f"its row names {row['commit']} and its second parent is {experiment}"
     if row["status"] != subject.partition(":")[0]:
@@ -87,8 +87,6 @@ def of_an_outcome(git, before, now, commit, parents, subject, incumbent, chain):
     if not set(re.findall(r"^parent (\w+)", head, re.MULTILINE)) <= chain:
         yield "its experiment doesn't stand on the branch"
     named = trailers(message)
-    if named.get("Seed") != str(100 * index):
-        yield f"its experiment's seed is {named.get('Seed')}, not {100 * index}"
     if "[refused: " not in row["description"] and not named.get("Tree"):
         yield "its experiment ran and has no Tree"
 
@@ -103,19 +101,25 @@ def of_a_repeat(before, now, parents):
         yield f"{len(changed)} lines of results.tsv changed, not one"
         return
     old, new = changed[0]
-    if [cell for n, cell in enumerate(old) if n not in (1, 5)] != [cell for n, cell in enumerate(new) if n not in (1, 5)]:
-        yield "it changed more than runs and val_bpb"
-    elif not re.fullmatch(re.escape(old[5]) + r",[\d.]+", new[5]):
-        yield f"runs went from {old[5]} to {new[5]}"
+    runs = COLUMNS.index("runs")
+    if old[:runs] + old[runs + 1 :] != new[:runs] + new[runs + 1 :]:
+        yield "it changed more than runs"
+    elif not re.fullmatch(re.escape(old[runs]) + r",[\d.]+", new[runs]):
+        yield f"runs went from {old[runs]} to {new[runs]}"
 
 
-def of_a_row(number, cells):
+def runs_of(row):
+    return [float(run) for run in row["runs"].split(",") if run]
+
+
+def of_a_row(number, cells, parent):
+    """Problems of a row; `parent` is the last kept row before it, whose file it edited."""
     if len(cells) != len(COLUMNS):
         yield f"row {number} has {len(cells)} columns"
         return
     row = dict(zip(COLUMNS, cells, strict=True))
     try:
-        bpb, runs = float(row["val_bpb"]), [float(run) for run in row["runs"].split(",") if run]
+        bpb, runs = float(row["val_bpb"]), runs_of(row)
         float(row["memory_gb"]), int(row["llm_tokens"])
     except ValueError as error:
         yield f"row {number}: {error}"
@@ -123,14 +127,36 @@ def of_a_row(number, cells):
     if row["status"] not in ("keep", "discard", "crash"):
         yield f"row {number} has the status {row['status']!r}"
     elif row["status"] == "crash":
-        if runs or not math.isnan(bpb):
-            yield f"row {number} crashed, and has val_bpb {bpb} and runs {row['runs']!r}"
-    elif not runs or not abs(bpb - fmean(runs)) <= 1.001e-6:
-        yield f"row {number}: val_bpb {bpb} is not the mean of {row['runs']!r}"
-    if row["status"] == "keep" and number and len(runs) < 2:
-        yield f"row {number} was kept after {len(runs)} runs"
+        if runs or row["change"] or not math.isnan(bpb):
+            yield f"row {number} crashed, and has val_bpb {bpb}, change {row['change']!r} and runs {row['runs']!r}"
+    elif not runs:
+        yield f"row {number} has no runs"
+    elif parent is None:
+        if row["change"] or bpb != runs[0]:
+            yield f"row {number}, the baseline, has val_bpb {bpb}, change {row['change']!r} and runs {row['runs']!r}"
+    else:
+        yield from of_a_change(number, row, parent)
     if not re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", row["finished"]):
         yield f"row {number} finished at {row['finished']!r}"
+
+
+def of_a_change(number, row, parent):
+    """Problems of what a row says of its effect: the mean difference to its parent's runs on the same seeds, of which none counts as
+    a gain of more than three noises above the lowest."""
+    before, runs, after = runs_of(parent), runs_of(row), float(row["val_bpb"])
+    if len(before) < len(runs):
+        yield f"row {number} has {len(runs)} runs, and row {parent['commit']}, which it edited, {len(before)}"
+        return
+    change = after - float(parent["val_bpb"])
+    match = re.fullmatch(r"([+-]\d+\.\d{4})\+-(\d+\.\d{4})", row["change"])
+    if not match or not abs(float(match[1]) - change) <= 0.52e-4:
+        yield f"row {number} has the change {row['change']!r}, and its val_bpb is its parent's plus {change:.6f}"
+        return
+    gains = [its - run for its, run in zip(before, runs, strict=False)]
+    most = [min(gains) + 3 * (float(match[2]) + rounded) * len(runs) ** 0.5 for rounded in (-0.5e-4, 0.5e-4)]
+    low, high = (-fmean(min(gain, limit) for gain in gains) for limit in reversed(most))
+    if not low - 1.001e-6 <= change <= high + 1.001e-6:
+        yield f"row {number} has the change {change:.6f}, and its runs differ from its parent's by {[-gain for gain in gains]}"
 
 
 def of_the_checkout(git, ref, tip, others):
@@ -163,16 +189,14 @@ def survivors(folder):
 
 
 def of_the_run_folders(git):
-    """Each folder of runs/ is of a commit that a ref holds, or that was made anew (same tree, same seed) with the runs made so far."""
-    log = git("log", "--all", "--format=%H %T %(trailers:key=Seed,valueonly,separator=%x2C)").splitlines()
-    held, made = {line.split()[0][:7] for line in log}, {tuple(line.split()[1:]) for line in log}
+    """Each folder of runs/ is of a commit that a ref holds, or that was made anew (the same tree) with the runs made so far."""
+    log = [line.split() for line in git("log", "--all", "--format=%H %T").splitlines()]
+    held, made = {commit[:7] for commit, _ in log}, {tree for _, tree in log}
     for path in sorted(git.folder.glob("runs/*-*-*")):
         if not (match := re.fullmatch(r"\d{4,}-\d+-([0-9a-f]{7})", path.name)):
             yield f"runs/{path.name} is no run's folder"
-        elif match[1] not in held:
-            line = git("show", "-s", "--format=%T %(trailers:key=Seed,valueonly,separator=%x2C)", match[1]).split()
-            if tuple(line) not in made:
-                yield f"runs/{path.name} is of a commit that nothing holds"
+        elif match[1] not in held and git("show", "-s", "--format=%T", match[1]).strip() not in made:
+            yield f"runs/{path.name} is of a commit that nothing holds"
 
 
 def check(folder, tag, others=()):
@@ -201,8 +225,11 @@ def check(folder, tag, others=()):
             seen.add(commit)
         rows = [line.split("\t") for line in before.decode("utf-8", "replace").splitlines()[1:]]
         counts += Counter(rows=len(rows), commits=len(chain), **Counter(f"{cells[3]}s".replace("hs", "hes") for cells in rows))
+        parent = None
         for number, cells in enumerate(rows):
-            found += of_a_row(number, cells)
+            found += of_a_row(number, cells, parent)
+            if cells[3:4] == ["keep"]:
+                parent = dict(zip(COLUMNS, cells, strict=False))
         if double := [commit for commit, times in Counter(cells[0] for cells in rows).items() if times > 1]:
             found.append(f"rows that name the same commit: {double}")
         if len(rows) != len(named):

@@ -116,6 +116,12 @@ class Project:
             self.write("loop.py", self.read("loop.py").replace(line, f"{name} = {value}"))
         self.commit("constants")
 
+    def verdicts(self, *verdicts):
+        """A judge in its loop.py that says this after one, two and three runs, committed."""
+        rule = f"def judge(differences, noise, size):\n    return {verdicts!r}[len(differences) - 1]\n\n\ndef not_asked("
+        self.write("loop.py", self.read("loop.py").replace("def judge(", rule, 1))
+        self.commit("verdicts")
+
     def start(self, *args, **environment):
         """The loop as a process."""
         sandbox = () if "--sandbox" in args else ("--sandbox", "off")  # whether this machine has bwrap or not
@@ -126,7 +132,7 @@ class Project:
     def run(self, *args, code=0, **environment):
         """Runs the loop to its end; returns its output (stdout, then stderr)."""
         process = self.start(*args, **environment)
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=300)
         assert process.returncode == code, f"exit {process.returncode}\n{out}\n{err}"
         return out + err
 
@@ -149,6 +155,15 @@ class Project:
 
     def write(self, name, text):
         (self.folder / name).write_text(text)
+
+    def read_until(self, process, text):
+        """What a loop prints, up to a line that holds this text."""
+        lines = []
+        for line in process.stdout:
+            lines.append(line)
+            if text in line:
+                return "".join(lines)
+        raise AssertionError(f"it ended without {text!r}:\n{''.join(lines)}{process.stderr.read()}")
 
     def wait_for(self, condition, seconds=30):
         """Waits until condition() is true; fails when it never becomes so."""

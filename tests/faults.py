@@ -9,7 +9,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from check_night import problems, trailers
+from check_night import COLUMNS, problems, trailers
 from conftest import Project
 
 # Installed as sitecustomize: an audit hook sees what loop.py is about to do to files and processes, without a change to loop.py.
@@ -89,6 +89,7 @@ def main():
 if __name__ == "__main__":
     main()
 '''
+RUNS = COLUMNS.index("runs")
 PERSONS = {"notes.txt", "draft.txt"}  # a staged change and an untracked file
 
 
@@ -112,10 +113,9 @@ def rows_of(project):
 
 
 def running_of(project):
-    """What the running experiment's commit says: its tree's hash, its seed and its runs so far; empty if none is running."""
-    if message := project.git("show", "-s", "--format=%B", "refs/autoresearch/t/running", check=False):
-        return trailers(message)
-    return {}
+    """What the running experiment's commit says: its tree's hash and its runs so far; empty if none runs that has no row yet."""
+    commit, _, message = project.git("show", "-s", "--format=%H%n%B", "refs/autoresearch/t/running", check=False).partition("\n")
+    return {} if any(commit.startswith(cells[0]) for cells in rows_of(project)) else trailers(message)
 
 
 def session(project, before=None, seconds=None, experiments=1):
@@ -152,17 +152,17 @@ def killed_and_started_again(project, **when):
     for earlier, later in ((before, left), (left, rows)):
         if [cells[0] for cells in later[: len(earlier)]] != [cells[0] for cells in earlier]:
             found.append("a row was lost")
-        if any(not new[5].startswith(old[5]) for old, new in zip(earlier, later, strict=False)):
+        if any(not new[RUNS].startswith(old[RUNS]) for old, new in zip(earlier, later, strict=False)):
             found.append("a row's run was lost")
     if len(rows) <= len(left):
         found.append(f"the next start added no row:\n{again}")
-    if running and int(running["Seed"]) == 100 * len(left):
+    if running:
         cells = rows[len(left)]
         tree = trailers(project.git("show", "-s", "--format=%B", cells[0])).get("Tree")
         if tree != running["Tree"]:
             found.append("the experiment that was running has no row")
-        if cells[3] != "crash" and not cells[5].startswith(running.get("Runs", "")):
-            found.append(f"runs that were made were lost: {running['Runs']}, {cells[5]}")
+        if cells[3] != "crash" and not cells[RUNS].startswith(running.get("Runs", "")):
+            found.append(f"runs that were made were lost: {running['Runs']}, {cells[RUNS]}")
     ran = [trailers(project.git("show", "-s", "--format=%B", cells[0])).get("Tree") for cells in rows[len(before) :] if cells[3] != "keep"]
     if len(ran) != len(set(ran)):
         found.append("an experiment has two rows")

@@ -129,7 +129,7 @@ def grow(project, rows):
     who = "committer a <a@b> 1700000000 +0000\n"
     for number in range(rows):
         marks += 2
-        message = f"idea {number}\n\nSeed: {number}\nTokens: 0\nTree: {number:016x}\n"
+        message = f"idea {number}\n\nTokens: 0\nTree: {number:016x}\n"
         source = TIMED.replace("WIDTH = 64", f"WIDTH = {number + 100_000}")
         parent = f":{marks - 2}" if number else tip
         lines.append(f"commit refs/heads/edit\nmark :{marks - 1}\n{who}data {len(message)}\n{message}from {parent}\n"
@@ -141,7 +141,8 @@ def grow(project, rows):
     text = project.git("show", f"{tip}:results.tsv")
     for number in range(rows):
         commit = commits[f":{2 * number + 1}"][:7]
-        text += loop.Row(commit, 1.7, 0.5, "discard", f"idea {number} with a few words to it", [1.7], 0, "2026-11-23T00:00:00Z").line()
+        row = commit, 1.7, 0.5, "discard", f"idea {number} with a few words to it", 0.2, 0.0007, [1.7], 0, "2026-11-23T00:00:00Z"
+        text += loop.Row(*row).line()
     project.git("symbolic-ref", "HEAD", "refs/heads/autoresearch/t")
     project.git("reset", "--hard", "--quiet")
     project.write("results.tsv", text)

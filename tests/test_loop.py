@@ -1,6 +1,7 @@
 """The loop as its user starts it: real processes, real git, a real chat server; stand-ins only for training."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -29,9 +30,11 @@ def test_a_night_keeps_what_is_better_and_reverts_the_rest(project, server):
     assert [row["status"] for row in rows] == ["keep", "keep", "discard", "crash"]
     assert [row["description"] for row in rows[:3]] == ["baseline", "twice the width", "one layer"]
     assert "WIDTH = 128" in project.read("train.py") and "DEPTH = 4" in project.read("train.py")
-    assert rows[1]["val_bpb"] == "1.057813" and rows[1]["runs"] == "1.057813,1.057813" and rows[1]["memory_gb"] == "0.5"
-    assert rows[2]["runs"] == rows[2]["val_bpb"]  # a clear loss is not run again
-    assert rows[3]["val_bpb"] == "nan" and rows[3]["runs"] == "" and "RuntimeError: shapes" in rows[3]["description"]
+    assert rows[1]["val_bpb"] == "1.057813" and {*rows[1]["runs"].split(",")} == {"1.057813"} and rows[1]["memory_gb"] == "0.5"
+    assert rows[0]["change"] == "" and rows[1]["change"].startswith("-0.0078+-0.000")
+    assert rows[2]["runs"] == rows[2]["val_bpb"] == "1.087813"  # a clear loss is not run again
+    assert rows[2]["change"].startswith("+0.0300+-0.000")
+    assert rows[3]["val_bpb"] == "nan" and rows[3]["runs"] == rows[3]["change"] == "" and "RuntimeError: shapes" in rows[3]["description"]
     assert [row["llm_tokens"] for row in rows] == ["0", "100", "100", "100"]
     assert project.status() == ""
 
@@ -39,14 +42,15 @@ def test_a_night_keeps_what_is_better_and_reverts_the_rest(project, server):
 def test_every_experiment_can_be_shown_and_the_first_parents_are_the_lab_notebook(project, server):
     server.replies += [BETTER, WORSE, CRASHING]
     project.online(server, "--experiments", 3)
-    notebook = project.git("log", "--first-parent", "--format=%s", "autoresearch/t").splitlines()
+    log = project.git("log", "--first-parent", "--format=%s", "autoresearch/t").splitlines()
+    notebook = [line for line in log if not line.startswith("repeat: ")]
     assert notebook[:2] == ["crash: " + project.rows()[3]["description"], "discard: one layer"]
-    assert notebook[2:] == ["repeat: baseline, 1.065625", "keep: twice the width", "keep: baseline", "start"]
+    assert notebook[2:] == ["keep: twice the width", "keep: baseline", "start"]
     for row, change in zip(project.rows()[1:], ["WIDTH = 128", "DEPTH = 1", "raise RuntimeError"], strict=True):
         shown = project.git("show", row["commit"])
         assert f"+{change}" in shown.replace("+    raise", "+raise") and "results.tsv" not in shown
     message = project.git("show", "-s", "--format=%B", project.rows()[1]["commit"])
-    assert "Because." in message and "Model: local-model" in message and "Seed: 100\n" in message
+    assert "Because." in message and "Model: local-model" in message
 
 
 def test_results_begin_with_the_columns_that_the_communitys_tools_read(project):
@@ -60,6 +64,7 @@ def test_the_baseline_carries_what_its_numbers_depend_on(project):
     trailers = loop.read_trailers(project.git("show", "-s", "--format=%B", project.rows()[0]["commit"]))
     assert trailers["Data"] == "0123456789ab" and trailers["Budget"] == "20"
     assert trailers["Device"] == "cpu, stand-in" and trailers["Torch"] == "0" and len(trailers["Ruler"]) == 12
+    assert trailers["Noise"] == "0.0007" and trailers["Pace"] == "0.0101"
 
 
 def test_offline_needs_no_key_and_goes_the_same_way(project):
@@ -333,13 +338,12 @@ def test_a_timeout_and_a_refusal_of_the_ruler_do_not_go_back(project, server):
 def test_the_next_edit_is_thought_about_while_an_experiment_runs(project, server):
     """The first run ends only when the second edit has been asked for."""
     asked = project.folder.parent / "asked"
-    waits = f"import os, time\n    while not os.path.exists({str(asked)!r}):\n        time.sleep(0.01)"
 
     def second(request):
         asked.touch()
         return WORSE
 
-    server.replies += [block("def main():", f"def main():\n    {waits}", "waits"), second]
+    server.replies += [block("def main():", waits_for(asked), "waits"), second]
     out = project.online(server, "--experiments", 2)
     assert [row["description"] for row in project.rows()] == ["baseline", "waits", "one layer"]
     told = server.requests[1]["messages"][1]["content"]
@@ -347,11 +351,15 @@ def test_the_next_edit_is_thought_about_while_an_experiment_runs(project, server
     assert len(server.requests) == 2  # after the last experiment nothing is thought about
 
 
-def waiting(project, condition="True"):
-    """A train.py that, under this condition, ends only once the file that is returned is there."""
+def waits_for(file):
+    """The first lines of a main() that goes on only once this file is there."""
+    return f"def main():\n    import os, time\n    while not os.path.exists({str(file)!r}):\n        time.sleep(0.01)"
+
+
+def waiting(project):
+    """A train.py that ends only once the file that is returned is there."""
     file = project.folder.parent / "asked"
-    waits = f"import os, time\n    while {condition} and not os.path.exists({str(file)!r}):\n        time.sleep(0.01)"
-    project.write("train.py", project.read("train.py").replace("def main():", f"def main():\n    {waits}"))
+    project.write("train.py", project.read("train.py").replace("def main():", waits_for(file)))
     project.commit("waits")
     return file
 
@@ -365,33 +373,27 @@ def test_the_first_edit_is_thought_about_while_the_baseline_runs(project, server
     assert "None yet: this train.py is being measured" in told and "this experiment runs" not in told
 
 
-def test_the_next_edit_is_thought_about_while_the_baseline_runs_again(project, server):
-    asked = waiting(project, "os.environ['AUTORESEARCH_SEED'] == '1'")
-    project.offline("--experiments", 1)
-    server.replies += [lambda request: asked.touch() or BETTER]
-    project.online(server, "--experiments", 1)
-    assert project.rows()[0]["runs"].count(",") == 1 and project.rows()[2]["description"] == "twice the width"
-
-
 def test_nothing_is_thought_about_that_no_time_is_left_for(project, server):
     project.online(server, "--hours", "0.0000001")
     assert len(project.rows()) == 1 and not server.requests
 
 
 def test_a_device_whose_runs_are_longer_than_thoughts_never_waits(project, server):
-    """Each request comes while the experiment before has no row yet, and nothing is waited for between two runs."""
-    rows = []
+    """Each request comes while the experiment before runs, which ends only then: nothing is asked for between two runs."""
+    rows, folder = [], project.folder.parent
 
     def think(request):
         rows.append(project.read("results.tsv").count("\n") - 1)
-        time.sleep(0.3)
+        (folder / f"asked {len(rows)}").touch()
         return block("DEPTH = 4", f"DEPTH = {-len(rows)}", f"idea {len(rows)}")
 
-    slow(project, 1.5)
+    waits = f"while DEPTH != -5 and not Path({str(folder)!r}, f'asked {{1 - min(DEPTH, 0)}}').exists():\n        time.sleep(0.01)"
+    main = f"def main():\n    import time\n    from pathlib import Path\n    {waits}"
+    project.write("train.py", project.read("train.py").replace("def main():", main))
+    project.commit("waits")
     server.default = think
     out = project.online(server, "--experiments", 5)
-    assert rows == [0, 1, 2, 3, 4] and len(project.rows()) == 6
-    assert "asking" not in out and "bound by the model" not in out and "waiting for" not in out
+    assert rows == [0, 1, 2, 3, 4] and len(project.rows()) == 6 and "asking" not in out
 
 
 def test_an_edit_made_for_one_that_is_running_is_refused_once_that_has_its_row(project, server):
@@ -431,13 +433,17 @@ def test_an_edit_made_ahead_that_no_longer_applies_is_asked_for_anew(project, se
 
 
 def test_of_a_model_that_thinks_longer_than_a_run_the_loop_says_once_that_it_is_bound_by_it(project, server):
+    bound, said = "local-model takes longer to answer than a run takes: the loop is bound by the model", threading.Event()
+
     def slowly(depth):
-        return lambda request: time.sleep(1) or block("DEPTH = 4", f"DEPTH = {depth}")
+        return lambda request: said.wait(30) and block("DEPTH = 4", f"DEPTH = {depth}")
 
     server.replies += map(slowly, (1, 2, 3))
-    out = project.online(server, "--experiments", 3)
-    assert out.count("local-model takes longer to answer than a run takes: the loop is bound by the model") == 1
-    assert "waiting for the model" in out and len(project.rows()) == 4
+    process = project.start("--budget", "20", "--tag", "t", "--experiments", "3", OPENAI_BASE_URL=server.url)
+    project.read_until(process, bound)
+    said.set()
+    out, _ = process.communicate(timeout=300)
+    assert bound not in out and len(project.rows()) == 4
 
 
 @pytest.mark.parametrize("seconds", [0, 20])
@@ -473,10 +479,13 @@ def test_a_reply_that_comes_after_its_request_was_thrown_away_is_counted_and_not
 
 
 def test_what_was_thought_for_an_experiment_that_is_not_begun_any_more_is_counted(project, server):
-    slow(project, 3)
+    waiting(project)
     server.replies += [BETTER]
-    out = project.online(server, "--hours", "0.0006")
-    assert len(project.rows()) == 1 and "100 tokens (100 for nothing)" in out
+    process = project.start("--budget", "60", "--tag", "t", OPENAI_BASE_URL=server.url)
+    project.read_until(process, "next: twice the width")
+    process.terminate()
+    out, _ = process.communicate()
+    assert len(project.rows()) == 0 and "100 tokens (100 for nothing)" in out
 
 
 def test_what_a_failed_thought_cost_is_counted():
@@ -504,7 +513,7 @@ def test_code_that_was_tried_is_refused_with_its_result_but_a_return_to_an_earli
     server.replies += [WORSE, WORSE.replace("one layer", "again"), BETTER, block("WIDTH = 128", "WIDTH = 64", "back")]
     for _ in range(3):
         project.online(server, "--experiments", 1)
-    assert "was tried: discard, one layer, val_bpb 1.095625" in server.requests[2]["messages"][-1]["content"]
+    assert "was tried: discard, one layer, +0.0300 +-0.0007." in server.requests[2]["messages"][-1]["content"]
     assert [row["description"] for row in project.rows()] == ["baseline", "one layer", "twice the width", "back"]
 
 
@@ -525,8 +534,7 @@ def test_an_edit_of_comments_only_is_refused(project, server):
 def test_the_history_in_the_prompt_is_as_long_at_ten_thousand_rows_as_at_two_hundred():
     def rows(count):
         status = ["keep", "discard", "crash", "discard"]
-        make = lambda i: loop.Row(f"{i:07x}", 2 - i / 1e5, 1.0, status[i % 4], f"idea {i % 100:03}", [] if i % 4 == 2 else [1.0], 0, "")  # noqa: E731
-        return [make(i) for i in range(count)]
+        return [row(status[n % 4], n, f"idea {n % 100:03}", change=-n / 1e6) for n in range(count)]
 
     def touches(count):
         return {f"{i:07x}": f"CPU.constant_{i % 90:02}" for i in range(count)}
@@ -535,8 +543,10 @@ def test_the_history_in_the_prompt_is_as_long_at_ten_thousand_rows_as_at_two_hun
     assert abs(len(long) - len(short)) < 100
 
 
-def row(status, number):
-    return loop.Row(f"{number:07x}", 1.0, 1.0, status, f"idea {number}", [], 0, "")
+def row(status, number, description="an idea", change=0.0):
+    measured = status != "crash"
+    change, error = (change, 0.0007) if measured and number else (math.nan, math.nan)
+    return loop.Row(f"{number:07x}", 1.0, 1.0, status, description, change, error, [1.0] * measured, 0, "")
 
 
 def test_the_history_counts_what_was_tried_where():
@@ -680,10 +690,10 @@ def running(project):
     "number, gap", [(signal.SIGINT, None), (signal.SIGTERM, None), (signal.SIGHUP, None), (signal.SIGINT, 0.02), (signal.SIGINT, 0.1)]
 )
 def test_a_signal_or_two_end_the_loop_tidily_and_the_next_start_runs_the_same_experiment_again(project, server, number, gap):
-    hang = block("SECONDS = 0.0", "SECONDS = 2.0", "slow one")
-    server.replies += [hang]
-    process = project.start("--budget", "20", "--tag", "t", OPENAI_BASE_URL=server.url)
-    project.wait_for(lambda: running(project) == 2 and "loss" in next(project.folder.glob("runs/0001-*/run.log")).read_text())
+    file = project.folder.parent / "go on"
+    server.replies += [block("def main():", waits_for(file), "slow one")]
+    process = project.start("--budget", "60", "--tag", "t", OPENAI_BASE_URL=server.url)
+    project.wait_for(lambda: running(project) == 2)
     process.send_signal(number)
     if gap is not None:
         time.sleep(gap)
@@ -694,7 +704,8 @@ def test_a_signal_or_two_end_the_loop_tidily_and_the_next_start_runs_the_same_ex
     commit = project.git("rev-parse", "refs/autoresearch/t/running").strip()
     assert [row["description"] for row in project.rows()] == ["baseline"]
     asked = len(server.requests)
-    project.online(server, "--experiments", 1)
+    file.touch()
+    project.run("--tag", "t", "--experiments", 1, OPENAI_BASE_URL=server.url)
     assert commit.startswith(project.rows()[1]["commit"]) and project.rows()[1]["description"] == "slow one"
     assert len(server.requests) == asked
 
@@ -1072,8 +1083,12 @@ def test_a_tag_that_git_refuses_is_refused(project):
 
 
 def test_rows_survive_being_written_and_read():
-    row = loop.Row("abcdef0", 1.25, 0.5, "keep", "an idea", [1.2, 1.3], 7, "2026-11-23T08:00:00Z")
-    assert loop.read_rows(loop.HEADER + row.line()) == [row]
+    row = loop.Row("abcdef0", 1.25, 0.5, "keep", "an idea", -0.0012, 0.0003, [1.2, 1.3], 7, "2026-11-23T08:00:00Z")
+    assert "\t-0.0012+-0.0003\t" in row.line() and loop.read_rows(loop.HEADER + row.line()) == [row]
+
+
+def test_a_change_that_rounds_to_nothing_has_no_sign_of_a_gain():
+    assert loop.write_change(row("keep", 1, change=-0.00004)) == "+0.0000+-0.0007" and loop.write_change(row("crash", 1)) == ""
 
 
 def test_importing_the_loop_loads_neither_torch_nor_openai():

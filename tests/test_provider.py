@@ -27,7 +27,6 @@ def model(server, monkeypatch):
     monkeypatch.setenv("OPENAI_BASE_URL", server.url)
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
     monkeypatch.setattr(loop, "WAITS", (0.01, 0.03))
-    monkeypatch.setattr(loop, "REPLY_SECONDS", 0.5)
     console = Console(record=True, width=300, quiet=False, file=open("/dev/null", "w"))
     model = loop.Model(None, loop.Facts(console))
     model.said = lambda: console.export_text(clear=False)
@@ -61,6 +60,8 @@ FAULTS = {
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_fault_is_waited_out_and_said(model, server, name):
     fault, said = FAULTS[name]
+    if fault is late:
+        model.client = model.client.with_options(timeout=0.5)
     server.replies += [fault, fault, "an edit"]
     text, tokens = model.ask([*TEXT], Event())
     assert text == "an edit" and tokens == 100 and len(server.requests) == 3
@@ -227,10 +228,10 @@ def test_a_stream_that_breaks_off_is_waited_out(model, server, reply):
     assert model.ask([*TEXT], Event()) == ("an edit", 100) and "going on in" in model.said()
 
 
-def test_a_stream_that_never_ends_is_given_up(model, server):
+def test_a_stream_that_never_ends_is_given_up(model, server, monkeypatch):
     server.ready = different((400, NO_SYSTEM), lambda request: not request.get("stream"))
     model.agree()
-    loop.REPLY_SECONDS = 0
+    monkeypatch.setattr(loop, "REPLY_SECONDS", 0)
     server.replies += [streamed("for ", "ever and ", "ever")]
     server.default = lambda request: setattr(loop, "REPLY_SECONDS", 9) or streamed("an edit")
     assert model.ask([*TEXT], Event())[0] == "an edit" and "going on in" in model.said()

@@ -24,11 +24,12 @@ d70987b\t3.215849\t60.2\tdiscard\tweight tying
 
 
 def night(*rows_of):
-    """A Report of (status, val_bpb of each run, finished)."""
-    rows = []
+    """A Report of (status, val_bpb of each run, finished), in which a change on one seed is off by 0.001."""
+    rows, nan = [], loop.math.nan
     for number, (status, runs, finished) in enumerate(rows_of):
-        bpb = sum(runs) / len(runs) if runs else loop.math.nan
-        rows.append(loop.Row(f"{number:07}", bpb, 1.0, status, f"idea {number}", list(runs), 1000, finished))
+        bpb, parent = sum(runs) / len(runs) if runs else nan, loop.parents(rows)[-1]
+        change, error = (bpb - parent.val_bpb, 0.001 / len(runs) ** 0.5) if parent and runs else (nan, nan)
+        rows.append(loop.Row(f"{number:07}", bpb, 1.0, status, f"idea {number}", change, error, list(runs), 1000, finished))
     return loop.Report("a night", rows)
 
 
@@ -65,9 +66,9 @@ def test_kept_rows_stand_in_order_with_their_change_and_near_misses_below():
     lines = [line.split() for line in screen(loop.Report("x", loop.read_rows(FIVE))).splitlines()]
     rows = [line for line in lines if line and line[0].isdigit() and line[1] not in ("experiments,",)]
     assert [row[:6] for row in rows[1:]] == [
-        ["1", "bea057b", "0.9860", "-0.0119", "yes", "0.9860"],
-        ["5", "4e6697f", "0.9859", "-0.0001", "no", "0.9859"],
-        ["2", "187e419", "0.9861", "+0.0001", "no", "0.9860"],
+        ["1", "bea057b", "0.9860", "-0.0119+-0.0010", "yes", "0.9860"],
+        ["5", "4e6697f", "0.9859", "-0.0001+-0.0010", "no", "0.9859"],
+        ["2", "187e419", "0.9861", "+0.0001+-0.0010", "no", "0.9860"],
     ]
 
 
@@ -75,8 +76,41 @@ def test_the_night_in_the_readme_is_what_the_report_makes_of_it():
     text = (Path(__file__).parent / "night" / "results.tsv").read_text()
     out = screen(loop.Report("a night", loop.read_rows(text)), 120)
     readme = (Path(__file__).parent.parent / "README.md").read_text().replace("\n", " ")
-    for line in ("24 experiments, 2 kept, 1 crashed", "gain 0.0000 +- 0.0206, luck taken off", "gains clear of the noise: 0"):
+    for line in ("24 experiments, 2 kept, 1 crashed", "gains clear of the noise: 0"):
         assert line in out and line in readme
+
+
+OLD = """\
+commit\tval_bpb\tmemory_gb\tstatus\tdescription\truns\tllm_tokens\tfinished
+aaaaaaa\t1.230000\t0.8\tkeep\tbaseline\t1.240000,1.220000\t0\t2026-11-24T15:43:04Z
+bbbbbbb\tnan\t0.0\tcrash\ta typo\t\t900\t2026-11-24T15:44:04Z
+ccccccc\t1.200000\t0.8\tkeep\twider\t1.190000,1.210000\t900\t2026-11-24T15:45:04Z
+"""
+
+
+def test_a_log_of_this_projects_first_form_is_reported_with_the_noise_of_its_unpaired_runs():
+    rows = loop.read_rows(OLD)
+    assert rows[2].change == pytest.approx(-0.03) and rows[2].error == loop.noise_of([[1.24, 1.22], [1.19, 1.21]], loop.PRIOR_NOISE)
+    assert [row.llm_tokens for row in rows] == [0, 900, 900] and rows[0].runs == [1.24, 1.22] and rows[2].finished.startswith("2026")
+    out = screen(loop.Report("x", rows), 100)
+    assert "2 experiments, 1 kept, 1 crashed" in out and "-0.0300+-0.0" in out
+
+
+def test_columns_are_read_by_their_names():
+    text = "commit\tval_bpb\tmemory_gb\tmfu\tstatus\tdescription\na\t1.2\t5.5\t58.1\tkeep\tbaseline\n\nb\t1.1\t5.5\t58\tkeep\twider\n"
+    found = [(row.val_bpb, row.status, row.description) for row in loop.read_rows(text)]
+    assert found == [(1.2, "keep", "baseline"), (1.1, "keep", "wider")]
+
+
+def test_the_report_speaks_in_the_changes_of_the_rows():
+    lines = [f"a\t1.5\t1\tkeep\tbaseline\t\t1.5,1.6\t0\t{''}", "b\t1.4\t1\tkeep\twider\t-0.1000+-0.0300\t1.45,1.45\t0\t",
+             "c\t1.37\t1\tkeep\tdeeper\t-0.0300+-0.0300\t1.42\t0\t", "d\t1.39\t1\tdiscard\tlonger\t+0.0200+-0.0300\t1.44\t0\t"]  # fmt: skip
+    out = screen(loop.Report("x", loop.read_rows(loop.HEADER + "\n".join(lines))), 100)
+    told = [line.split()[1:5] for line in out.splitlines() if line.strip()[:2] in ("1 ", "2 ", "3 ")][:3]
+    assert told == [
+        ["b", "1.4000", "x2", "-0.1000+-0.0300"], ["c", "1.3700", "-0.0300+-0.0300", "no"], ["d", "1.3900", "+0.0200+-0.0300", "no"],
+    ]  # fmt: skip
+    assert "gains clear of the noise: 1" in out and "noise of a difference 0.0300" in out
 
 
 def test_what_a_model_wrote_reaches_the_screen_as_text():
@@ -115,9 +149,9 @@ def test_a_gain_is_clear_when_luck_alone_would_not_explain_it():
     assert [report.clear(number) for number in report.kept] == [False, False, True]
 
 
-def test_the_best_is_the_lowest_kept_not_the_last():
+def test_what_an_experiment_edited_is_the_last_kept_not_the_lowest():
     report = night(("keep", [1.0], ""), ("keep", [0.9], ""), ("keep", [0.9001], ""), ("discard", [0.8], ""), ("crash", [], ""))
-    assert [best and best.commit for best in report.best] == [None, "0000000", *["0000001"] * 4]
+    assert [best and best.commit for best in report.best] == [None, "0000000", "0000001", *["0000002"] * 3]
 
 
 def test_hours_leave_out_the_days_on_which_the_loop_was_stopped():
@@ -154,11 +188,13 @@ def test_a_branch_tells_its_crashes_by_class(project, server):
 
 def test_a_branchs_rows_and_repeats_tell_how_long_the_device_was_busy(project):
     slow(project, 0.1)
+    project.verdicts("again", "discard")
     project.offline("--experiments", 4)
     log = project.git("log", "--first-parent", "--format=%(trailers:key=Seconds,valueonly)", "autoresearch/t").split()
     report = loop.read_report(project.folder, "t", "")
     assert list(report.seconds) == [row["commit"] for row in project.rows()]
-    assert sum(report.seconds.values()) == pytest.approx(sum(map(float, log))) and len(log) == 5 + 2  # rows, the baseline's repeats
+    assert sum(report.seconds.values()) == pytest.approx(sum(map(float, log)))
+    assert len(log) == 5 + 1  # rows, the baseline's run for comparison
 
 
 def test_the_branch_is_the_tags_else_the_one_checked_out_else_the_newest(project):
