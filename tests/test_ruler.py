@@ -208,8 +208,9 @@ def test_batches_that_the_ruler_does_not_have_are_refused(make_run, batch_size, 
 # ---- clock
 
 
-def simulate(make_run, clock, budget, start=0.0, compiling=0.0, step=0.5, evaluation=3.0, slow_step=None, prefetch=0, slower=1.0,
-             cost=1.0, tokens=""):
+def simulate(
+    make_run, clock, budget, start=0.0, compiling=0.0, step=0.5, evaluation=3.0, slow_step=None, prefetch=0, slower=1.0, cost=1.0, tokens=""
+):
     """A train.py that obeys progress(), on the fake clock. slow_step: (number, seconds). Returns what happened, in seconds.
 
     start: before preflight; compiling: in the first step; evaluation: of all of finish(), which takes `slower` times as long;
@@ -274,7 +275,7 @@ def test_steps_that_cost_what_the_edited_file_s_did_train_on_as_many_tokens(make
     assert after["progress"] == again["progress"]
 
 
-@pytest.mark.parametrize("cost", [0.5, 0.9, 1.05, 1.5, 3.0])
+@pytest.mark.parametrize("cost", [0.5, 0.9, 1.08, 1.5, 3.0])
 def test_steps_that_cost_more_or_less_train_for_the_same_time(make_run, clock, cost):
     before = simulate(make_run, clock, 300, step=0.2)
     after = simulate(make_run, clock, 300, step=0.2, cost=cost, tokens=before["tokens"])
@@ -287,7 +288,7 @@ def test_small_losses_of_speed_do_not_add_up_from_keep_to_keep(make_run, clock):
     for keep in range(1, 11):
         done = simulate(make_run, clock, 300, step=0.2, cost=1.01**keep, tokens=tokens)
         tokens = done["tokens"]
-        assert tokens == pytest.approx(first / 1.01**keep, rel=prepare.SAME_SPEED + 0.002)
+        assert tokens == pytest.approx(first / 1.01**keep, rel=prepare.SAME_SPEED["cpu"] + 0.002)
 
 
 @pytest.mark.parametrize("slow_step", [(2, 100), (5, 200), (1000, 40)])
@@ -648,7 +649,17 @@ def test_a_run_without_data_says_what_to_do(monkeypatch, tmp_path):
 
 
 def test_the_summary_has_the_keys_that_the_community_knows(finish):
-    keys = ["val_bpb", "training_seconds", "trained_percent", "total_seconds", "peak_vram_mb", "total_tokens_M", "num_steps", "num_params_M", "depth"]
+    keys = [
+        "val_bpb",
+        "training_seconds",
+        "trained_percent",
+        "total_seconds",
+        "peak_vram_mb",
+        "total_tokens_M",
+        "num_steps",
+        "num_params_M",
+        "depth",
+    ]
     assert list(finish(None)) == keys
 
 
