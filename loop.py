@@ -827,7 +827,7 @@ class Notebook:
         tip, known = self.tip(), ("--not", self.read) if self.read else ()
         for line in self.git("log", f"--format=%H%x09{wanted}", tip, *known).splitlines():
             commit, *self.notes[line[:7]], row, seed, tokens = line.split("\t")
-            if row:
+            if row and seed.isdigit():
                 for number, count in enumerate(tokens.split(","), int(seed)):
                     self.trained[row, number] = count
         self.read, self.tried, self.touches, self.programs = tip, {}, {}, {}

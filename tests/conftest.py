@@ -157,13 +157,17 @@ class Project:
         (self.folder / name).write_text(text)
 
     def read_until(self, process, text):
-        """What a loop prints, up to a line that holds this text."""
-        lines = []
-        for line in process.stdout:
-            lines.append(line)
-            if text in line:
-                return "".join(lines)
-        raise AssertionError(f"it ended without {text!r}:\n{''.join(lines)}{process.stderr.read()}")
+        """What a loop prints, up to a line that holds this text; it is ended if that doesn't come."""
+        lines, hangs = [], threading.Timer(300, process.kill)
+        hangs.start()
+        try:
+            for line in process.stdout:
+                lines.append(line)
+                if text in line:
+                    return "".join(lines)
+        finally:
+            hangs.cancel()
+        raise AssertionError(f"it ended without {text!r}:\n{''.join(lines)[-3000:]}{process.stderr.read()}")
 
     def wait_for(self, condition, seconds=30):
         """Waits until condition() is true; fails when it never becomes so."""

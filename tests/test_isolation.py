@@ -453,7 +453,7 @@ def test_a_run_whose_row_cannot_be_written_is_not_run_again(project, server):
     project.constants(WAITS="(0.05, 0.2)")
     server.replies += [full, block("DEPTH = 4", "DEPTH = 5", "a layer")]
     process = project.start("--budget", "20", "--tag", "t", "--experiments", "2", OPENAI_BASE_URL=server.url)
-    out = project.read_until(process, "results.tsv; going on in")
+    out = project.read_until(process, "results.tsv.new; going on in")
     (project.folder / "results.tsv").rmdir()
     out += process.communicate(timeout=300)[0]
     assert out.count("  #1 twice the width") == 1 and len(project.rows()) == 3 and project.status() == ""
@@ -471,7 +471,7 @@ def test_a_refused_proposal_whose_row_is_written_half_has_no_second_one(project,
     project.constants(WAITS="(0.05, 0.2)")
     server.replies += ["no edit", "no edit", full, block("DEPTH = 4", "DEPTH = 5", "a layer")]
     process = project.start("--budget", "20", "--tag", "t", "--experiments", "2", OPENAI_BASE_URL=server.url)
-    project.read_until(process, "results.tsv; going on in")
+    project.read_until(process, "results.tsv.new; going on in")
     path.rmdir()
     process.communicate(timeout=300)
     assert [row["status"] for row in project.rows()] == ["keep", "crash", "keep"] and project.status() == ""

@@ -155,7 +155,7 @@ def test_what_the_model_wrote_about_runs_is_left_as_it_was(seeded, server):
     server.replies += [block("WIDTH = 64", "WIDTH = 1000", "wide").replace("Because.", "Because.\nRuns: faster.")]
     seeded.online(server, "--experiments", 1)
     message = seeded.git("show", "-s", "--format=%B", seeded.rows()[1]["commit"])
-    assert "\nRuns: faster.\n" in message and any(line.startswith("Runs: 1.001") for line in message.rstrip().splitlines()[-2:])
+    assert "\nRuns: faster.\n" in message and any(line.startswith("Runs: 1.001") for line in message.rstrip().splitlines()[-3:])
 
 
 # ---- the noise
