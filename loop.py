@@ -78,7 +78,7 @@ SUSPICION = {"environment": 1, "memory": 1, "timeout": 1, "code": 0.25, "refused
 MOST_SPELLS = 3  # of a failing machine around one experiment; then it is to blame
 # A run's last line that tells of the machine, not of the code.
 ENVIRONMENT = re.compile(
-    "^(bwrap|setpriv): |CUDA-capable device|[Nn]o CUDA|CUDA driver|NVIDIA driver|NVML|ECC error|CUDA error: (unknown|initialization) error"
+    "^(bwrap|setpriv): |^held up by the machine|CUDA-capable device|[Nn]o CUDA|CUDA driver|NVIDIA driver|NVML|ECC error|CUDA error: (unknown|initialization) error"
     "|No space left|Disk quota|Too many open files|Cannot allocate memory|Resource temporarily unavailable|Input/output error"
     "|Read-only file system|Stale file handle|No module named '(torch|numpy|tiktoken|rich)'|cannot open shared object file"
 )
@@ -484,8 +484,9 @@ def write_runs(runs):
 
 def write_change(row):
     """A row's effect with its standard error, negative is lower; empty where there is none."""
-    change = round(row.change, 4) + 0.0  # never -0.0000
-    return "" if math.isnan(change) else f"{change:+.4f}+-{row.error:.4f}"
+    digits = 6 if row.error < 0.0001 else 4
+    change = round(row.change, digits) + 0.0  # never -0.0000
+    return "" if math.isnan(change) else f"{change:+.{digits}f}+-{row.error:.{digits}f}"
 
 
 def read_rows(text, name="results.tsv on the branch"):
