@@ -1,6 +1,8 @@
 """Measurements, each a sub-command; none is a test.
 
     python tests/bench.py baseline --budget 300 --seeds 3     the shipped train.py, run by run: val_bpb, mean and spread
+    python tests/bench.py clock --budget 60 --runs 10         the same file on the same seed, again and again: how equal are they?
+    python tests/bench.py pairs --budget 60 --seeds 5         four edits and the file, seed by seed: deviations with and without pairs
     python tests/bench.py judge                               the rule that keeps or discards, on thousands of simulated nights
     python tests/bench.py speed                               where the time goes, in a run and between runs: one table, 45 minutes
     python tests/bench.py overhead                            the loop's own seconds between runs and its memory, at 10 and 10,000 rows
@@ -11,14 +13,19 @@ Writes only below a temporary folder. Numbers depend on what else the machine do
 """
 
 import argparse
+import contextlib
+import json
 import math
 import os
 import random
 import re
+import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
+from pathlib import Path
 from statistics import fmean
 
 import faults
@@ -29,20 +36,93 @@ from conftest import ROOT
 import loop
 
 
+def pace():
+    """The machine's, as the loop would note it on a branch; empty on a GPU."""
+    command = [sys.executable, "-c", "import prepare; print(prepare.facts())"]
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])["Pace"] or ""
+
+
+def train(budget, seed, pace, tokens="", edit=("", "")):
+    """A run of train.py, as the loop does it, with one text in it replaced by another: the ruler's summary."""
+    source = (ROOT / "train.py").read_text()
+    assert edit[0] in source, f"train.py holds no {edit[0]!r}"
+    told = dict(BUDGET=budget, SEED=seed, PACE=pace, TOKENS=tokens, STARTED=time.monotonic())
+    environment = os.environ | {f"AUTORESEARCH_{name}": str(value) for name, value in told.items()}
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "train.py").write_text(source.replace(*edit, 1))
+        shutil.copy(ROOT / "prepare.py", folder)
+        command = [sys.executable, "train.py"]
+        done = subprocess.run(command, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    return dict(re.findall(r"^(\w+): +(\S+)$", done.stdout.rpartition("---")[2], re.MULTILINE))
+
+
+def tokens_of(summary):
+    return round(1e6 * float(summary["total_tokens_M"]))
+
+
+def spread(values):
+    """Mean and standard deviation, in words."""
+    return f"mean {fmean(values):.5g}, standard deviation {statistics.stdev(values) if len(values) > 1 else 0:.2g}"
+
+
 def baseline(args):
-    """Runs train.py as it is by hand, a seed after the other, and prints what the ruler says."""
-    values = []
+    """Runs train.py as it is, a seed after the other, and prints what the ruler says."""
+    values, now = [], pace()
     for seed in range(args.seeds):
-        environment = os.environ | {"AUTORESEARCH_SEED": str(seed), "AUTORESEARCH_BUDGET": str(args.budget)}
-        started = time.monotonic()
-        environment["AUTORESEARCH_STARTED"] = str(started)
-        run = subprocess.run([sys.executable, "train.py"], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, check=True)
-        seconds = time.monotonic() - started
-        summary = dict(re.findall(r"^(\w+): +(\S+)$", run.stdout.rpartition("---")[2], re.MULTILINE))
+        summary = train(args.budget, seed, now)
         values.append(float(summary["val_bpb"]))
-        print(f"seed {seed}  {seconds:.1f} s wall clock  " + "  ".join(f"{key} {value}" for key, value in summary.items()), flush=True)
-    spread = statistics.stdev(values) if len(values) > 1 else 0
-    print(f"val_bpb: mean {statistics.mean(values):.4f}, standard deviation {spread:.4f}, {len(values)} seeds at {args.budget:g} s")
+        print(f"seed {seed}  " + "  ".join(f"{key} {value}" for key, value in summary.items()), flush=True)
+    print(f"val_bpb: {spread(values)}, {len(values)} seeds at {args.budget:g} s")
+
+
+@contextlib.contextmanager
+def busy(cores):
+    """Beside processes that do nothing but wait in a loop, one on each of these cores."""
+    command = [sys.executable, "-c", "import os, sys; os.sched_setaffinity(0, {int(sys.argv[1])})\nwhile True: pass"]
+    others = [subprocess.Popen([*command, str(core)], start_new_session=True) for core in cores]
+    try:
+        yield
+    finally:
+        for other in others:
+            other.kill()
+
+
+def clock(args):
+    """Runs train.py on seed 0 again and again: the first by the clock alone, the others as the loop compares an edit with it."""
+    now, first, runs = pace(), "", []
+    with busy(os.sched_getaffinity(0)) if args.beside else contextlib.nullcontext():
+        for _ in range(args.runs):
+            summary = train(args.budget, 0, now, "" if args.alone else first)
+            first = first or tokens_of(summary)
+            if float(summary["trained_percent"]) >= 98:
+                runs.append(summary)
+            print("  ".join(f"{key} {summary[key]}" for key in CLOCK_KEYS), flush=True)
+    print(f"{len(runs)} of {args.runs} runs got all of their training")
+    print(f"tokens: {spread([tokens_of(run) for run in runs])}")
+    print(f"val_bpb: {spread([float(run['val_bpb']) for run in runs])}")
+
+
+CLOCK_KEYS = "val_bpb", "total_tokens_M", "training_seconds", "total_seconds", "trained_percent"
+EDITS = (  # of four kinds, all small: what a night mostly sees
+    ("MUON_MEAN = 20.0", "MUON_MEAN = 14.0"),
+    ("    embed_lr=0.3", "    embed_lr=0.22"),
+    ("    head_lr=0.01", "    head_lr=0.008"),
+    ("    matrix_lr=0.02,", "    matrix_lr=0.021,"),
+)
+
+
+def pairs(args):
+    """Runs train.py and four edits of it on the same seeds: how much does the difference scatter, and how much a run?"""
+    now = pace()
+    before = [train(args.budget, seed, now) for seed in range(args.seeds)]
+    values = [float(summary["val_bpb"]) for summary in before]
+    print("train.py           " + " ".join(f"{value:.6f}" for value in values) + f"   {spread(values)}", flush=True)
+    for edit in EDITS:
+        runs = [float(train(args.budget, seed, now, tokens_of(before[seed]), edit)["val_bpb"]) for seed in range(args.seeds)]
+        differences = [after - value for after, value in zip(runs, values, strict=True)]
+        print(f"{edit[1].strip(' ,'):18} " + " ".join(f"{run:.6f}" for run in runs) + f"   {spread(runs)}", flush=True)
+        print(f"{'':18} " + " ".join(f"{value:+.6f}" for value in differences) + f"   {spread(differences)}", flush=True)
 
 
 # val_bpb of every experiment of a real night on an H100 (the original program, 125 rows), crashes left out, minus the best
@@ -262,6 +342,16 @@ def main():
     command.add_argument("--budget", type=float, default=300)
     command.add_argument("--seeds", type=int, default=3)
     command.set_defaults(run=baseline)
+    command = commands.add_parser("clock", help=clock.__doc__)
+    command.add_argument("--budget", type=float, default=60)
+    command.add_argument("--runs", type=int, default=10)
+    command.add_argument("--beside", action="store_true", help="beside a busy loop on each core that it may use")
+    command.add_argument("--alone", action="store_true", help="each by the clock alone, none compared with the first")
+    command.set_defaults(run=clock)
+    command = commands.add_parser("pairs", help=pairs.__doc__)
+    command.add_argument("--budget", type=float, default=60)
+    command.add_argument("--seeds", type=int, default=5)
+    command.set_defaults(run=pairs)
     command = commands.add_parser("judge", help=judge.__doc__)
     command.add_argument("--nights", type=int, default=700)
     command.add_argument("--seed", type=int, default=0)
