@@ -1534,8 +1534,10 @@ def cells(row):
 
 
 def noise_in(rows):
-    """The standard deviation of one difference, as the latest row's error tells it; nan before there is one."""
-    return next((row.error * math.sqrt(len(row.runs)) for row in reversed(rows) if row.error > 0), math.nan)
+    """The standard deviation of one difference, as the error of the latest row tells it that wasn't kept (who was may have got more
+    runs since); nan before there is one."""
+    found = (row.error * math.sqrt(len(row.runs)) for row in reversed(rows) if row.error > 0 and row.status == "discard")
+    return next(found, math.nan)
 
 
 def night_gain(rows):

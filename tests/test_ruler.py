@@ -45,23 +45,27 @@ def make_run(data, monkeypatch):
     """make_run(budget, seed, started) -> prepare.Run of the tiny data set, on the CPU."""
 
     class Work:
-        """Training's clock, as on a GPU: the wall's, which a test may replace."""
+        """Training's clock: the wall's, which a test may replace; or one that other work makes the wall's as many times as fast."""
+
+        slowness, began = 1.0, 1000.0
 
         def __init__(self, pace=None):
             self.stopped = False
 
         def __call__(self):
-            return prepare.monotonic()
+            return self.began + (prepare.monotonic() - self.began) / self.slowness
 
-    def make_run(budget=60, seed=0, started=None, tokens=""):
+    def make_run(budget=60, seed=0, started=None, tokens="", slowness=None):
+        if slowness is None:  # as on a GPU
+            monkeypatch.setattr(prepare, "CPU_SHARE", prepare.TRAINING_SHARE)
+            monkeypatch.setattr(prepare, "CPU_OVERHEAD", 0)
+        Work.slowness = slowness or 1.0
         monkeypatch.setenv("AUTORESEARCH_DATA", str(data))
         monkeypatch.setenv("AUTORESEARCH_BUDGET", str(budget))
         monkeypatch.setenv("AUTORESEARCH_SEED", str(seed))
         monkeypatch.setenv("AUTORESEARCH_STARTED", str(prepare.monotonic() if started is None else started))
         monkeypatch.setenv("AUTORESEARCH_TOKENS", str(tokens))
         monkeypatch.setattr(prepare, "WorkClock", Work)
-        monkeypatch.setattr(prepare, "CPU_SHARE", prepare.TRAINING_SHARE)
-        monkeypatch.setattr(prepare, "CPU_OVERHEAD", 0)
         monkeypatch.setattr(prepare, "pick_device", lambda: torch.device("cpu"))
         monkeypatch.setattr(prepare, "_as_imported", ({}, {}))  # tests replace parts of the ruler and make many runs,
         prepare._sealed.clear()  # which a train.py mustn't
@@ -209,15 +213,27 @@ def test_batches_that_the_ruler_does_not_have_are_refused(make_run, batch_size, 
 
 
 def simulate(
-    make_run, clock, budget, start=0.0, compiling=0.0, step=0.5, evaluation=3.0, slow_step=None, prefetch=0, slower=1.0, cost=1.0, tokens=""
+    make_run,
+    clock,
+    budget,
+    start=0.0,
+    compiling=0.0,
+    step=0.5,
+    evaluation=3.0,
+    slow_step=None,
+    prefetch=0,
+    slower=1.0,
+    cost=1.0,
+    tokens="",
+    slowness=None,
 ):
     """A train.py that obeys progress(), on the fake clock. slow_step: (number, seconds). Returns what happened, in seconds.
 
     start: before preflight; compiling: in the first step; evaluation: of all of finish(), which takes `slower` times as long;
-    cost: times what a step of the file that was edited takes; tokens: what that trained on.
+    cost: times what a step of the file that was edited takes; tokens: what that trained on; slowness: on a CPU, by other work.
     """
     began = clock.now
-    run = make_run(budget=budget, tokens=tokens)
+    run = make_run(budget=budget, tokens=tokens, slowness=slowness)
     pass_seconds = evaluation / EVAL_PASSES
     rows = max(1, round(step / pass_seconds / 4 * SIZES["eval_rows"]))  # a step costs about four passes of as many tokens
 
@@ -331,6 +347,96 @@ def test_who_is_held_up_by_the_machine_says_how_much_training_is_missing(make_ru
     out = capsys.readouterr().out
     assert f"held up by the machine: training got {done['trained']:.1%} of its time" in out
     assert f"trained_percent:  {100 * done['trained']:.1f}\n" in out
+
+
+@pytest.mark.parametrize("budget", [60, 300])
+@pytest.mark.parametrize("slowness", [1, 1.5, 2])
+def test_beside_work_that_takes_half_of_its_core_a_run_ends_in_time_with_all_of_its_training(make_run, clock, budget, slowness):
+    seconds = {name: slowness * value for name, value in dict(start=3, step=0.1, evaluation=3).items()}
+    done = simulate(make_run, clock, budget, slowness=slowness, **seconds)
+    assert done["total"] < budget and done["trained"] == 1
+    assert done["training"] / slowness == pytest.approx(budget / 2 - prepare.CPU_OVERHEAD, abs=0.3)
+
+
+@pytest.mark.parametrize("slowness", [3, 5])
+def test_beside_more_work_it_ends_in_time_and_says_what_is_missing(make_run, clock, slowness):
+    seconds = {name: slowness * value for name, value in dict(start=1, step=0.1, evaluation=2).items()}
+    done = simulate(make_run, clock, 60, slowness=slowness, **seconds)
+    assert done["total"] < 60 and 0.1 < done["trained"] < prepare.FULL_TRAINING
+
+
+def test_a_start_beside_other_work_is_no_reason_to_refuse_a_model(make_run, clock):
+    slow = Model(lambda x: clock.tick(20 * 0.2) + 1e-4 * nn.functional.one_hot(x, SIZES["vocab_size"]).float())  # 0.2 s in peace
+    run = make_run(budget=300, slowness=20)
+    assert run.preflight(slow) == pytest.approx(prepare.EVAL_RESERVE * EVAL_PASSES * 0.2, rel=0.1)
+
+
+class Times:
+    """CPU seconds of the process and of the clock's own thread, as a test sets them."""
+
+    process = thread = 0.0
+
+
+@pytest.fixture
+def work_clock(monkeypatch):
+    """work_clock(pace) -> a WorkClock whose thread doesn't run; sample(seconds) is one of its samples."""
+    monkeypatch.setattr(prepare, "process_time", lambda: Times.process)
+    monkeypatch.setattr(prepare.WorkClock, "start", lambda self: None)
+    Times.process, Times.thread = 5.0, 0.0
+
+    def make(pace):
+        clock = prepare.WorkClock(pace)
+
+        def sample(seconds):
+            count, speeds, own = clock.samples
+            clock.samples = count + 1, speeds + 1 / seconds, own + seconds
+            Times.process += seconds
+
+        clock.sample = sample
+        return clock
+
+    return make
+
+
+def test_without_a_pace_cpu_seconds_count_as_they_are_but_for_the_samples_own(work_clock):
+    clock = work_clock(None)
+    Times.process += 3.0
+    clock.sample(0.5)
+    assert clock() == pytest.approx(3.0)
+
+
+def test_a_second_on_a_core_half_as_fast_as_noted_counts_half(work_clock):
+    clock = work_clock(0.002)
+    clock.sample(0.004)
+    Times.process += 10.0
+    assert clock() == pytest.approx(5.0)
+
+
+def test_the_same_steps_count_the_same_however_the_speed_changes_meanwhile(work_clock):
+    even, uneven = work_clock(0.002), work_clock(0.002)
+    for clock, slowness in ((even, [1.5] * 40), (uneven, [1.0] * 20 + [2.0] * 20)):
+        clock.began = Times.process
+        for slow in slowness:  # a step of 0.1 s, sampled as often as it lasts
+            for _ in range(round(slow * 2)):
+                Times.process += 0.05
+                clock.sample(0.002 * slow)
+        clock.now = clock()
+    assert even.now == pytest.approx(uneven.now) == pytest.approx(4.0)
+
+
+def test_the_clock_never_goes_back(work_clock):
+    clock = work_clock(0.002)
+    clock.sample(0.002)
+    Times.process += 10.0
+    before = clock()
+    for _ in range(50):
+        clock.sample(0.004)
+    assert clock() == before
+
+
+def test_a_machine_has_a_pace(monkeypatch):
+    monkeypatch.setattr(prepare, "PACE_SECONDS", 0.2)
+    assert 1e-5 < prepare.measure_pace() < 1
 
 
 def test_who_stops_early_of_its_own_accord_was_not_held_up(make_run, clock, capsys):
