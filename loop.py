@@ -78,7 +78,8 @@ SUSPICION = {"environment": 1, "memory": 1, "timeout": 1, "code": 0.25, "refused
 MOST_SPELLS = 3  # of a failing machine around one experiment; then it is to blame
 # A run's last line that tells of the machine, not of the code.
 ENVIRONMENT = re.compile(
-    "^(bwrap|setpriv): |^held up by the machine|CUDA-capable device|[Nn]o CUDA|CUDA driver|NVIDIA driver|NVML|ECC error|CUDA error: (unknown|initialization) error"
+    "^(bwrap|setpriv): |^held up by the machine"
+    "|CUDA-capable device|[Nn]o CUDA|CUDA driver|NVIDIA driver|NVML|ECC error|CUDA error: (unknown|initialization) error"
     "|No space left|Disk quota|Too many open files|Cannot allocate memory|Resource temporarily unavailable|Input/output error"
     "|Read-only file system|Stale file handle|No module named '(torch|numpy|tiktoken|rich)'|cannot open shared object file"
 )
