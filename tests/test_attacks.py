@@ -140,6 +140,8 @@ ATTACKS = {
         "changed while it ran.*tokenizer",
     ),
     "sets the seed's variable": (IMPORT, "import os\nos.environ['AUTORESEARCH_SEED'] = '137'\nimport prepare", "not signed"),
+    "sets the pace's variable": (IMPORT, "import os\nos.environ['AUTORESEARCH_PACE'] = '9'\nimport prepare", "not signed"),
+    "sets the tokens' variable": (IMPORT, "import os\nos.environ['AUTORESEARCH_TOKENS'] = '999999'\nimport prepare", "not signed"),
     "sets the budget's variable": (IMPORT, "import os\nos.environ['AUTORESEARCH_BUDGET'] = '600'\nimport prepare", "not signed"),
     "takes other data": (IMPORT, "import os\nos.environ['AUTORESEARCH_DATA'] = '../../other'\nimport prepare", "no data in ../../other"),
     "is measured on the other split": (IMPORT, "import os\nos.environ['AUTORESEARCH_SPLIT'] = 'test'\nimport prepare", "no summary"),
@@ -151,7 +153,7 @@ ATTACKS = {
     ),
     "trains on after its time": (
         LOOP,
-        "    import time\n    run._eval_limit = time.monotonic() + 1\n    until = time.monotonic() + 3.5\n    while run.progress() >= 0 and time.monotonic() < until:",
+        "    import time\n    run._allowance = 1.0\n    until = time.monotonic() + 3.5\n    while run.progress() >= 0 and time.monotonic() < until:",
         "after its time",
     ),
     "ignores the clock": (LOOP, "    while True:", "timeout"),

@@ -6,6 +6,7 @@ import os
 import random
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -432,6 +433,19 @@ def test_the_clock_never_goes_back(work_clock):
     for _ in range(50):
         clock.sample(0.004)
     assert clock() == before
+
+
+def test_what_other_threads_compute_counts_too():
+    clock = prepare.WorkClock()
+
+    def work():
+        while time.thread_time() < 0.2:
+            pass
+
+    thread = threading.Thread(target=work)
+    thread.start(), thread.join()
+    clock.stopped = True
+    assert clock() > 0.19
 
 
 def test_a_machine_has_a_pace(monkeypatch):
