@@ -74,7 +74,7 @@ TRAINING_SHARE = 3 / 4  # of the budget, for training on a GPU, by the wall cloc
 CPU_SHARE, CPU_OVERHEAD = 1 / 2, 12
 LEAST_SHARE = 1 / 5  # of the budget, for training on a CPU, where the budget is short
 PACE_EVERY = 0.03  # seconds between two samples of the core's speed, each of which takes 1 to 2 ms
-PACE_SECONDS = 1.5  # for measuring the pace of a machine
+PACE_SECONDS = 4.0  # for measuring the pace of a machine: it changes from second to second
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # options of glibc's mallopt
 FULL_TRAINING = 0.98  # of the training's allowance: who gets less was held up by the machine, and says so
 # A difference in speed to the file that was edited which the clock can't tell from none at the end of a run; before, it is divided by the
