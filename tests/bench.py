@@ -119,10 +119,13 @@ def pairs(args):
     values = [float(summary["val_bpb"]) for summary in before]
     print("train.py           " + " ".join(f"{value:.6f}" for value in values) + f"   {spread(values)}", flush=True)
     for edit in EDITS:
-        runs = [float(train(args.budget, seed, now, tokens_of(before[seed]), edit)["val_bpb"]) for seed in range(args.seeds)]
-        differences = [after - value for after, value in zip(runs, values, strict=True)]
+        after = [train(args.budget, seed, now, tokens_of(before[seed]), edit) for seed in range(args.seeds)]
+        runs = [float(summary["val_bpb"]) for summary in after]
         print(f"{edit[1].strip(' ,'):18} " + " ".join(f"{run:.6f}" for run in runs) + f"   {spread(runs)}", flush=True)
-        print(f"{'':18} " + " ".join(f"{value:+.6f}" for value in differences) + f"   {spread(differences)}", flush=True)
+        differences = [run - value for run, value in zip(runs, values, strict=True)]
+        print(f"{'difference':18} " + " ".join(f"{value:+.6f}" for value in differences) + f"   {spread(differences)}")
+        tokens = [tokens_of(one) / tokens_of(other) for one, other in zip(after, before, strict=True)]
+        print(f"{'tokens':18} " + " ".join(f"x {share:.4f}" for share in tokens), flush=True)
 
 
 # val_bpb of every experiment of a real night on an H100 (the original program, 125 rows), crashes left out, minus the best
