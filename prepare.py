@@ -10,6 +10,7 @@ $AUTORESEARCH_DATA): train.bin, val.bin and test.bin (uint16 tokens, a BOS befor
 """
 
 import argparse
+import atexit
 import base64
 import contextlib
 import ctypes
@@ -507,6 +508,12 @@ class WorkClock(threading.Thread):
         self.samples = 0, 0.0, 0.0  # how many, the sum of their speeds (one over seconds), CPU seconds of this thread
         self.began = process_time()
         self.start()
+        atexit.register(self.stop)  # a thread that is still within torch when Python ends aborts the process
+
+    def stop(self):
+        self.stopped = True
+        if self.is_alive():
+            self.join()
 
     def run(self):
         torch.set_num_threads(1)
@@ -546,7 +553,7 @@ def measure_pace():
     clock, memory, end = WorkClock(), torch.ones(2**22), monotonic() + PACE_SECONDS
     while monotonic() < end:
         memory.mul_(1.0)
-    clock.stopped = True
+    clock.stop()
     return 1 / clock.speed()
 
 
@@ -844,7 +851,7 @@ class Run:
         self._synchronize()
         now = self._work()
         if self.device.type == "cpu":
-            self._work.stopped = True  # evaluation needs no samples
+            self._work.stop()  # evaluation needs no samples
         clock = self._clock or self._first_batch or now
         late = now - (self._told or clock + self._allowance)
         if late > max(OVERRUN * self._allowance, self._slowest_step, OVERRUN_SECONDS):
