@@ -1743,7 +1743,7 @@ def draw(report, path):
         named = sorted(sorted(shown & kept, key=report.gain, reverse=True)[:NAMES])
         for n in named:
             axes.annotate(n, (n, rows[n].val_bpb), (-4, -3), textcoords="offset points", ha="right", va="top", fontsize=7)
-        names = "\n".join(f"{n}  {effect(rows[n]).strip()}  {one_line(rows[n].description, 36)}" for n in named)
+        names = "\n".join(f"{n}  {effect(rows[n]).strip()}  {one_line(rows[n].description, 30)}" for n in named)
         figure.text(0.715, 0.88, as_unicode(names), va="top", fontsize=8, linespacing=1.5, parse_math=False)
     else:
         axes.set_yticks([])

@@ -153,7 +153,7 @@ ATTACKS = {
     ),
     "trains on after its time": (
         LOOP,
-        "    import time\n    run._allowance = 1.0\n    until = time.monotonic() + 3.5\n    while run.progress() >= 0 and time.monotonic() < until:",
+        "    run._allowance = 1.0\n    until = run._work() + 3.5\n    while run.progress() >= 0 and run._work() < until:",
         "after its time",
     ),
     "ignores the clock": (LOOP, "    while True:", "timeout"),

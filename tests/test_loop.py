@@ -835,7 +835,7 @@ def test_switching_in_mid_run_to_a_branch_with_another_loop_py_costs_no_result(p
     project.commit("newer")
     project.git("checkout", "--quiet", "main")
     switch = (
-        f"import subprocess\nsubprocess.run(['git', 'checkout', '--quiet', 'dev'], cwd={str(project.folder)!r}, check=True)\nWIDTH = 128"
+        f"import subprocess\nsubprocess.run(['git', 'checkout', '--quiet', 'dev'], cwd={str(project.folder)!r}, check=True)\nWIDTH = 1024"
     )
     server.replies += [block("WIDTH = 64", switch, "in mid-run")]
     project.online(server, "--experiments", 1)
