@@ -71,7 +71,7 @@ PATTERN = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{
 BUDGET = 300  # seconds of wall clock for the whole process, when the loop doesn't say
 TRAINING_SHARE = 3 / 4  # of the budget, for training on a GPU, by the wall clock; a cold compile fits into the rest
 # A run on a CPU, with these seconds for start and evaluation, takes half of its budget there: so it ends in time, with all of its
-# training, beside other work that takes half of its core.
+# training, while other work makes it up to twice as slow.
 CPU_SHARE, CPU_OVERHEAD = 1 / 2, 12
 LEAST_SHARE = 1 / 5  # of the budget, for training on a CPU, where the budget is short
 PACE_EVERY = 0.03  # seconds between two samples of the core's speed, each of which takes 1 to 2 ms

@@ -159,7 +159,7 @@ def overhead(args):
             project.offline("--experiments", 1)
             grow(project, rows - 2)
             started, peak = time.monotonic(), 0
-            process = project.start("--experiments", args.cycles, OPENAI_BASE_URL=server.url)
+            process = project.start("--experiments", args.cycles + 1, OPENAI_BASE_URL=server.url)  # so many gaps between
             while process.poll() is None:
                 status = Path(f"/proc/{process.pid}/status")
                 if match := re.search(r"VmHWM:\s+(\d+)", status.read_text() if status.exists() else ""):

@@ -69,7 +69,7 @@ SMALL = {  # the benchmarks that the README names: what makes them quick, and wh
     "judge": ("--nights 1", [rf"^0\.00{noise} +{rule}" for noise in ("03", "07", "15") for rule in ("strict", "0.20 fresh", "unpaired")]),
     "kills": ("--kills 4", ["^4 kills, [0-9]+ rows, 0 with problems"]),
     "speed": (
-        "--budget 20 --runs 1 --cycles 1 --think 0.1 --run 0.5 --thoughts 2",
+        "--budget 20 --runs 1 --cycles 2 --think 0.1 --run 0.5 --thoughts 2",
         ["^spawn to the end of the first step +[0-9.]+ s", "^training steps", "^the loader alone", "^training seconds, cycle over cycle",
          "^the loop between two runs, at 10,000 rows +[0-9.]+ s", "^between runs of 0.5 s, thoughts of 0.1 s +[0-9.]+ s"],
     ),
