@@ -140,7 +140,7 @@ ATTACKS = {
         "changed while it ran.*tokenizer",
     ),
     "sets the seed's variable": (IMPORT, "import os\nos.environ['AUTORESEARCH_SEED'] = '137'\nimport prepare", "not signed"),
-    "sets the pace's variable": (IMPORT, "import os\nos.environ['AUTORESEARCH_PACE'] = '9'\nimport prepare", "not signed|doesn't fit"),
+    "sets the pace's variable": (IMPORT, "import os\nos.environ['AUTORESEARCH_PACE'] = '0.001'\nimport prepare", "not signed"),
     "sets the tokens' variable": (IMPORT, "import os\nos.environ['AUTORESEARCH_TOKENS'] = '999999'\nimport prepare", "not signed"),
     "sets the budget's variable": (IMPORT, "import os\nos.environ['AUTORESEARCH_BUDGET'] = '600'\nimport prepare", "not signed"),
     "takes other data": (IMPORT, "import os\nos.environ['AUTORESEARCH_DATA'] = '../../other'\nimport prepare", "no data in ../../other"),
