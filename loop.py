@@ -1916,6 +1916,7 @@ class Night:
         self.failed = 0  # times in a row that the best so far failed, too
         self.tested = Counter()  # {experiment, or (commit, seed) of a parent's run: spells of a failing machine around it}
         self.lacking = set()  # (commit, seed) of parents' runs that fail, so that there is nothing to compare with
+        self.pace = ""  # of the branch's machine, by which the ruler counts work on a CPU
         self.measured = None, None  # the last run: (commit, seed, split), Result
         self.errors, self.error = 0, ""  # of the loop itself or of the machine, in a row; what the last one said
         self.interrupts = Interrupts()
@@ -1989,12 +1990,13 @@ class Night:
 
     def machine(self, *behind):
         """What the ruler's facts() says of this machine; a process of its own, because loop.py never loads torch, and on one
-        core, as a run on a CPU: how fast it is there is one of the facts."""
+        core, as a run on a CPU: how fast it is there is one of the facts, unless the branch has noted it."""
         command = [*behind, sys.executable, "-c", "import prepare; print(prepare.facts())"]
         place = self.runs / "probe" if behind else self.folder
         env = environment(place, self.runs, self.data) if behind else os.environ
+        env = {**env, **ONE_THREAD, "AUTORESEARCH_PACE": self.pace}
         with one_core():
-            done = subprocess.run(command, cwd=place, env={**env, **ONE_THREAD}, capture_output=True, text=True)
+            done = subprocess.run(command, cwd=place, env=env, capture_output=True, text=True)
         if done.returncode:
             raise Stop(f"the ruler does not start: {one_line(done.stderr[-200:])}; is everything installed? pip install -e .")
         return json.loads(done.stdout.splitlines()[-1])
@@ -2028,6 +2030,7 @@ class Night:
         self.data, self.fingerprint = self.find_data(began.get("Data"))
         self.data_was = contents(self.data.iterdir())
         ruler = hashlib.sha256(self.prepare_py.encode()).hexdigest()[:12]
+        self.pace = began.get("Pace", "")
         facts = self.machine()
         machine = {name: facts[name] for name in ("Device", "Torch")}
         self.ruler = {"Data": self.fingerprint, "Ruler": ruler, "Budget": f"{self.budget:g}", **machine}
@@ -2218,7 +2221,11 @@ class Night:
                 self.think(refused=thought)
 
     def measure(self, commit, seed, activity, split="val", why=""):
-        """One run of a commit's train.py under the committed ruler: a Result. What was measured and not yet written isn't run again."""
+        """One run of a commit's train.py under the committed ruler: a Result. What was measured and not yet written isn't run again.
+
+        A branch's first run is made twice, the second time on as many tokens as the clock gave it the first time: so the baseline
+        follows its tokens as what is compared with it will, and where a first run has to compile, it has compiled.
+        """
         if self.measured[0] == (commit, seed, split):
             return self.measured[1]
         make_room(self.runs)
@@ -2227,11 +2234,17 @@ class Night:
         files = {"train.py": self.git.blob(commit, "train.py"), "prepare.py": self.prepare_py}
         number = next((n for n, row in enumerate(rows) if commit.startswith(row.commit)), len(rows))
         folder, parent = self.runs / f"{number:04}-{seed}-{commit[:7]}", parents(rows)[number]
-        tokens = self.notebook.trained.get((parent.commit[:7], seed), "") if parent and split == "val" else ""
+        like = (parent.commit[:7], seed) if parent else (commit[:7], 0)
+        tokens = self.notebook.trained.get(like, "") if split == "val" else ""
+        times = 2 if split == "val" and not parent and not tokens else 1
         facts.start(activity, why, {}, read_curve(self.runs, self.notebook.incumbent))
         try:
-            setting = split, self.watch, self.caged, self.on_cpu, self.pace, tokens
-            result = run_experiment(folder, files, self.data, self.fingerprint, seed, self.budget, facts, *setting)
+            for _ in range(times):
+                setting = split, self.watch, self.caged, self.on_cpu, self.pace, tokens
+                result = run_experiment(folder, files, self.data, self.fingerprint, seed, self.budget, facts, *setting)
+                if result.cause:
+                    break
+                tokens = result.tokens
         finally:
             facts.show(busy=facts.busy + time.monotonic() - facts.since, points=None)
         if result.failure != "environment":
@@ -2270,7 +2283,7 @@ class Night:
             activity = f"{again}#{len(notebook.rows)} {subject}"
             result = self.measure(commit, len(runs), activity, why="\n".join(why))
             if baseline and result.cause:
-                if result.trained < LEAST_TRAINED:
+                if result.failure == "environment":
                     advice = "the baseline runs again; a quieter machine helps, or a larger --budget"
                     raise OSError(errno.EIO, f"{result.cause}, {advice}", str(result.log))
                 notebook.abandon()

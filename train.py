@@ -20,9 +20,9 @@ import prepare
 # Knobs: plain numbers, each of which may be halved or doubled and still gives a run that works.
 WARM_DOWN = 0.5  # share of the training time, at its end, over which all learning rates fall
 FINAL_LR = 0.05  # share of the learning rates that is left at the end
-MUON_MEAN = 20.0  # steps that Muon's running mean of gradients looks back
-ADAM_MEAN = 5.0  # steps that AdamW's running mean of gradients looks back
-ADAM_SQUARE = 20.0  # steps that AdamW's running mean of their squares looks back
+MUON_MEAN = 19.0  # steps that Muon's running mean of gradients looks back
+ADAM_MEAN = 4.0  # steps that AdamW's running mean of gradients looks back
+ADAM_SQUARE = 19.0  # steps that AdamW's running mean of their squares looks back
 NGRAM = 3  # tokens in the longest n-gram that has an embedding; the shortest has 2
 
 # Sizes: what depends on the machine. The width of the model is heads x head_dim.
@@ -246,8 +246,8 @@ class Muon(torch.optim.Optimizer):
     def step(self):
         (group,) = self.param_groups
         gradient = self.squares([matrix.grad for matrix in group["params"]])
-        self.mean.lerp_(gradient, 1 / MUON_MEAN)
-        update = gradient.lerp(self.mean, 1 - 1 / MUON_MEAN)  # Nesterov: as if the mean were a step ahead
+        self.mean.lerp_(gradient, 1 / (1 + MUON_MEAN))
+        update = gradient.lerp(self.mean, 1 - 1 / (1 + MUON_MEAN))  # Nesterov: as if the mean were a step ahead
         update = group["lr"] * self.orthogonalize(update.to(self.dtype)).float()
         views = [self.cut(matrix) for matrix in group["params"]]
         for view, part in zip(views, update.split([len(view.flatten(0, 1)) for view in views]), strict=True):
@@ -284,7 +284,7 @@ def make_optimizers(model, sizes, compiled):
         dict(params=[model.head.weight], lr=sizes.head_lr),
         dict(params=[p for p in model.parameters() if p in others], lr=sizes.scalar_lr),
     ]
-    betas = 1 - 1 / ADAM_MEAN, 1 - 1 / ADAM_SQUARE
+    betas = 1 - 1 / (1 + ADAM_MEAN), 1 - 1 / (1 + ADAM_SQUARE)
     return [
         torch.optim.AdamW(groups, betas=betas, eps=1e-10, weight_decay=0.0, fused=True),
         RowAdagrad(model.ngrams, sizes.ngram_lr),

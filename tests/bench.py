@@ -17,6 +17,7 @@ import contextlib
 import json
 import math
 import os
+import queue
 import random
 import re
 import shutil
@@ -25,6 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import fmean
 
@@ -43,7 +45,7 @@ def pace():
     return json.loads(done.stdout.splitlines()[-1])["Pace"] or ""
 
 
-def train(budget, seed, pace, tokens="", edit=("", "")):
+def train(budget, seed, pace, tokens="", edit=("", ""), core=None):
     """A run of train.py, as the loop does it, with one text in it replaced by another: the ruler's summary."""
     source = (ROOT / "train.py").read_text()
     assert edit[0] in source, f"train.py holds no {edit[0]!r}"
@@ -52,9 +54,37 @@ def train(budget, seed, pace, tokens="", edit=("", "")):
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "train.py").write_text(source.replace(*edit, 1))
         shutil.copy(ROOT / "prepare.py", folder)
-        command = [sys.executable, "train.py"]
-        done = subprocess.run(command, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+        command = [*on(core), sys.executable, "train.py"]
+        # A session of its own, as in the loop: Linux shares a core between sessions.
+        settings = dict(cwd=folder, env=environment, start_new_session=True)
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, **settings)
     return dict(re.findall(r"^(\w+): +(\S+)$", done.stdout.rpartition("---")[2], re.MULTILINE))
+
+
+def on(core):
+    """The start of a command that keeps to one core; of any, where there is none to keep to (a GPU, macOS)."""
+    return [] if core is None else [sys.executable, "-c", PINNED, str(core)]
+
+
+PINNED = "import os, sys; os.sched_setaffinity(0, {int(sys.argv[1])}); os.execv(sys.argv[2], sys.argv[2:])"
+
+
+def at_once(pace, jobs):
+    """Summaries of runs, given by train()'s arguments: on a CPU as many at a time as there are cores, each on its own."""
+    cores = sorted(os.sched_getaffinity(0)) if pace and hasattr(os, "sched_getaffinity") else [None]
+    free = queue.SimpleQueue()
+    for core in cores:
+        free.put(core)
+
+    def run(job):
+        core = free.get()
+        try:
+            return train(**job, pace=pace, core=core)
+        finally:
+            free.put(core)
+
+    with ThreadPoolExecutor(len(cores)) as pool:
+        return list(pool.map(run, jobs))
 
 
 def tokens_of(summary):
@@ -79,8 +109,8 @@ def baseline(args):
 @contextlib.contextmanager
 def busy(cores):
     """Beside processes that do nothing but wait in a loop, one on each of these cores."""
-    command = [sys.executable, "-c", "import os, sys; os.sched_setaffinity(0, {int(sys.argv[1])})\nwhile True: pass"]
-    others = [subprocess.Popen([*command, str(core)], start_new_session=True) for core in cores]
+    loop_of = [sys.executable, "-c", "while True: pass"]
+    others = [subprocess.Popen([*on(core), *loop_of], start_new_session=True) for core in cores]
     try:
         yield
     finally:
@@ -89,23 +119,33 @@ def busy(cores):
 
 
 def clock(args):
-    """Runs train.py on seed 0 again and again: the first by the clock alone, the others as the loop compares an edit with it."""
-    now, first, runs = pace(), "", []
-    with busy(os.sched_getaffinity(0)) if args.beside else contextlib.nullcontext():
-        for _ in range(args.runs):
-            summary = train(args.budget, 0, now, "" if args.alone else first)
-            first = first or tokens_of(summary)
-            if float(summary["trained_percent"]) >= 98:
-                runs.append(summary)
-            print("  ".join(f"{key} {summary[key]}" for key in CLOCK_KEYS), flush=True)
-    print(f"{len(runs)} of {args.runs} runs got all of their training")
-    print(f"tokens: {spread([tokens_of(run) for run in runs])}")
-    print(f"val_bpb: {spread([float(run['val_bpb']) for run in runs])}")
+    """Runs train.py on seed 0, on each core, in turns quiet and beside a busy loop on each core: how equal are they?
+
+    As the loop compares an edit with its parent: all train on as many tokens as the clock gave the first one.
+    """
+    now, cores = pace(), sorted(os.sched_getaffinity(0))
+    job = dict(budget=args.budget, seed=0)
+    if not args.alone:
+        job["tokens"] = tokens_of(train(**job, pace=now, core=cores[-1]))
+    found = {"quiet": [], "beside": []}
+    while len(found["beside"]) < args.runs:
+        for kind, summaries in found.items():
+            with busy(cores) if kind == "beside" else contextlib.nullcontext():
+                new = at_once(now, [job] * len(cores))
+            summaries += new
+            for summary in new:
+                print(f"{kind:8}" + "  ".join(f"{key} {summary[key]}" for key in CLOCK_KEYS), flush=True)
+    for kind, summaries in found.items():
+        runs = [run for run in summaries if float(run["trained_percent"]) >= 98]
+        print(f"{kind}: {len(runs)} of {len(summaries)} runs got all of their training")
+        if runs:
+            print(f"  tokens: {spread([tokens_of(run) for run in runs])}")
+            print(f"  val_bpb: {spread([float(run['val_bpb']) for run in runs])}")
 
 
 CLOCK_KEYS = "val_bpb", "total_tokens_M", "training_seconds", "total_seconds", "trained_percent"
 EDITS = (  # of four kinds, all small: what a night mostly sees
-    ("MUON_MEAN = 20.0", "MUON_MEAN = 14.0"),
+    ("MUON_MEAN = 19.0", "MUON_MEAN = 13.0"),
     ("    embed_lr=0.3", "    embed_lr=0.22"),
     ("    head_lr=0.01", "    head_lr=0.008"),
     ("    matrix_lr=0.02,", "    matrix_lr=0.021,"),
@@ -114,12 +154,14 @@ EDITS = (  # of four kinds, all small: what a night mostly sees
 
 def pairs(args):
     """Runs train.py and four edits of it on the same seeds: how much does the difference scatter, and how much a run?"""
-    now = pace()
-    before = [train(args.budget, seed, now) for seed in range(args.seeds)]
+    now, seeds = pace(), range(args.seeds)
+    job = dict(budget=args.budget)
+    job["tokens"] = tokens_of(at_once(now, [job | dict(seed=0)])[0])  # as the loop does it: the baseline follows its tokens, too
+    before = at_once(now, [job | dict(seed=seed) for seed in seeds])
     values = [float(summary["val_bpb"]) for summary in before]
     print("train.py           " + " ".join(f"{value:.6f}" for value in values) + f"   {spread(values)}", flush=True)
     for edit in EDITS:
-        after = [train(args.budget, seed, now, tokens_of(before[seed]), edit) for seed in range(args.seeds)]
+        after = at_once(now, [job | dict(seed=seed, edit=edit) for seed in seeds])
         runs = [float(summary["val_bpb"]) for summary in after]
         print(f"{edit[1].strip(' ,'):18} " + " ".join(f"{run:.6f}" for run in runs) + f"   {spread(runs)}", flush=True)
         differences = [run - value for run, value in zip(runs, values, strict=True)]
@@ -348,8 +390,7 @@ def main():
     command = commands.add_parser("clock", help=clock.__doc__)
     command.add_argument("--budget", type=float, default=60)
     command.add_argument("--runs", type=int, default=10)
-    command.add_argument("--beside", action="store_true", help="beside a busy loop on each core that it may use")
-    command.add_argument("--alone", action="store_true", help="each by the clock alone, none compared with the first")
+    command.add_argument("--alone", action="store_true", help="each by the clock alone, none by the tokens of the first")
     command.set_defaults(run=clock)
     command = commands.add_parser("pairs", help=pairs.__doc__)
     command.add_argument("--budget", type=float, default=60)

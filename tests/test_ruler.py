@@ -359,7 +359,7 @@ def test_beside_work_that_takes_half_of_its_core_a_run_ends_in_time_with_all_of_
     seconds = {name: slowness * value for name, value in dict(start=3, step=0.1, evaluation=3).items()}
     done = simulate(make_run, clock, budget, slowness=slowness, **seconds)
     assert done["total"] < budget and done["trained"] == 1
-    assert done["training"] / slowness == pytest.approx(budget / 2 - prepare.CPU_OVERHEAD, abs=0.3)
+    assert done["training"] / slowness == pytest.approx(prepare.CPU_SHARE * budget - prepare.CPU_OVERHEAD, abs=0.3)
 
 
 @pytest.mark.parametrize("slowness", [3, 5])
