@@ -37,6 +37,7 @@ import signal
 import site
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -132,7 +133,9 @@ train.py is the only file you can change. It must go on using the ruler, prepare
 model(x) returns logits (B, T, vocab_size); the ruler computes the loss from them, in eval() and without gradients.
 The ruler refuses a model that sees later tokens or other rows, is random in eval(), changes during evaluation, starts from
 trained weights, or trains before the first progress() or after it reached 1. The whole run has a hard limit, and start-up
-counts. No other packages, no other data, no files, no processes that outlive the run, no network. The seed is the ruler's.
+counts. No other packages than torch, numpy and the standard library's plain ones, no other data, no files, no processes, no
+network, no private names of others, no assignment to a module's names: such an edit is refused before it runs. The seed is
+the ruler's.
 
 Answer in this form, with nothing after the last block:
 
@@ -1078,10 +1081,16 @@ def cage(folder, runs, data):
     bound = [("--ro-bind", path, path) for path in ("/proc/sys", "/proc/sysrq-trigger") if os.path.exists(path)]  # root could write there
     bound += [("--tmpfs", path) for path in hidden]
     bound += [("--ro-bind-try", path, path) for path in shown]
+    bound += [("--ro-bind", "/dev/null", str(path)) for path in held_out(data)]  # the ruler has it from a descriptor
     bound += [("--bind", str(path), str(path)) for path in (folder, runs / "cache")]
     bound += [("--bind", str(folder / "tmp"), "/dev/shm"), *(("--dev-bind", path, path) for path in devices)]
     bound += [("--remount-ro", path) for path in (*hidden, "/dev")]
     return [*first, *(part for parts in bound for part in parts), "--chdir", str(folder)]
+
+
+def held_out(data):
+    """The files of the splits that no train.py may see."""
+    return [path for name in ("val", "test") if (path := data / f"{name}.bin").exists()]
 
 
 def processes(runs):
@@ -1108,17 +1117,18 @@ def find_runs(runs):
     """{pid: resident bytes} of the processes that runs of this checkout started.
 
     The mark stays through setsid and the death of a loop; a child with a cleaned environment is the loop's descendant, for ever
-    where the kernel makes it so (adopt_orphans). What draws the picture is the loop's child too, and no run's.
+    where the kernel makes it so (adopt_orphans). What the loop has started for itself is its child too, and no run's.
     """
-    plots = {plot.pid for plot in PLOTS if plot.poll() is None}  # asked first: one that ends now is still no run's
+    own = {process.pid for process in [*PLOTS, *CHECKS] if process.poll() is None}  # asked first: one that ends now is still no run's
     alive = processes(runs)
     found = {os.getpid()} | {pid for pid, (_, _, marked) in alive.items() if marked}
-    while new := {pid for pid, (parent, _, _) in alive.items() if parent in found} - found - plots:
+    while new := {pid for pid, (parent, _, _) in alive.items() if parent in found} - found - own:
         found |= new
     return {pid: alive[pid][1] for pid in found - {os.getpid()}}
 
 
 PLOTS = []  # what draws progress.png now: started by plot(), known to find_runs()
+CHECKS = []  # what checks an edit now, known to it too
 
 
 def plot(folder, tag):
@@ -1272,9 +1282,13 @@ def run_experiment(folder, files, data, fingerprint, seed, budget, facts,
     env |= ONE_THREAD if on_cpu else {}
     # Without a cage, util-linux can at least have the kernel end the run when the loop dies.
     behind = cage(folder, runs, data) if caged else ["setpriv", "--pdeathsig", "KILL"] if shutil.which("setpriv") else []
-    with one_core() if on_cpu else contextlib.nullcontext():
-        process = subprocess.Popen([*behind, sys.executable, "train.py"], cwd=folder, env=env, stdin=subprocess.DEVNULL,
-                                   stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)  # fmt: skip
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(one_core() if on_cpu else contextlib.nullcontext())
+        measured = [stack.enter_context(open(path, "rb")).fileno() for path in held_out(data) if path.stem == split]
+        env |= {"AUTORESEARCH_HELD_OUT": f"{measured[0]}"} if measured else {}
+        process = subprocess.Popen([*behind, sys.executable, "prepare.py", "--run"], cwd=folder, env=env, pass_fds=measured,
+                                   stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                                   start_new_session=True)  # fmt: skip
     output, left, stopped, deadline = Output(process.stdout, result.log, facts), {}, None, started + budget + KILL_GRACE
     try:
         with contextlib.suppress(OSError):  # where memory ends, the kernel should choose the run
@@ -1838,6 +1852,7 @@ class Thought(threading.Thread):
     chat: list  # empty where chance is asked
     known: tuple  # the train.py that the chat shows, and what was tried, as accept() wants them
     mends: dict  # trailers that say which crashed experiment it is to mend; empty for a new idea
+    inspect: object  # raises Refused where a train.py reaches outside of what the ruler offers
     tokens: int = 0
     reply: str = ""
     edit: Edit | None = None
@@ -1874,7 +1889,10 @@ class Thought(threading.Thread):
             self.edit = parse_reply(self.reply)
             if self.edit.whole and incumbent != self.known[0]:
                 raise Refused("This whole file was made from an earlier train.py; the best one is another now.")
-            self.new = accept(apply_edit(incumbent, self.edit), incumbent, tried)
+            new = accept(apply_edit(incumbent, self.edit), incumbent, tried)
+            if self.chat:  # chance changes numbers only
+                self.inspect(new)
+            self.new = new
             return True
         except Refused as error:
             self.refusal = str(error)
@@ -1991,7 +2009,7 @@ class Night:
     def machine(self, *behind):
         """What the ruler's facts() says of this machine; a process of its own, because loop.py never loads torch, and on one
         core, as a run on a CPU: how fast it is there is one of the facts, unless the branch has noted it."""
-        command = [*behind, sys.executable, "-c", "import prepare; print(prepare.facts())"]
+        command = [*behind, sys.executable, "prepare.py", "--facts"]
         place = self.runs / "probe" if behind else self.folder
         env = environment(place, self.runs, self.data) if behind else os.environ
         env = {**env, **ONE_THREAD, "AUTORESEARCH_PACE": self.pace}
@@ -2000,6 +2018,23 @@ class Night:
         if done.returncode:
             raise Stop(f"the ruler does not start: {one_line(done.stderr[-200:])}; is everything installed? pip install -e .")
         return json.loads(done.stdout.splitlines()[-1])
+
+    def inspect(self, source):
+        """Raises Refused, with the ruler's sentence, where a train.py reaches outside of what the ruler offers."""
+        with tempfile.TemporaryDirectory(prefix="check-", dir=self.runs) as folder:
+            for name, text in {"prepare.py": self.prepare_py, "train.py": source}.items():
+                Path(folder, name).write_text(text, encoding="utf-8", errors="surrogateescape")
+            env = {name: value for name, value in os.environ.items() if ALLOWED.fullmatch(name)}
+            command, answer = [sys.executable, "prepare.py", "--check", "train.py"], ""
+            while not answer:  # a run that ends in this moment may take it for one of its own, and end it
+                process = subprocess.Popen(command, cwd=folder, env=env, stdout=subprocess.PIPE, text=True)
+                CHECKS.append(process)
+                answer = process.communicate()[0].strip()
+                CHECKS.remove(process)
+                if process.returncode > 0:
+                    raise OSError(errno.EIO, "the ruler's check failed", "prepare.py")
+        if answer != "ok":
+            raise Refused(f"The ruler doesn't allow this: {answer}.")
 
     def check_cage(self, machine):
         """Whether runs can be caged: where bwrap works, and the device can be used behind it."""
@@ -2101,6 +2136,10 @@ class Night:
             return self.begin(notebook.incumbent_source, "baseline", "", {**self.ruler})
         if edit := notebook.person_edit():
             self.facts.say("your edit of train.py is the next experiment")
+            try:
+                self.inspect(edit)
+            except Refused as error:
+                self.facts.say(f"a model's edit would be refused: {error} Yours runs all the same.")
             return self.begin(edit, "your edit of train.py", "", {"Model": "person"})
         if not (thought := self.propose()):
             return
@@ -2169,7 +2208,7 @@ class Night:
             ask, tries, chat = lambda *_: (random_reply(known[0], rng, self.other_device), 0), 100, []
         if refused:
             tries, chat = max(refused.tries, 1), chat + refused.chat[-2:]
-        self.ahead = Thought(ask, tries, self.facts, chat, known, mends, refused.tokens if refused else 0)
+        self.ahead = Thought(ask, tries, self.facts, chat, known, mends, self.inspect, refused.tokens if refused else 0)
 
     def think_ahead(self, running):
         """While an experiment runs (its commit's message), the model thinks about what comes next: the device needn't wait."""
@@ -2234,8 +2273,8 @@ class Night:
         files = {"train.py": self.git.blob(commit, "train.py"), "prepare.py": self.prepare_py}
         number = next((n for n, row in enumerate(rows) if commit.startswith(row.commit)), len(rows))
         folder, parent = self.runs / f"{number:04}-{seed}-{commit[:7]}", parents(rows)[number]
-        like = (parent.commit[:7], seed) if parent else (commit[:7], 0)
-        tokens = self.notebook.trained.get(like, "") if split == "val" else ""
+        trained = self.notebook.trained if split == "val" else {}
+        tokens = parent and trained.get((parent.commit[:7], seed)) or trained.get((commit[:7], 0), "")  # what it edited, or itself
         times = 2 if split == "val" and not parent and not tokens else 1
         facts.start(activity, why, {}, read_curve(self.runs, self.notebook.incumbent))
         try:

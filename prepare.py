@@ -3,6 +3,7 @@
     python prepare.py                     the Python sources of the installed torch package; no download
     python prepare.py --source PATH       your own .txt, .md, .py, .jsonl, .jsonl.gz or .parquet file, or a folder of them
     python prepare.py --source climbmix   web text, or tinystories: from the Hugging Face hub (pip install -e '.[hub]')
+    python prepare.py --run               train.py, as the loop runs it; --check FILE and --facts are the loop's, too
 
 Reads the source twice (vocabulary, then tokens) and writes ~/.cache/autoresearch/<source>-<fingerprint>/ (or below
 $AUTORESEARCH_DATA): train.bin, val.bin and test.bin (uint16 tokens, a BOS before each document), tokenizer.tiktoken
@@ -10,6 +11,7 @@ $AUTORESEARCH_DATA): train.bin, val.bin and test.bin (uint16 tokens, a BOS befor
 """
 
 import argparse
+import ast
 import atexit
 import base64
 import contextlib
@@ -33,6 +35,8 @@ import signal
 import sys
 import tempfile
 import threading
+import traceback
+import types
 import warnings
 import zlib
 from collections import deque
@@ -79,8 +83,9 @@ PACE_SECONDS = 4.0  # for measuring the pace of a machine: it changes from secon
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # options of glibc's mallopt
 FULL_TRAINING = 0.98  # of the training's allowance: who gets less was held up by the machine, and says so
 # A difference in speed to the file that was edited which the clock can't tell from none at the end of a run; before, it is divided by the
-# square root of the share that is done. Equal runs of 18 s on a shared CPU scatter by 0.7 to 1.3 %, and two of them are compared.
-SAME_SPEED = {"cpu": 0.05, "mps": 0.05, "cuda": 0.003}
+# square root of the share that is done. Equal runs scatter by 1 % on a quiet machine, but beside other work on the same core they are up
+# to 8 % slower than the clock can see.
+SAME_SPEED = {"cpu": 0.10, "mps": 0.10, "cuda": 0.003}
 TOO_EARLY = 0.1  # share of the training before which nothing is said of the speed
 SLOWNESS_SECONDS = 5.0  # wall clock over which it is seen how slow the machine is now
 # Bits per byte: deviation of the difference of two runs on one seed, before a night has measured it. Seen on a CPU: 0.0018 at 60 s.
@@ -90,9 +95,14 @@ EXIT_SECONDS = 1.0  # kept free at the end, to print and exit
 EVAL_RESERVE = 1.5  # times the measured evaluation time is kept free
 USUAL_PASSES, MOST_PASSES = 4, 6  # evaluation passes of as many tokens that a training step takes, and that it may take
 FORGET = 0.02  # seconds by which the memory of a slow step fades in each second of training
+FREE_START = 4.0  # seconds of work on a CPU, beside preflight's, before the first step: more is counted as training
 OVERRUN = 0.02  # of the training time, or one step: more training than that is refused
 OVERRUN_SECONDS = 1.0  # nothing shorter is refused: weights may be swapped between the last step and finish()
-PROBES = 6  # replaced copies of the probe batch that look for a leak from the future
+# A round of probes for a leak from the future: so many batches of text, each beside so many copies whose rows change somewhere.
+PROBE_BATCHES, PROBE_COPIES = 3, 7
+MOST_ROUNDS = 5  # of probes, while what they saw is odd, but not certain
+ODD, CERTAIN = 1e-2, 1e-6  # chances that an honest model shows what was seen: below, another round; below, refused
+FAR = 4  # places before the change from which on a loss is one that the change can't reach by looking a few tokens ahead
 LEAK_NATS, LEAK_SIGMAS = 0.005, 4  # what the loss at a position may change by, when only what it mustn't see changed
 WARM_START = 0.9  # times the unigram bits per byte: what starts below has learned before; initial biases don't get there
 LOSS_LOGITS = 2**25  # turned into float32 at a time: all of a batch would need more memory than training did
@@ -105,10 +115,9 @@ PEAK_FLOPS = {
     "L40S": 362e12, "L4": 121e12, "A10": 125e12, "RTX 4090": 165e12, "RTX 3090": 71e12,
 }  # fmt: skip
 
-# The one thing read at import: the loop's one-time secret, taken away before train.py's own lines can see it.
-_secret = os.environ.pop("AUTORESEARCH_TOKEN", None)
 _stopped = []  # the signals that asked prepare.py to stop
 _sealed = set()  # real paths of the token files, while they may not be opened
+_taken = {}  # by --run, before train.py's first line: the loop's secret and settings, and the text that is held out
 
 
 class Problem(Exception):
@@ -122,11 +131,14 @@ def data_root():
     return Path(os.environ.get("AUTORESEARCH_DATA") or "~/.cache/autoresearch").expanduser()
 
 
-def read_meta(folder):
-    """meta.json of a complete data set; None where it or a file that it describes is missing, cut short or broken."""
+def read_meta(folder, splits=("train", "val", "test")):
+    """meta.json of a complete data set; None where it or a file that it describes is missing, cut short or broken.
+
+    splits: those that are looked at; a run in a cage sees the train split alone.
+    """
     try:
         meta = json.loads((folder / "meta.json").read_bytes())
-        sizes = [((folder / f"{split}.bin").stat().st_size, 2 * facts["tokens"]) for split, facts in meta["splits"].items()]
+        sizes = [((folder / f"{split}.bin").stat().st_size, 2 * meta["splits"][split]["tokens"]) for split in splits]
         sizes.append((len(read_tokenizer(folder / "tokenizer.tiktoken")), meta["vocab_size"] - 1))
         return meta if "key" in meta and all(found == written for found, written in sizes) else None
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
@@ -141,7 +153,7 @@ def data_sets(root):
 
 def newest(root):
     """The data set to use: `root` itself if it is one, else the one prepared (or asked for) last."""
-    found = [root] if read_meta(root) else data_sets(root)
+    found = [root] if read_meta(root, ("train",)) else data_sets(root)
     if not found:
         raise Problem(f"no data in {root}; run: python prepare.py")
     return max(found, key=lambda folder: (folder / "meta.json").stat().st_mtime_ns)
@@ -449,8 +461,93 @@ def prepare(source, root, shards=None):
 
 
 def refuse(reason):
-    """Ends the run without a result; the reason is the log's last line, and reaches the agent."""
-    raise SystemExit(f"refused by the ruler: {reason}")
+    """Ends the run without a result; the reason is the log's last line, and reaches the agent.
+
+    Under --run the process ends at once, whatever train.py would catch, and whatever threads it has.
+    """
+    sentence = f"refused by the ruler: {reason}"
+    if _taken:
+        print(sentence, file=sys.stderr)
+        end_process(1)
+    raise SystemExit(sentence)
+
+
+def end_process(code):
+    """Ends this process with what it has printed, and with its threads; nothing that was left for the exit is called."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)
+
+
+def read_settings():
+    """What a run is told by the environment: AUTORESEARCH_BUDGET and so on, as Run says; the secret is taken away."""
+
+    def told(name, default=""):
+        return os.environ.get(f"AUTORESEARCH_{name}") or default
+
+    return types.SimpleNamespace(
+        started=float(told("STARTED", monotonic())),
+        budget=float(told("BUDGET", BUDGET)),
+        seed=int(told("SEED", 0)),
+        pace=told("PACE"),
+        rival=told("TOKENS"),
+        split=told("SPLIT", "val"),
+        held_out=told("HELD_OUT"),
+        secret=os.environ.pop("AUTORESEARCH_TOKEN", ""),
+    )
+
+
+def eval_starts(meta, split):
+    """(batches, rows) starts of the windows evaluated: spread evenly, in an order in which no row continues another."""
+    T, rows = meta["seq_len"], meta["eval_rows"]
+    count = meta["splits"][split]["tokens"] - 1
+    windows = min(meta["eval_tokens"], count) // T // rows * rows
+    starts = np.linspace(0, count - T, windows).astype(np.int64)
+    return np.random.default_rng(0).permutation(starts).reshape(-1, rows)
+
+
+def take_hold():
+    """(settings, folder of the data, its meta.json, the held-out windows (batches, rows, T + 1)); the files are sealed then.
+
+    In a cage there is no file of what is held out: it is read from a descriptor that the loop opened.
+    """
+    settings = read_settings()
+    try:
+        folder = newest(data_root())
+    except Problem as problem:
+        raise SystemExit(str(problem)) from None
+    meta = read_meta(folder, ("train",))
+    path = folder / f"{settings.split}.bin"
+    with open(int(settings.held_out) if settings.held_out else path, "rb") as file:
+        tokens = np.memmap(file, dtype=np.uint16, mode="r")
+        windows = tokens[eval_starts(meta, settings.split)[..., None] + np.arange(meta["seq_len"] + 1)]  # copied
+    if not _sealed:
+        sys.addaudithook(_guard)
+    _sealed.update(os.path.realpath(folder / f"{split}.bin") for split in meta["splits"] if split != "train")
+    return settings, folder, meta, windows
+
+
+def run_train():
+    """Runs train.py, which stands beside this file, as the loop does; the process ends with it.
+
+    Before its first line the secret, the settings and the held-out text are taken, so that nothing it does can reach them.
+    """
+    path, code = Path(__file__).with_name("train.py"), 0
+    _taken["hold"] = take_hold()
+    main = types.ModuleType("__main__")
+    main.__file__, sys.argv = str(path), [str(path)]
+    sys.modules["__main__"] = main
+    try:
+        exec(compile(path.read_bytes(), str(path), "exec"), vars(main))
+    except SystemExit as ended:
+        code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+        if ended.code is not None and not isinstance(ended.code, int):
+            print(ended.code, file=sys.stderr)
+    except BaseException as error:
+        traceback.print_exception(error.with_traceback(error.__traceback__.tb_next))
+        code = 1
+    end_process(code)
 
 
 def bits_per_byte(nats, targets, lengths):
@@ -558,11 +655,11 @@ def measure_pace():
 
 
 def _guard(event, args):
+    """Refuses to open a sealed file, also by a name that is relative to an open folder."""
     if event == "open" and _sealed and isinstance(args[0], (str, bytes, os.PathLike)):
-        if os.path.realpath(os.fsdecode(args[0])) in _sealed:
-            refuse(
-                f"train.py opened {os.path.basename(os.fsdecode(args[0]))}: val and test are held out, train comes from one Run's batches()"
-            )
+        path = os.fsdecode(args[0])
+        if os.path.realpath(path) in _sealed or os.path.basename(path) in ("val.bin", "test.bin"):
+            refuse(f"train.py opened {os.path.basename(path)}: val and test are held out, train comes from one Run's batches()")
 
 
 class Run:
@@ -576,27 +673,19 @@ class Run:
     """
 
     def __init__(self):
-        self._started = float(os.environ.get("AUTORESEARCH_STARTED") or monotonic())
-        self._budget = float(os.environ.get("AUTORESEARCH_BUDGET") or BUDGET)
-        self._seed = int(os.environ.get("AUTORESEARCH_SEED") or 0)
-        self._pace, self._rival = (os.environ.get(f"AUTORESEARCH_{name}") or "" for name in ("PACE", "TOKENS"))
-        self._split = os.environ.get("AUTORESEARCH_SPLIT") or "val"
-        try:
-            folder = newest(data_root())
-        except Problem as problem:
-            raise SystemExit(str(problem)) from None
-        self._folder, self._meta = folder, read_meta(folder)
+        settings, folder, self._meta, self._held = _taken.get("hold") or take_hold()
+        self._started, self._budget, self._seed = settings.started, settings.budget, settings.seed
+        self._pace, self._rival, self._split, self._secret = settings.pace, settings.rival, settings.split, settings.secret
+        self._folder = folder
         self.seq_len, self.vocab_size, self._eval_rows = (self._meta[key] for key in ("seq_len", "vocab_size", "eval_rows"))
         self.device = pick_device()
         random.seed(self._seed)
         np.random.seed(self._seed)
         torch.manual_seed(self._seed)
-        self._lengths = torch.from_numpy(byte_lengths(read_tokenizer(folder / "tokenizer.tiktoken")))
         self._train = np.memmap(folder / "train.bin", dtype=np.uint16, mode="r")
         self.train_tokens = len(self._train)
-        if not _sealed:
-            sys.addaudithook(_guard)
-        _sealed.update(os.path.realpath(folder / f"{split}.bin") for split in self._meta["splits"])
+        _sealed.add(os.path.realpath(folder / "train.bin"))
+        self._lengths = torch.from_numpy(byte_lengths(read_tokenizer(folder / "tokenizer.tiktoken")))
         self._iterators = self._tokens = 0  # made by batches(), drawn from them
         self._work, self._allowance = monotonic, TRAINING_SHARE * self._budget  # training's clock; its seconds for training
         if self.device.type == "cpu":
@@ -612,6 +701,7 @@ class Run:
         self._pass_seconds = self._eval_seconds = None  # of work: for one evaluation batch; kept free for evaluation
         self._model = None  # from preflight() until training begins
         self._logged = -math.inf
+        self._start = -self._work()  # becomes the seconds of work before the first step, without preflight's
         print(f"data: {folder.name}  device: {device_name(self.device)}  torch: {torch.__version__}  "
               f"seed: {self._seed}  budget: {self._budget:g} s", flush=True)  # fmt: skip
 
@@ -638,7 +728,11 @@ class Run:
 
     def _windows(self, tokens, starts, T):
         """(x, y), int64 (len(starts), T) on the device, from the tokens at `starts`."""
-        rows = torch.from_numpy(tokens[starts[:, None] + np.arange(T + 1)].astype(np.int64))  # (B, T + 1)
+        return self._place(tokens[starts[:, None] + np.arange(T + 1)])
+
+    def _place(self, rows):
+        """(x, y), int64 (B, T) on the device, of tokens (B, T + 1)."""
+        rows = torch.from_numpy(rows.astype(np.int64))
         if self.device.type == "cuda":
             # A new pinned tensor each time: torch's host allocator hands its memory out again only once the copy is done.
             rows = rows.pin_memory()
@@ -676,12 +770,15 @@ class Run:
             self._model = None
         self._wait_for_steps()
         now, self._calls = self._work(), self._calls + 1
+        if self._calls == 1:
+            self._start += now
         if self._calls > 1:
             step = now - self._last_call
             if self._calls == 2:
                 # The first step may have compiled: what the next ones take follows from the tokens that it drew.
                 passes = self._pass_seconds * self._tokens / (self._eval_rows * self.seq_len)
-                self._clock, self._first_step_tokens = now - min(step, USUAL_PASSES * passes), self._tokens
+                early = max(self._start - FREE_START, 0) if self.device.type == "cpu" else 0.0  # nothing compiles there
+                self._clock, self._first_step_tokens = now - min(step, USUAL_PASSES * passes) - early, self._tokens
                 step = min(step, MOST_PASSES * passes)
             if self._calls == 3 and 3 * self._first_step_tokens > 2 * self._tokens:
                 self._clock = self._first_batch
@@ -750,53 +847,82 @@ class Run:
             refuse("the logits are not finite")
         return losses
 
-    def _probe_rows(self, rng):
-        """(x, y) of the evaluation's shape, from anywhere in the train split."""
-        return self._windows(self._train, rng.integers(len(self._train) - self.seq_len, size=self._eval_rows), self.seq_len)
+    def _train_rows(self):
+        """(x, y) of the evaluation's shape, from anywhere in the train split: other ones each time."""
+        starts = np.random.default_rng().integers(len(self._train) - self.seq_len, size=self._eval_rows)
+        return self._windows(self._train, starts, self.seq_len)
 
-    def _probe(self, model, trained=True):
-        """Refuses a model that is random in eval(), sees the future, looks across rows or, once trained, ignores its input."""
-        rng = np.random.default_rng([self._seed, 0])  # stream 0: batches() counts from 1
-        B, T = self._eval_rows, self.seq_len
-        x, y = self._probe_rows(rng)
+    def _held_rows(self):
+        """(x, y) of the evaluation's shape, from the held-out windows: other ones each time."""
+        windows = self._held.reshape(-1, self.seq_len + 1)
+        return self._place(np.random.default_rng().choice(windows, self._eval_rows, replace=False))
+
+    def _probe(self, model, rows, batches=PROBE_BATCHES, copies=PROBE_COPIES, trained=True):
+        """Refuses a model that is random in eval(), sees the future, looks across rows or, once trained, ignores its input.
+
+        rows() gives (x, y). All is drawn anew from the system's randomness: nobody can know the answers beforehand.
+        """
+        x, y = rows()
         losses = self._losses(model, x, y)
         noise = (self._losses(model, x, y) - losses).abs().mean().item()
         if noise > LEAK_NATS:
             refuse(f"the same input gave different losses, by {noise:.3f} nats: dropout in eval(), or a state that evaluation changes?")
-
-        def change(replaced):  # of the losses (B, T), with random tokens where `replaced` is true
-            tokens = torch.from_numpy(rng.integers(self.vocab_size - 1, size=(B, T))).to(self.device)
-            return self._losses(model, torch.where(replaced, tokens, x), y) - losses
-
-        def check(changes, kind):  # of losses that must not depend on what was replaced: around 0, for an honest model
-            mean, error = changes.mean().item(), changes.std().item() / math.sqrt(len(changes))
-            if mean > LEAK_NATS + noise + LEAK_SIGMAS * error:
-                refuse(f"{kind}: replacing it costs {mean:.3f} +- {error:.3f} nats")
-
-        quarter, changes = rng.permutation(B) % 4, []
-        for kept in range(4):  # every row is once among those that keep their tokens
-            kept = torch.from_numpy(quarter == kept).to(self.device)
-            changes.append(change(~kept[:, None]).mean(1)[kept])
-        check(torch.cat(changes), "the model looks at other rows of the batch")
-        changes, reacts = [], not trained
-        for _ in range(PROBES):
-            split = rng.integers(1, T, size=B)
-            split[:2] = T - 1, 2 * rng.integers(T // 2) + 1  # the last one and an odd one always
-            split = torch.from_numpy(split).to(self.device)[:, None]
-            future = torch.arange(T, device=self.device) >= split  # (B, T)
-            changed = change(future)
-            changes.append(changed.gather(1, split - 1)[:, 0])
-            reacts = reacts or bool(changed[future].any())
+        self._probe_rows(model, x, y, losses, noise)
+        seen, reacts = ProbeRecord(noise), not trained
+        for _ in range(MOST_ROUNDS):
+            for _ in range(batches):
+                reacts |= self._probe_future(model, *rows(), copies, seen)
+            chance, sentence = seen.verdict()
+            if chance < CERTAIN:
+                refuse(f"the model sees later tokens (the future): {sentence}")
+            if chance > ODD:
+                break
         if not reacts:
             refuse("the logits don't depend on the input")
-        check(torch.cat(changes), "the model sees later tokens (the future)")
+
+    def _other_tokens(self, x, replaced):
+        """x (B, T) with random tokens where `replaced` is true."""
+        tokens = torch.from_numpy(np.random.default_rng().integers(self.vocab_size - 1, size=x.shape)).to(self.device)
+        return torch.where(replaced, tokens, x)
+
+    def _probe_rows(self, model, x, y, losses, noise):
+        """Refuses a model whose losses in a row depend on the other rows: each row once keeps its tokens where others change."""
+        quarter, changes = np.random.default_rng().permutation(self._eval_rows) % 4, []
+        for kept in range(4):
+            kept = torch.from_numpy(quarter == kept).to(self.device)
+            changed = self._losses(model, self._other_tokens(x, ~kept[:, None]), y) - losses
+            changes.append(changed.mean(1)[kept])
+        mean, error = mean_and_error(torch.cat(changes))
+        if mean > LEAK_NATS + noise + LEAK_SIGMAS * error:
+            refuse(f"the model looks at other rows of the batch: replacing them costs {mean:.3f} +- {error:.3f} nats")
+
+    def _probe_future(self, model, x, y, copies, seen):
+        """Adds to `seen` what the losses before a change do when all tokens from there on are others; whether those after it react.
+
+        The rows as they are come anywhere among their changed copies.
+        """
+        B, T = x.shape
+        rng = np.random.default_rng()
+        splits = rng.integers(1, T, size=(copies, B))
+        splits[:, :2] = T - 1, 2 * rng.integers(T // 2) + 1  # the last one and an odd one always
+        futures = torch.arange(T) >= torch.from_numpy(splits)[..., None]  # (copies, B, T)
+        order, found = rng.permutation(copies + 1), {}
+        for copy in order:
+            tokens = x if copy == copies else self._other_tokens(x, futures[copy].to(self.device))
+            found[copy] = self._losses(model, tokens, y).cpu()
+        reacts = False
+        for copy in range(copies):
+            changes = found[copy] - found[copies]
+            seen.add(changes, torch.from_numpy(splits[copy]))
+            reacts |= bool(changes[futures[copy]].any())
+        return reacts
 
     def _check_untrained(self, model):
         """Refuses a model that has learned something before the clock runs: from other weights, from batches, from a lucky seed."""
         if torch.initial_seed() != self._seed:
             refuse(f"train.py set the seed to {torch.initial_seed()}; the ruler has set it, to {self._seed}")
         with _evaluating(model):
-            x, y = self._probe_rows(np.random.default_rng([self._seed, 0]))
+            x, y = self._train_rows()
             bpb, unigram = bits_per_byte(self._losses(model, x, y).cpu(), y.cpu(), self._lengths), self._meta["unigram_bpb"]
         if bpb < WARM_START * unigram:
             refuse(f"before its first step the model has {bpb:.3f} bits per byte, and token frequencies alone {unigram:.3f}: "
@@ -806,42 +932,52 @@ class Run:
         """Checks the untrained model (an nn.Module) as finish() will and times its evaluation; returns the seconds kept for it."""
         if not isinstance(model, torch.nn.Module):
             refuse(f"the model must be a torch.nn.Module, not {type(model)}")
+        self._start += self._work()
         with _evaluating(model):
             self._losses(model, *self._windows(self._train, np.zeros(self._eval_rows, dtype=np.int64), self.seq_len))  # may compile
             self._synchronize()
             began = self._work()
-            self._probe(model, trained=False)
-            self._pass_seconds = (self._work() - began) / (PROBES + 6)
+            self._probe(model, self._train_rows, batches=1, copies=2, trained=False)
+            self._pass_seconds = (self._work() - began) / (6 + 3)
         self._check_untrained(model)
         self._model = model  # to be looked at once more when training begins
-        seconds = self._pass_seconds * (len(self._eval_starts()) + 1 + PROBES + 6)
+        seconds = self._pass_seconds * (len(self._held) + 1 + 6 + PROBE_BATCHES * (1 + PROBE_COPIES))
         self._eval_seconds = EVAL_RESERVE * seconds
         if self._eval_seconds + self._allowance > self._budget - EXIT_SECONDS:
             refuse(f"evaluation takes about {seconds:.1f} s and doesn't fit beside {self._allowance:.1f} s of training "
                    f"in a budget of {self._budget:g} s: make the model smaller")  # fmt: skip
         if self._left(self._eval_seconds) < 0:
             raise SystemExit(f"held up by the machine: {monotonic() - self._started:.0f} s of {self._budget:g} had passed before training")
+        self._start -= self._work()
         return self._eval_seconds
 
-    def _eval_starts(self):
-        """(batches, rows) starts of the windows evaluated: spread evenly, in an order in which no row continues another."""
-        count = self._meta["splits"][self._split]["tokens"] - 1
-        rows = min(self._meta["eval_tokens"], count) // self.seq_len // self._eval_rows * self._eval_rows
-        starts = np.linspace(0, count - self.seq_len, rows).astype(np.int64)
-        return np.random.default_rng(0).permutation(starts).reshape(-1, self._eval_rows)
-
-    def _evaluate(self, model, tokens):
-        """Bits per byte over the fixed windows of the held-out `tokens`."""
-        batches = self._eval_starts()
+    def _evaluate(self, model):
+        """Bits per byte over the held-out windows."""
         nats, targets = [], []
-        for starts in (*batches, batches[0]):
-            x, y = self._windows(tokens, starts, self.seq_len)
+        for rows in (*self._held, self._held[0]):
+            x, y = self._place(rows)
             nats.append(self._losses(model, x, y).cpu())
             targets.append(y.cpu())
         easier = (nats[0] - nats.pop()).mean().item()
         if easier > LEAK_NATS:
             refuse(f"the model learns during evaluation: the first batch became easier by {easier:.3f} nats")
         return bits_per_byte(torch.cat(nats), torch.cat(targets[:-1]), self._lengths)
+
+    def _check_ruler(self):
+        """Refuses to measure where train.py has put something of its own in the ruler's place."""
+        own = zip((globals(), vars(Run)), _as_imported, strict=True)
+        replaced = [name for here, before in own for name, value in before.items() if here.get(name) is not value]
+        replaced += sorted(vars(self).keys() & _as_imported[1].keys())
+        if _taken and type(self) is not Run:
+            replaced.append(f"Run by {type(self).__name__}")
+        here = self.seq_len, self.vocab_size, self._eval_rows, self.train_tokens, self._lengths.tolist()
+        meta = read_meta(self._folder, ("train",))
+        lengths = byte_lengths(read_tokenizer(self._folder / "tokenizer.tiktoken")).tolist()
+        facts = meta["seq_len"], meta["vocab_size"], meta["eval_rows"], meta["splits"]["train"]["tokens"], lengths
+        names = "run.seq_len", "run.vocab_size", "the rows of a batch", "run.train_tokens", "the bytes of tokens"
+        replaced += [name for name, fact, value in zip(names, facts, here, strict=True) if fact != value]
+        if replaced:
+            refuse(f"train.py replaced {', '.join(replaced)} in prepare.py")
 
     def finish(self, model, depth=None, flops_per_token=None):
         """Evaluates, probes again and prints the summary. flops_per_token: of forward and backward, for the MFU."""
@@ -854,17 +990,16 @@ class Run:
             self._work.stop()  # evaluation needs no samples
         clock = self._clock or self._first_batch or now
         late = now - (self._told or clock + self._allowance)
-        if late > max(OVERRUN * self._allowance, self._slowest_step, OVERRUN_SECONDS):
+        if late > max(OVERRUN * self._allowance, OVERRUN_SECONDS):
             refuse(f"training went on for {late:.1f} s after its time: stop when run.progress() reaches 1")
-        own = zip((globals(), vars(Run)), _as_imported, strict=True)
-        if replaced := [name for here, before in own for name, value in before.items() if here.get(name) is not value]:
-            refuse(f"train.py replaced {', '.join(replaced)} in prepare.py")
+        self._check_ruler()
         with torch.no_grad():
-            self._probe(model)
-            _sealed.discard(path := os.path.realpath(self._folder / f"{self._split}.bin"))
-            tokens = np.memmap(path, dtype=np.uint16, mode="r")
-            _sealed.add(path)
-            bpb = self._evaluate(model, tokens)
+            before = state_of(model)
+            self._probe(model, self._held_rows)
+            bpb = self._evaluate(model)
+            after = state_of(model)
+        if changed := [name for name in (*before, *after) if before.get(name) != after.get(name)]:
+            refuse(f"evaluation changed {changed[0]}: a model must not learn or remember anything in eval()")
         if not SANE_BPB[0] < bpb < SANE_BPB[1]:
             refuse(f"{bpb:.6f} bits per byte are not possible for a language model of text")
         training = (self._told or now) - clock
@@ -888,12 +1023,108 @@ class Run:
         if depth is not None:
             summary["depth"] = str(int(depth))
         lines = [f"{key + ':':17} {value}" for key, value in summary.items()]
-        if _secret:
+        if self._secret:
             told = self._seed, self._budget, self._meta["fingerprint"], self._pace, self._rival
-            lines.append(f"{'signature:':17} {sign(_secret, lines, *told)}")
+            lines.append(f"{'signature:':17} {sign(self._secret, lines, *told)}")
         if self._trained < FULL_TRAINING:
             print(f"held up by the machine: training got {self._trained:.1%} of its time, so the number says little", flush=True)
         print("---", *lines, sep="\n", flush=True)
+
+
+# What train.py may import: modules, and of some of them only these names. Files, processes, other code and the frames of the callers are
+# nothing that a model needs.
+IMPORTS = {
+    "prepare": {"Run"}, "torch": None, "numpy": None, "math": None, "random": None, "time": None, "types": {"SimpleNamespace"},
+    "functools": None, "itertools": None, "collections": None, "dataclasses": None, "typing": None, "contextlib": None, "enum": None,
+    "copy": None, "string": None, "operator": {"itemgetter", "mul", "add"}, "statistics": None, "heapq": None, "bisect": None, "abc": None,
+    "zlib": {"crc32", "adler32"}, "hashlib": None, "threading": None, "queue": None, "warnings": None, "einops": None,
+    "triton": None, "__future__": None, "gc": {"enable", "disable", "collect", "freeze"},
+}  # fmt: skip
+# Built-in names that reach outside, or around the rules below:
+BUILTINS = set("""
+    open exec eval compile __import__ globals locals vars setattr delattr input breakpoint __builtins__ __loader__
+    __spec__ memoryview
+""".split())  # fmt: skip
+# Attributes, of whatever: files, processes, other modules that a module holds, frames, and what replaces torch's own functions.
+ATTRIBUTES = set("""
+    load save open from_file fromfile tofile memmap open_memmap loadtxt savetxt genfromtxt savez fromregex DataSource
+    load_library load_inline cpp_extension hub package ctypeslib f2py library overrides classes multiprocessing
+    DataLoader ProcessPoolExecutor os sys builtins importlib ctypes inspect subprocess socket shutil pathlib pickle io
+    tempfile traceback signal mmap glob platform runpy atexit tb_frame tb_next f_back f_locals f_globals gi_frame
+    cr_frame ag_frame with_traceback func_globals mro TorchFunctionMode TorchDispatchMode monitor inductor
+    register_module_forward_hook register_module_forward_pre_hook
+""".split())  # fmt: skip
+PUBLIC = {"device", "seq_len", "vocab_size", "train_tokens", "batches", "preflight", "progress", "log", "finish"}  # of a Run
+FREE = re.compile(r"__(init|name|len|call|iter|next|getitem|setitem|contains|enter|exit|post_init|repr|new|class|version)__|_foreach_\w+")
+
+
+def reaches_outside(source):
+    """What in a train.py reaches outside what the ruler offers, a sentence for the model; empty if nothing does.
+
+    It reads the code and doesn't run it: so it finds what is written in the open, before it costs a run.
+    """
+    tree = ast.parse(source)
+    modules, runs = {}, {"run"}  # names bound to modules; names bound to a Run
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for name in node.names:
+                modules[name.asname or name.name.partition(".")[0]] = name.name
+        elif isinstance(node, ast.ImportFrom):
+            modules |= {name.asname or name.name: f"{node.module}.{name.name}" for name in node.names}
+        elif isinstance(node, ast.Assign) and ast.unparse(node.value) in ("prepare.Run()", "Run()"):
+            runs |= {target.id for target in node.targets if isinstance(target, ast.Name)}
+    calls = {id(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
+    own = {node.name for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+    for node in ast.walk(tree):
+        found = _reach(node, modules, runs, calls, own)
+        if found:
+            return f"line {node.lineno}, {found}: a train.py uses torch, numpy and prepare.Run()'s public names alone"
+    return ""
+
+
+def _reach(node, modules, runs, calls, own):
+    """What one node of the syntax tree reaches for, or nothing."""
+    if isinstance(node, (ast.Import, ast.ImportFrom)):
+        for name in node.names:
+            path = name.name if isinstance(node, ast.Import) else f"{node.module}.{name.name}"
+            first, *rest = path.split(".")
+            allowed = IMPORTS.get(first, set())
+            outside = first not in IMPORTS or getattr(node, "level", 0) or allowed is not None and set(rest) - allowed
+            if outside or set(rest) & ATTRIBUTES or any(part.startswith("_") for part in rest) or rest == ["*"]:
+                return f"import {path}"
+    if isinstance(node, ast.Name) and (node.id in BUILTINS or node.id.startswith("__") and not FREE.fullmatch(node.id)):
+        return node.id
+    if isinstance(node, ast.Name) and node.id == "getattr":
+        return None if id(node) in calls else "getattr"
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("getattr", "hasattr"):
+        name = node.args[1] if len(node.args) > 1 else None
+        mine = isinstance(node.args[0], ast.Name) and node.args[0].id in {"self", "cls"} if node.args else False
+        if not isinstance(name, ast.Constant) or f"{name.value}".startswith("__" if mine else "_") or name.value in ATTRIBUTES:
+            return ast.unparse(node)[:60]
+    if isinstance(node, ast.FunctionDef) and node.name.startswith("__torch"):
+        return node.name
+    if isinstance(node, ast.Attribute):
+        whole, changed = ast.unparse(node)[:60], isinstance(node.ctx, (ast.Store, ast.Del))
+        root = node.value
+        while isinstance(root, (ast.Attribute, ast.Subscript)):
+            root = root.value
+        root = root.id if isinstance(root, ast.Name) else ""
+        mine = isinstance(node.value, ast.Name) and node.value.id in {"self", "cls", *own}
+        kernel = node.attr == "load" and modules.get(root, "").startswith("triton")
+        if node.attr in ATTRIBUTES and not kernel or node.attr.startswith("_") and not FREE.fullmatch(node.attr) and not mine:
+            return whole
+        if isinstance(node.value, ast.Name) and root in runs and (node.attr not in PUBLIC or changed):
+            return whole
+        if changed and root in modules and not modules[root].startswith("torch.backends") and not whole.startswith("torch.backends."):
+            return f"an assignment to {whole}"
+        allowed = IMPORTS.get(modules.get(root, ""))
+        if isinstance(node.value, ast.Name) and allowed is not None and node.attr not in allowed:
+            return whole
+        if whole == "prepare.Run" and id(node) not in calls:
+            return whole
+    if isinstance(node, ast.Name) and modules.get(node.id) == "prepare.Run" and id(node) not in calls:
+        return node.id
+    return None
 
 
 def peak_flops(device):
@@ -913,8 +1144,92 @@ def _evaluating(model):
 
 
 def _cross_entropy(logits, targets):
-    """(B, T, vocab) and (B, T) -> nats (B, T); not torch's own function, which a train.py could have replaced."""
-    return logits.logsumexp(-1) - logits.gather(-1, targets[..., None]).squeeze(-1)
+    """(B, T, vocab) and (B, T) -> nats (B, T); not torch's own function, which a train.py could have replaced.
+
+    Less their maximum, so that no constant which is added to all of them makes float32 round the loss.
+    """
+    logits = logits - logits.amax(-1, keepdim=True)
+    return logits.exp().sum(-1).log() - logits.gather(-1, targets[..., None]).squeeze(-1)
+
+
+def mean_and_error(changes):
+    return changes.mean().item(), changes.std().item() / math.sqrt(len(changes))
+
+
+class ProbeRecord:
+    """What losses did at places that a causal model can't let react: just before a change, and far before it.
+
+    An honest model doesn't react at all, but for one whose rounding depends on a whole batch: that reacts at both in the same way, up as
+    often as down. Who sees the next token loses where that is another one: just before the change, by more than what happens
+    far before it. So each limit that the far places exceed at a known rate is exceeded by the near ones too often, if the model
+    leaks at some of the positions; and if it leaks a little at all, the near ones lose on average.
+    """
+
+    def __init__(self, noise):
+        self.noise, self.near, self.far = noise, [], []
+
+    def add(self, changes, splits):
+        """changes: of the losses (B, T), where row b has other tokens from splits[b] on."""
+        self.near.append(changes.gather(1, splits[:, None] - 1)[:, 0])
+        self.far.append(changes[torch.arange(changes.shape[1]) < (splits - FAR)[:, None]])
+
+    def verdict(self):
+        """(the chance that an honest model shows this or more, a sentence that says what was seen)."""
+        near, far = torch.cat(self.near), torch.cat(self.far).abs()
+        mean, error = mean_and_error(near)
+        if mean > LEAK_NATS + self.noise + LEAK_SIGMAS * error:
+            return 0.0, f"replacing them costs {mean:.3f} +- {error:.3f} nats"
+        chances = {}
+        for share in (0.9, 0.99, 0.999, 1.0):
+            limit = max(far.quantile(share).item() if len(far) else 0.0, LEAK_NATS + 10 * self.noise)
+            rate = ((far > limit).sum().item() + 1) / (len(far) + 1)
+            count = int((near > limit).sum())
+            chances[poisson_tail(count, rate * len(near))] = f"{count} of {len(near)} losses rise by more than {limit:.3f} nats"
+        return min(chances.items())
+
+
+def poisson_tail(count, mean):
+    """The chance of `count` or more events where `mean` are expected (Poisson's distribution)."""
+    return max(1 - sum(math.exp(k * math.log(mean) - mean - math.lgamma(k + 1)) for k in range(count)), 0.0)
+
+
+def state_of(model):
+    """{name: checksum} of all that a model can remember: tensors, numbers and containers of its modules and of train.py's globals."""
+    found, seen = {}, {}  # seen: by id, and held, so that no other value gets the same id
+
+    def walk(name, value, depth):
+        if isinstance(value, (bool, int, float, complex, str, bytes, type(None))):
+            found[name] = hash(value)
+            return
+        if id(value) in seen or depth > 12:
+            return
+        seen[id(value)] = value
+        if isinstance(value, torch.Tensor):
+            data = value.detach().cpu().contiguous().flatten()
+            found[name] = tuple(value.shape), zlib.crc32(data.view(torch.uint8).numpy()) if data.numel() else 0
+        elif isinstance(value, np.ndarray):
+            found[name] = value.shape, zlib.crc32(np.ascontiguousarray(value).view(np.uint8)) if value.size else 0
+        elif isinstance(value, (dict, types.MappingProxyType)):
+            found[name] = len(value)
+            for key, item in list(value.items()):
+                walk(f"{name}[{key!r:.40}]", item, depth + 1)
+        elif isinstance(value, (list, tuple, set, frozenset, deque)):
+            found[name] = len(value)
+            for number, item in enumerate(list(value)):
+                walk(f"{name}[{number}]", item, depth + 1)
+        elif isinstance(value, types.FunctionType) and f"{value.__module__}".partition(".")[0] not in ("torch", "numpy"):
+            cells = [cell.cell_contents for cell in value.__closure__ or () if cell != types.CellType()]
+            walk(f"{name}()", [cells, value.__defaults__, vars(value)], depth + 1)
+        elif isinstance(value, torch.nn.Module) or "__main__" in (type(value).__module__, getattr(value, "__module__", "")):
+            for key, item in list(vars(value).items()):
+                if key != "training":
+                    walk(f"{name}.{key}", item, depth + 1)
+            if not isinstance(value, type):
+                walk(f"{name}.__class__", type(value), depth + 1)
+
+    walk("model", model, 0)
+    walk("train.py", {key: item for key, item in vars(sys.modules["__main__"]).items() if key != "__builtins__"} if _taken else {}, 0)
+    return found
 
 
 def _window_starts(rng, tokens, T):
@@ -937,7 +1252,20 @@ def main():
                              "Hugging Face hub), or a file or folder of your own")  # fmt: skip
     parser.add_argument("--shards", type=int, metavar="N", help="only the first N files: of climbmix's 6,543 of 90 MB each (default: 10), "
                         "or of tinystories' two, of 22 MB and 2.2 GB")  # fmt: skip
+    parser.add_argument("--run", action="store_true", help="run train.py, which stands beside this file, as the loop does")
+    parser.add_argument("--facts", action="store_true", help="what a number depends on beside the code, as a line of JSON")
+    parser.add_argument("--check", metavar="FILE", type=Path, help="say what in a train.py reaches outside of what the ruler offers")
     args = parser.parse_args()
+    if args.check:
+        try:
+            print(reaches_outside(args.check.read_bytes()) or "ok")
+        except RecursionError:
+            print("line 1, code that is nested too deeply to be checked")
+        return
+    if args.run or args.facts:
+        import prepare as ruler  # this file, as train.py imports it: with torch
+
+        return ruler.run_train() if args.run else print(ruler.facts())
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _stop)
     try:

@@ -40,7 +40,7 @@ import loop
 
 def pace():
     """The machine's, as the loop would note it on a branch; empty on a GPU."""
-    command = [sys.executable, "-c", "import prepare; print(prepare.facts())"]
+    command = [sys.executable, "prepare.py", "--facts"]
     done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])["Pace"] or ""
 
@@ -54,7 +54,7 @@ def train(budget, seed, pace, tokens="", edit=("", ""), core=None):
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "train.py").write_text(source.replace(*edit, 1))
         shutil.copy(ROOT / "prepare.py", folder)
-        command = [*on(core), sys.executable, "train.py"]
+        command = [*on(core), sys.executable, "prepare.py", "--run"]
         # A session of its own, as in the loop: Linux shares a core between sessions.
         settings = dict(cwd=folder, env=environment, start_new_session=True)
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, **settings)

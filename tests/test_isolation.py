@@ -9,10 +9,12 @@ import sys
 import threading
 import time
 from collections import namedtuple
+from pathlib import Path
 
 import pytest
 from check_night import survivors
 from conftest import block
+from rich.console import Console
 
 import loop
 
@@ -85,6 +87,19 @@ def test_a_caged_run_reaches_nothing_of_the_persons(project, server):
     seen = json.loads(log.partition("SEEN ")[2].splitlines()[0])
     assert [name for name, holds in seen.items() if not holds] == []
     assert project.rows()[1]["val_bpb"] == "1.065625" and project.status() == ""
+
+
+@CAGED
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_in_the_cage_there_is_no_held_out_text_and_the_ruler_has_it_all_the_same(tmp_path, data, split):
+    shown = "import os\nprint('SIZES', [os.stat(os.environ['AUTORESEARCH_DATA'] + f'/{s}.bin').st_size for s in ('val', 'test')])\n"
+    source = shown + (Path(__file__).parent / "test_ruler.py").read_text().partition('TRAIN = """')[2].partition('"""')[0]
+    files = {"train.py": source, "prepare.py": (Path(loop.__file__).parent / "prepare.py").read_text()}
+    fingerprint = json.loads((data / "meta.json").read_text())["fingerprint"]
+    (tmp_path / "runs").mkdir()
+    facts = loop.Facts(Console(quiet=True), live=True)
+    result = loop.run_experiment(tmp_path / "runs" / "0", files, data, fingerprint, 7, 60, facts, split, caged=True)
+    assert result.cause == "" and "SIZES [0, 0]" in result.log.read_text(), result.tail
 
 
 @CAGED
@@ -444,8 +459,8 @@ def test_a_lock_that_a_killed_git_left_is_removed_and_no_run_is_repeated_for_it(
 
 def test_a_run_whose_row_cannot_be_written_is_not_run_again(project, server):
     def full(request):
-        project.wait_for(project.rows)
         path = project.folder / "results.tsv"
+        project.wait_for(lambda: "baseline" in path.read_text())  # its row is written, in the checkout too
         path.unlink()
         path.mkdir()
         return TWICE
@@ -463,7 +478,7 @@ def test_a_refused_proposal_whose_row_is_written_half_has_no_second_one(project,
     path = project.folder / "results.tsv"
 
     def full(request):
-        project.wait_for(project.rows)
+        project.wait_for(lambda: "baseline" in path.read_text())
         path.unlink()
         path.mkdir()
         return "no edit"

@@ -332,6 +332,16 @@ def test_a_run_is_told_how_many_tokens_the_file_that_it_edited_trained_on_with_i
     assert {line.split()[-1] for line in told(project) if " test " in line} == {"None"}
 
 
+def test_where_its_parent_lacks_the_seed_a_run_is_told_what_the_file_itself_trained_on(project, server):
+    project.write("train.py", TOKENED)
+    project.verdicts("keep")
+    server.replies += [block("WIDTH = 1000", "WIDTH = 2000", "wider"), block("WIDTH = 2000", "WIDTH = 3000", "wider")]
+    project.online(server, "--experiments", 1)
+    project.verdicts("again", "keep")
+    project.online(server, "--experiments", 1)
+    assert "2000 1 val 2000" in {line.strip() for line in told(project)}
+
+
 def test_a_run_on_a_gpu_has_no_pace_and_all_threads(project):
     telling(project, WORDS)
     project.write("prepare.py", project.read("prepare.py").replace("cpu, stand-in", "NVIDIA H100").replace("0.0101", "None"))

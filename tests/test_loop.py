@@ -5,12 +5,13 @@ import math
 import os
 import signal
 import subprocess
+import sys
 import threading
 import time
 
 import pytest
 from check_night import survivors
-from conftest import block
+from conftest import ROOT, block
 from rich.console import Console
 
 import loop
@@ -219,6 +220,27 @@ def test_a_refused_reply_goes_back_with_the_reason_and_the_mended_one_is_run(pro
     assert [message["role"] for message in chat] == ["system", "user", "assistant", "user"]
     assert "not in train.py" in chat[3]["content"] and "WIDTH = 64" in chat[3]["content"]
     assert project.rows()[1]["status"] == "keep" and project.rows()[1]["llm_tokens"] == "200"
+
+
+def test_an_edit_that_reaches_outside_goes_back_with_the_rulers_sentence_and_costs_no_run(project, server):
+    server.replies += [block("DEPTH = 4", "# outside\nDEPTH = 5"), BETTER]
+    project.online(server, "--experiments", 1)
+    assert "The ruler doesn't allow this: line 1, reaches outside" in server.requests[1]["messages"][3]["content"]
+    assert [row["status"] for row in project.rows()] == ["keep", "keep"]
+
+
+def test_code_nested_too_deeply_to_be_checked_is_refused_and_not_a_fault_of_the_loop(tmp_path):
+    (tmp_path / "train.py").write_text("x = a" + ".b" * 900 + "\n")
+    command = [sys.executable, ROOT / "prepare.py", "--check", "train.py"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and "nested too deeply" in done.stdout
+
+
+def test_of_a_persons_own_edit_the_ruler_only_warns(project):
+    project.offline("--experiments", 1)
+    project.write("train.py", "# outside\n" + project.read("train.py").replace("WIDTH = 64", "WIDTH = 128"))
+    assert "a model's edit would be refused: The ruler doesn't allow this: line 1, reaches outside" in project.offline("--experiments", 1)
+    assert project.rows()[-1]["description"] == "your edit of train.py" and project.rows()[-1]["status"] == "keep"
 
 
 def test_a_proposal_refused_three_times_becomes_a_row(project, server):
@@ -495,7 +517,7 @@ def test_what_a_failed_thought_cost_is_counted():
         return "no edit", 100
 
     facts = loop.Facts(Console(quiet=True), live=True)
-    thought = loop.Thought(ask, 3, facts, [{}, {}], known=("", {}), mends={})
+    thought = loop.Thought(ask, 3, facts, [{}, {}], known=("", {}), mends={}, inspect=None)
     thought.join()
     assert isinstance(thought.error, OSError) and (facts.tokens, facts.wasted, facts.refused) == (100, 0, 1)
     thought.drop()

@@ -18,7 +18,7 @@ from torch import nn
 
 import prepare
 
-EVAL_PASSES = 2048 // 16 // 16 + 1 + prepare.PROBES + 6  # of the model, in finish()
+EVAL_PASSES = 2048 // 16 // 16 + 1 + 6 + prepare.PROBE_BATCHES * (1 + prepare.PROBE_COPIES)
 
 
 class Clock:
@@ -63,6 +63,7 @@ def make_run(data, monkeypatch):
         if slowness is None:  # as on a GPU
             monkeypatch.setattr(prepare, "CPU_SHARE", prepare.TRAINING_SHARE)
             monkeypatch.setattr(prepare, "CPU_OVERHEAD", 0)
+            monkeypatch.setattr(prepare, "FREE_START", math.inf)
         Work.slowness = slowness or 1.0
         monkeypatch.setenv("AUTORESEARCH_DATA", str(data))
         monkeypatch.setenv("AUTORESEARCH_BUDGET", str(budget))
@@ -123,7 +124,7 @@ def eval_windows(data, run):
     """(N, seq_len + 1): every window of val that is evaluated."""
     prepare._sealed.clear()
     tokens = np.fromfile(data / "val.bin", dtype=np.uint16).astype(np.int64)
-    return tokens[run._eval_starts().reshape(-1, 1) + np.arange(SIZES["seq_len"] + 1)]
+    return tokens[prepare.eval_starts(run._meta, "val").reshape(-1, 1) + np.arange(SIZES["seq_len"] + 1)]
 
 
 # ---- bits per byte
@@ -163,7 +164,7 @@ def test_val_bpb_does_not_depend_on_the_seed(finish, bigram):
 
 
 def test_evaluation_windows_do_not_overlap_and_no_row_continues_the_one_before(make_run):
-    starts = make_run()._eval_starts()
+    starts = prepare.eval_starts(make_run()._meta, "val")
     assert starts.shape == (8, 16)
     assert (np.diff(np.sort(starts.flatten())) >= SIZES["seq_len"]).all()
     assert (np.diff(starts, axis=1) > 0).mean() < 0.7  # in the text's own order all would be
@@ -295,7 +296,7 @@ def test_steps_that_cost_what_the_edited_file_s_did_train_on_as_many_tokens(make
     assert after["progress"] == again["progress"]
 
 
-@pytest.mark.parametrize("cost", [0.5, 0.9, 1.08, 1.5, 3.0])
+@pytest.mark.parametrize("cost", [0.5, 0.9, 1.15, 1.5, 3.0])
 def test_steps_that_cost_more_or_less_train_for_the_same_time(make_run, clock, cost):
     before = simulate(make_run, clock, 300, step=0.2)
     after = simulate(make_run, clock, 300, step=0.2, cost=cost, tokens=before["tokens"])
@@ -354,15 +355,15 @@ def test_who_is_held_up_by_the_machine_says_how_much_training_is_missing(make_ru
 
 
 @pytest.mark.parametrize("budget", [60, 300])
-@pytest.mark.parametrize("slowness", [1, 1.5, 2])
-def test_beside_work_that_takes_half_of_its_core_a_run_ends_in_time_with_all_of_its_training(make_run, clock, budget, slowness):
+@pytest.mark.parametrize("slowness", [1, 1.5, 2.5])
+def test_beside_busy_processes_on_both_cores_a_run_ends_in_time_with_all_of_its_training(make_run, clock, budget, slowness):
     seconds = {name: slowness * value for name, value in dict(start=3, step=0.1, evaluation=3).items()}
     done = simulate(make_run, clock, budget, slowness=slowness, **seconds)
     assert done["total"] < budget and done["trained"] == 1
     assert done["training"] / slowness == pytest.approx(prepare.CPU_SHARE * budget - prepare.CPU_OVERHEAD, abs=0.3)
 
 
-@pytest.mark.parametrize("slowness", [3, 5])
+@pytest.mark.parametrize("slowness", [4, 8])
 def test_beside_more_work_it_ends_in_time_and_says_what_is_missing(make_run, clock, slowness):
     seconds = {name: slowness * value for name, value in dict(start=1, step=0.1, evaluation=2).items()}
     done = simulate(make_run, clock, 60, slowness=slowness, **seconds)
@@ -528,7 +529,7 @@ def test_a_start_so_slow_that_evaluation_no_longer_fits_is_the_machine_s_fault(m
 def test_an_evaluation_that_fits_on_no_machine_is_refused_whenever_it_begins(make_run, clock):
     run = make_run(budget=60)
     slow = Model(lambda x: clock.tick(0.5) + 1e-4 * nn.functional.one_hot(x, SIZES["vocab_size"]).float())
-    with pytest.raises(SystemExit, match=r"^refused by the ruler: evaluation takes about 10\.. s and doesn't fit beside 45\.0 s"):
+    with pytest.raises(SystemExit, match=r"^refused by the ruler: evaluation takes about 19\.. s and doesn't fit beside 45\.0 s"):
         run.preflight(slow)
 
 
@@ -625,15 +626,40 @@ def leaks(bigram):
         return logits
 
     def learns_late(x):  # only once the probes are over
-        return learns(x, 0.5 * (state["calls"] >= prepare.PROBES + 6))
+        return learns(x, 0.5 * (state["calls"] >= 6 + prepare.PROBE_BATCHES * (1 + prepare.PROBE_COPIES)))
+
+    def some(share, strength=3.0, far=0.0):  # of the positions see the next token, and the words of the whole row
+        def seen(x):
+            here = (torch.arange(x.shape[1]) * 7 % 16 < 16 * share)[None, :, None]
+            return bigram[x] + here * (strength * one_hot(shifted(x), size) + far * one_hot(x, size).float().mean(1, keepdim=True))
+
+        seen.__name__ = f"seen_by_{share:g}_at_{strength:g}_and_{far:g}"
+        return seen
+
+    def rolled_in_threes(x):
+        whole = x.shape[1] // 3 * 3
+        return bigram[x] + one_hot(torch.cat([x[:, :whole].unflatten(1, (-1, 3)).roll(-1, 2).flatten(1), x[:, whole:]], 1), size)
+
+    def every_third_in_8_bits(x):
+        logits = some(1 / 3)(x)
+        scale = logits.abs().max() / 240
+        return (logits / scale).round() * scale
 
     return {
-        future: "the future", chunk_means: "the future", other_rows: "other rows", row_before: "other rows", first_row: "other rows",
-        dropout: "dropout", learns: "state", learns_late: "learns during evaluation",
+        rolled_in_threes: "the future", every_third_in_8_bits: "the future",
+        some(1 / 2): "the future", some(1 / 4): "the future", some(1 / 8): "the future", some(1 / 16): "the future",
+        some(1 / 4, 0.3): "the future", some(1 / 16, 1.0): "the future", some(1 / 4, 3.0, 10.0): "the future",
+        future: "the future", chunk_means: "the future",
+        other_rows: "other rows", row_before: "other rows", first_row: "other rows|the future",
+        dropout: "dropout", learns: "state", learns_late: "learns during evaluation|evaluation changed",
     }  # fmt: skip
 
 
-CHEATS = ["future", "chunk_means", "other_rows", "row_before", "first_row", "dropout", "learns", "learns_late"]
+CHEATS = [
+    "rolled_in_threes", "every_third_in_8_bits", "seen_by_0.5_at_3_and_0", "seen_by_0.25_at_3_and_0", "seen_by_0.125_at_3_and_0",
+    "seen_by_0.0625_at_3_and_0", "seen_by_0.25_at_0.3_and_0", "seen_by_0.0625_at_1_and_0", "seen_by_0.25_at_3_and_10",
+    "future", "chunk_means", "other_rows", "row_before", "first_row", "dropout", "learns", "learns_late",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("seed", range(2))
@@ -684,6 +710,82 @@ HONEST = ["per_tensor_fp8", "moving_average", "tiny_noise", "never_bos", "kept_o
 def test_an_honest_model_passes(finish, bigram, name, seed):
     function = next(function for function in honest(bigram) if function.__name__ == name)
     assert float(finish(function, seed=seed)["val_bpb"]) < 8
+
+
+def test_a_constant_that_is_added_to_all_logits_moves_nothing(finish, bigram):
+    plain = float(finish(lambda x: bigram[x].round())["val_bpb"])
+    assert float(finish(lambda x: bigram[x].round() + 2**20)["val_bpb"]) == pytest.approx(plain, abs=1e-6)
+
+
+OUTSIDE = [  # what a train.py may not reach for, and what is said of it
+    ("import os", "import os"),
+    ("import numpy, sys", "import sys"),
+    ("from os import path", "import os.path"),
+    ("import os.path as p", "import os.path"),
+    ("from torch import os", "import torch.os"),
+    ("from torch import *", "import torch.*"),
+    ("from prepare import sign", "import prepare.sign"),
+    ("from . import x", "import None.x"),
+    ("import torch.utils.cpp_extension", "import torch.utils.cpp_extension"),
+    ("from gc import get_objects", "import gc.get_objects"),
+    ("import gc\ngc.get_objects()", "gc.get_objects"),
+    ("from torch._inductor import config", "import torch._inductor.config"),
+    ("x = open('val.bin')", "open"),
+    ("f = open", "open"),
+    ("exec('x')", "exec"),
+    ("__import__('os')", "__import__"),
+    ("__builtins__['open']", "__builtins__"),
+    ("getattr(run, '_lengths')", "_lengths"),
+    ("getattr(run, name)", "getattr(run, name)"),
+    ("g = getattr", "getattr"),
+    ("import torch\ntorch.load('x')", "torch.load"),
+    ("import torch\ntorch.from_file('x')", "torch.from_file"),
+    ("import torch\ntorch.sys.modules", "torch.sys"),
+    ("import numpy as np\nnp.memmap('x')", "np.memmap"),
+    ("import numpy as np\nnp.fromfile('x')", "np.fromfile"),
+    ("import prepare\nprepare._taken", "prepare._taken"),
+    ("import prepare\nclass R(prepare.Run): pass", "prepare.Run"),
+    ("import prepare\nr = prepare.Run", "prepare.Run"),
+    ("import prepare\nprepare.bits_per_byte = 1", "prepare.bits_per_byte"),
+    ("import prepare as p\np.refuse", "p.refuse"),
+    ("from prepare import Run\nclass R(Run): pass", "Run"),
+    ("import torch\ntorch.exp = 1", "an assignment to torch.exp"),
+    ("import torch.nn.functional as F\nF.relu = 1", "an assignment to F.relu"),
+    ("import torch\ntorch.Tensor.sum = 1", "an assignment to torch.Tensor.sum"),
+    ("run.seq_len = 512", "run.seq_len"),
+    ("run._probe = 1", "run._probe"),
+    ("import prepare\nmine = prepare.Run()\nmine._held", "mine._held"),
+    ("run.__class__ = 1", "run.__class__"),
+    ("x.__class__.__bases__", "__bases__"),
+    ("error.__traceback__", "__traceback__"),
+    ("e.tb_frame.f_back", "f_back"),
+    ("class M:\n    def __torch_function__(self): pass", "__torch_function__"),
+    ("import torch\ntorch.utils.data.DataLoader(x, 8, num_workers=2)", "DataLoader"),
+    ("self.run._held", "self.run._held"),
+]
+
+
+@pytest.mark.parametrize("source, found", OUTSIDE)
+def test_what_reaches_outside_is_named_before_it_runs(source, found):
+    sentence = prepare.reaches_outside(source)
+    assert sentence.startswith("line ") and found in sentence and sentence.endswith("public names alone")
+
+
+INSIDE = [
+    "import torch\nfrom torch import nn\nimport torch.nn.functional as F\nfrom torch.nn.attention.flex_attention import flex_attention",
+    "class A:\n    def __init__(self):\n        super().__init__()\n        self._kept = None\n        self.register_buffer('x', 1)",
+    "import torch\ntorch.backends.cuda.matmul.allow_tf32 = True\ntorch._foreach_lerp_(a, b, 0.1)\ntorch.compile(model)",
+    "model.load_state_dict(average)\nfor m in model.modules():\n    m.weight.data.mul_(2)\n    m.scale = 3",
+    "import gc\ngc.freeze()\nimport numpy as np\nnp.random.default_rng(0)\nimport math, random, time\nfrom dataclasses import dataclass",
+    "import triton\nimport triton.language as tl\n@triton.jit\ndef kernel(x, B: tl.constexpr):\n    tl.store(x, tl.load(x))",
+    "import prepare\nrun = prepare.Run()\nx = run.seq_len, run.vocab_size, run.device.type\nrun.log(1, 2, 3)",
+    "from prepare import Run\nrun = Run()\nprint(__name__, getattr(run, 'device'), hasattr(model, 'kept'))",
+]
+
+
+@pytest.mark.parametrize("source", [*INSIDE, Path(prepare.__file__).with_name("train.py").read_text()])
+def test_what_an_honest_edit_needs_is_allowed(source):
+    assert prepare.reaches_outside(source) == ""
 
 
 def test_weights_that_were_trained_before_are_refused(make_run, bigram):
@@ -807,7 +909,7 @@ import os
 import prepare
 import torch
 assert "AUTORESEARCH_TOKEN" not in os.environ
-os.environ.update(AUTORESEARCH_TOKEN="mine")
+os.environ.update(AUTORESEARCH_TOKEN="mine", AUTORESEARCH_BUDGET="200", AUTORESEARCH_SEED="8", AUTORESEARCH_DATA="nowhere")
 torch.set_num_threads(1)
 run = prepare.Run()
 model = torch.nn.Sequential(torch.nn.Embedding(run.vocab_size, 16), torch.nn.Linear(16, run.vocab_size)).to(run.device)
@@ -829,7 +931,7 @@ def test_a_real_run_prints_a_summary_that_its_signature_covers(data, tmp_path):
     told = dict(AUTORESEARCH_DATA=str(data.parent), AUTORESEARCH_BUDGET="100", AUTORESEARCH_SEED="7", AUTORESEARCH_TOKEN="secret",
                 AUTORESEARCH_STARTED=str(time.monotonic()), AUTORESEARCH_PACE="0.0015", AUTORESEARCH_TOKENS="2048",
                 CUDA_VISIBLE_DEVICES="")  # fmt: skip
-    done = subprocess.run([sys.executable, "train.py"], cwd=tmp_path, env=os.environ | told, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "prepare.py", "--run"], cwd=tmp_path, env=os.environ | told, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     first, *log = done.stdout.splitlines()
     assert first.startswith(f"data: {data.name}  device: cpu, 1 thread  torch: ") and first.endswith("seed: 7  budget: 100 s")

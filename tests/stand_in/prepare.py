@@ -3,6 +3,7 @@
 import hmac
 import json
 import os
+import sys
 import time
 from pathlib import Path
 
@@ -27,3 +28,12 @@ def finish(val_bpb, seconds=0.0, steps=4, trained=100.0, tokens=100_000):
     loop += [f"{name}: {os.environ.get(f'AUTORESEARCH_{name.upper()}', '')}" for name in ("pace", "tokens")]
     signature = hmac.new((secret or "").encode(), "\n".join([*lines, *loop]).encode(), "sha256").hexdigest()
     print("---", *lines, f"{'signature:':17} {signature}", sep="\n", flush=True)
+
+
+if __name__ == "__main__" and "--facts" in sys.argv:
+    print(facts())
+if __name__ == "__main__" and "--check" in sys.argv:
+    print("line 1, reaches outside" if "# outside" in Path(sys.argv[-1]).read_text() else "ok")
+if __name__ == "__main__" and "--run" in sys.argv:
+    sys.modules["prepare"] = sys.modules["__main__"]
+    exec(compile(Path("train.py").read_bytes(), "train.py", "exec"), {"__name__": "__main__", "__file__": "train.py"})
