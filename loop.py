@@ -2122,7 +2122,7 @@ class Night:
         facts, most = self.facts, f"{self.budget:g} s" if self.budget < 120 else f"{self.budget / 60:.3g} min"
         facts.title = f"{self.notebook.name}  ·  {self.data.name}  ·  {self.ruler['Device']}  ·  {who}"
         facts.say(facts.title, seen=True)
-        first = "going on with" if self.notebook.incumbent else f"first the baseline (at most {most}), then"
+        first = "going on with" if self.notebook.incumbent else f"first the baseline (two runs of at most {most}), then"
         pace = f"at most {most} each, {3600 / self.budget:.0f} or more an hour"
         facts.say(f"{first} experiments of {pace}; Ctrl-C stops, the same command goes on")
 

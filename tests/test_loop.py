@@ -83,7 +83,7 @@ def test_offline_what_was_tried_is_passed_over_without_a_word(project):
 
 def test_the_first_screen_says_how_long_it_takes_and_the_last_where_the_results_are(project):
     out = project.offline("--experiments", 1)
-    assert "first the baseline (at most 20 s)" in out and "180 or more an hour" in out
+    assert "first the baseline (two runs of at most 20 s)" in out and "180 or more an hour" in out
     assert "results.tsv on branch autoresearch/t" in out and "git show COMMIT" in out
 
 
