@@ -1121,7 +1121,7 @@ def find_runs(runs):
     """
     own = {process.pid for process in [*PLOTS, *CHECKS] if process.poll() is None}  # asked first: one that ends now is still no run's
     alive = processes(runs)
-    found = {os.getpid()} | {pid for pid, (_, _, marked) in alive.items() if marked}
+    found = {os.getpid()} | {pid for pid, (_, _, marked) in alive.items() if marked} - own
     while new := {pid for pid, (parent, _, _) in alive.items() if parent in found} - found - own:
         found |= new
     return {pid: alive[pid][1] for pid in found - {os.getpid()}}
@@ -1857,6 +1857,7 @@ class Thought(threading.Thread):
     reply: str = ""
     edit: Edit | None = None
     new: str | None = None  # train.py after the edit; None until one applies
+    inspected: str | None = None  # the last one that inspect() let pass: an edit is applied again when its turn comes
     refusal: str = ""
     error: Exception | None = None
     unwanted: threading.Event = field(default_factory=threading.Event)
@@ -1890,9 +1891,9 @@ class Thought(threading.Thread):
             if self.edit.whole and incumbent != self.known[0]:
                 raise Refused("This whole file was made from an earlier train.py; the best one is another now.")
             new = accept(apply_edit(incumbent, self.edit), incumbent, tried)
-            if self.chat:  # chance changes numbers only
+            if self.chat and new != self.inspected:  # chance changes numbers only
                 self.inspect(new)
-            self.new = new
+            self.new = self.inspected = new
             return True
         except Refused as error:
             self.refusal = str(error)
@@ -2024,7 +2025,7 @@ class Night:
         with tempfile.TemporaryDirectory(prefix="check-", dir=self.runs) as folder:
             for name, text in {"prepare.py": self.prepare_py, "train.py": source}.items():
                 Path(folder, name).write_text(text, encoding="utf-8", errors="surrogateescape")
-            env = {name: value for name, value in os.environ.items() if ALLOWED.fullmatch(name)}
+            env = environment(Path(folder), self.runs, self.data)
             command, answer = [sys.executable, "prepare.py", "--check", "train.py"], ""
             while not answer:  # a run that ends in this moment may take it for one of its own, and end it
                 process = subprocess.Popen(command, cwd=folder, env=env, stdout=subprocess.PIPE, text=True)

@@ -96,7 +96,7 @@ EVAL_RESERVE = 1.5  # times the measured evaluation time is kept free
 USUAL_PASSES, MOST_PASSES = 4, 6  # evaluation passes of as many tokens that a training step takes, and that it may take
 FORGET = 0.02  # seconds by which the memory of a slow step fades in each second of training
 FREE_START = 4.0  # seconds of work on a CPU, beside preflight's, before the first step: more is counted as training
-OVERRUN = 0.02  # of the training time, or one step: more training than that is refused
+OVERRUN = 0.02  # of the training time: more training than that is refused
 OVERRUN_SECONDS = 1.0  # nothing shorter is refused: weights may be swapped between the last step and finish()
 # A round of probes for a leak from the future: so many batches of text, each beside so many copies whose rows change somewhere.
 PROBE_BATCHES, PROBE_COPIES = 3, 7
@@ -892,9 +892,8 @@ class Run:
             kept = torch.from_numpy(quarter == kept).to(self.device)
             changed = self._losses(model, self._other_tokens(x, ~kept[:, None]), y) - losses
             changes.append(changed.mean(1)[kept])
-        mean, error = mean_and_error(torch.cat(changes))
-        if mean > LEAK_NATS + noise + LEAK_SIGMAS * error:
-            refuse(f"the model looks at other rows of the batch: replacing them costs {mean:.3f} +- {error:.3f} nats")
+        if cost := clear_cost(torch.cat(changes), noise):
+            refuse(f"the model looks at other rows of the batch: {cost}")
 
     def _probe_future(self, model, x, y, copies, seen):
         """Adds to `seen` what the losses before a change do when all tokens from there on are others; whether those after it react.
@@ -1152,8 +1151,10 @@ def _cross_entropy(logits, targets):
     return logits.exp().sum(-1).log() - logits.gather(-1, targets[..., None]).squeeze(-1)
 
 
-def mean_and_error(changes):
-    return changes.mean().item(), changes.std().item() / math.sqrt(len(changes))
+def clear_cost(changes, noise):
+    """What losses that must not depend on what was replaced rise by, in words; empty where it may be chance."""
+    mean, error = changes.mean().item(), changes.std().item() / math.sqrt(len(changes))
+    return f"replacing them costs {mean:.3f} +- {error:.3f} nats" if mean > LEAK_NATS + noise + LEAK_SIGMAS * error else ""
 
 
 class ProbeRecord:
@@ -1176,9 +1177,8 @@ class ProbeRecord:
     def verdict(self):
         """(the chance that an honest model shows this or more, a sentence that says what was seen)."""
         near, far = torch.cat(self.near), torch.cat(self.far).abs()
-        mean, error = mean_and_error(near)
-        if mean > LEAK_NATS + self.noise + LEAK_SIGMAS * error:
-            return 0.0, f"replacing them costs {mean:.3f} +- {error:.3f} nats"
+        if cost := clear_cost(near, self.noise):
+            return 0.0, cost
         chances = {}
         for share in (0.9, 0.99, 0.999, 1.0):
             limit = max(far.quantile(share).item() if len(far) else 0.0, LEAK_NATS + 10 * self.noise)

@@ -69,9 +69,14 @@ def on(core):
 PINNED = "import os, sys; os.sched_setaffinity(0, {int(sys.argv[1])}); os.execv(sys.argv[2], sys.argv[2:])"
 
 
+def cores_for(pace):
+    """The cores that runs keep to, one each, on a CPU, which has a pace; one that is none on a GPU and on macOS."""
+    return sorted(os.sched_getaffinity(0)) if pace and hasattr(os, "sched_getaffinity") else [None]
+
+
 def at_once(pace, jobs):
     """Summaries of runs, given by train()'s arguments: on a CPU as many at a time as there are cores, each on its own."""
-    cores = sorted(os.sched_getaffinity(0)) if pace and hasattr(os, "sched_getaffinity") else [None]
+    cores = cores_for(pace)
     free = queue.SimpleQueue()
     for core in cores:
         free.put(core)
@@ -123,7 +128,8 @@ def clock(args):
 
     As the loop compares an edit with its parent: all train on as many tokens as the clock gave the first one.
     """
-    now, cores = pace(), sorted(os.sched_getaffinity(0))
+    now = pace()
+    cores = cores_for(now)
     job = dict(budget=args.budget, seed=0)
     if not args.alone:
         job["tokens"] = tokens_of(train(**job, pace=now, core=cores[-1]))
