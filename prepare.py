@@ -1,13 +1,16 @@
-"""The ruler: the text, the tokenizer, the clock, the seed and the metric. The agent never edits this file.
+"""The ruler: the text, the tokenizer, the clock, the seed and the metric. The agent never edits this
+file.
 
-    python prepare.py                     the Python sources of the installed torch package; no download
-    python prepare.py --source PATH       your own .txt, .md, .py, .jsonl, .jsonl.gz or .parquet file, or a folder of them
-    python prepare.py --source climbmix   web text, or tinystories: from the Hugging Face hub (pip install -e '.[hub]')
-    python prepare.py --run               train.py, as the loop runs it; --check FILE and --facts are the loop's, too
+python prepare.py the Python sources of the installed torch package; no download python prepare.py
+--source PATH your own .txt, .md, .py, .jsonl, .jsonl.gz or .parquet file, or a folder of them python
+prepare.py --source climbmix web text, or tinystories: from the Hugging Face hub (pip install -e
+'.[hub]') python prepare.py --run train.py, as the loop runs it; --check FILE and --facts are the
+loop's, too
 
-Reads the source twice (vocabulary, then tokens) and writes ~/.cache/autoresearch/<source>-<fingerprint>/ (or below
-$AUTORESEARCH_DATA): train.bin, val.bin and test.bin (uint16 tokens, a BOS before each document), tokenizer.tiktoken
-(tiktoken's rank format) and meta.json. A second call finds the folder and does nothing. train.py imports `Run` from here.
+Reads the source twice (vocabulary, then tokens) and writes
+~/.cache/autoresearch/<source>-<fingerprint>/ (or below $AUTORESEARCH_DATA): train.bin, val.bin and
+test.bin (uint16 tokens, a BOS before each document), tokenizer.tiktoken (tiktoken's rank format) and
+meta.json. A second call finds the folder and does nothing. train.py imports `Run` from here.
 """
 
 import argparse
@@ -41,75 +44,109 @@ import warnings
 import zlib
 from collections import deque
 from pathlib import Path
-from time import monotonic, process_time, sleep, thread_time  # bound here: a train.py that replaces time.monotonic moves nothing
+from time import (
+    monotonic,
+    process_time,
+    sleep,
+    thread_time,
+)  # bound here: a train.py that replaces time.monotonic moves nothing
 
 import numpy as np
 
-if __name__ != "__main__":  # only the ruler needs torch; `python prepare.py` answers a second call without its seconds
+if (
+    __name__ != "__main__"
+):  # only the ruler needs torch; `python prepare.py` answers a second call without its seconds
     import torch
 
 # The sizes of the ruler: sequence length, vocabulary, tokens evaluated, rows of one evaluation batch.
 GPU_SIZES = dict(seq_len=2048, vocab_size=8192, eval_tokens=2**23, eval_rows=32)
-CPU_SIZES = dict(seq_len=256, vocab_size=2048, eval_tokens=2**17, eval_rows=16)  # evaluates in about 3 s on two cores
+CPU_SIZES = dict(
+    seq_len=256, vocab_size=2048, eval_tokens=2**17, eval_rows=16
+)  # evaluates in about 3 s on two cores
 
 FORMAT = 2  # of the files written; a new number makes every source be prepared again
 HELD_OUT = 20  # one document in 20 is val and one is test, by content hash
-DOCUMENT_CHARS = 8192  # a longer text file is cut at the next blank line, so that a book has documents to split
+DOCUMENT_CHARS = (
+    8192  # a longer text file is cut at the next blank line, so that a book has documents to split
+)
 RECORD_CHARS = 2**20  # a longer text in a JSON line or a parquet row is cut: bounds memory
 SUFFIXES = (".txt", ".md", ".py", ".jsonl", ".jsonl.gz", ".parquet")  # of the files that are read in a folder
 COMPRESSION = {".gz": 3, ".parquet": 3}  # times its size such a file holds, about; only progress bars need it
-# Data sets of the Hugging Face hub: repository, commit (the same text for everybody, always), files, how many without --shards.
+# Data sets of the Hugging Face hub: repository, commit (the same text for everybody, always), files, how many
+# without --shards.
 HUB = {
     "tinystories": ("roneneldan/TinyStories", "f54c09fd23315a6f9c86f9dc80f725de7d8f9c64",
                     ["TinyStoriesV2-GPT4-valid.txt", "TinyStoriesV2-GPT4-train.txt"], 2),  # 22 MB and 2.2 GB
     "climbmix": ("karpathy/climbmix-400b-shuffle", "915333b4f8b8684f39aeaafea600fea6f43fb703",
-                 [f"shard_{number:05d}.parquet" for number in range(6543)], 10),  # 90 MB each, 250 million characters
+                 # 90 MB each, 250 million characters
+                 [f"shard_{number:05d}.parquet" for number in range(6543)], 10),
 }  # fmt: skip
-# Of torch's sources: the first names the build, the second is a table of numbers that would be a third of all val tokens.
+# Of torch's sources: the first names the build, the second is a table of numbers that would be a third of all
+# val tokens.
 LEFT_OUT = ("version.py", "sparse/_triton_ops_meta.py")
 VOCABULARY_CHARS = 200_000_000  # the BPE is trained on at most this much of the train split
 BATCH_DOCUMENTS = 64  # tokenized at a time: bounds memory
-# How text is cut before BPE: words with one leading sign, digits by two, punctuation, line ends, spaces (GPT-4's rule).
+# How text is cut before BPE: words with one leading sign, digits by two, punctuation, line ends, spaces
+# (GPT-4's rule).
 PATTERN = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
 
 BUDGET = 300  # seconds of wall clock for the whole process, when the loop doesn't say
-TRAINING_SHARE = 3 / 4  # of the budget, for training on a GPU, by the wall clock; a cold compile fits into the rest
-# A run on a CPU, with its start and evaluation, takes a third of its budget there: so it ends in time, with all of its
-# training, beside a busy process on the same core and one on its neighbour, which together make it almost three times as slow.
+TRAINING_SHARE = (
+    3 / 4
+)  # of the budget, for training on a GPU, by the wall clock; a cold compile fits into the rest
+# A run on a CPU, with its start and evaluation, takes a third of its budget there: so it ends in time, with
+# all of its training, beside a busy process on the same core and one on its neighbour, which together make it
+# almost three times as slow.
 CPU_SHARE, CPU_OVERHEAD = 1 / 3, 8
 LEAST_SHARE = 1 / 5  # of the budget, for training on a CPU, where the budget is short
 PACE_EVERY = 0.03  # seconds between two samples of the core's speed, each of which takes 1 to 2 ms
 PACE_SECONDS = 4.0  # for measuring the pace of a machine: it changes from second to second
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # options of glibc's mallopt
 FULL_TRAINING = 0.98  # of the training's allowance: who gets less was held up by the machine, and says so
-# A difference in speed to the file that was edited which the clock can't tell from none at the end of a run; before, it is divided by the
-# square root of the share that is done. Equal runs scatter by 1 % on a quiet machine, but beside other work on the same core they are up
-# to 8 % slower than the clock can see.
+# A difference in speed to the file that was edited which the clock can't tell from none at the end of a run;
+# before, it is divided by the square root of the share that is done. Equal runs scatter by 1 % on a quiet
+# machine, but beside other work on the same core they are up to 8 % slower than the clock can see.
 SAME_SPEED = {"cpu": 0.10, "mps": 0.10, "cuda": 0.003}
 TOO_EARLY = 0.1  # share of the training before which nothing is said of the speed
 SLOWNESS_SECONDS = 5.0  # wall clock over which it is seen how slow the machine is now
-# Bits per byte: deviation of the difference of two runs on one seed, before a night has measured it. Seen on a CPU: 0.0018 at 60 s.
-# Not yet on a GPU: there it is a third of what runs of the original scatter by.
+# Bits per byte: deviation of the difference of two runs on one seed, before a night has measured it. Seen on
+# a CPU: 0.0018 at 60 s. Not yet on a GPU: there it is a third of what runs of the original scatter by.
 NOISE = {"cpu": 0.0015, "mps": 0.0015, "cuda": 0.0003}
 EXIT_SECONDS = 1.0  # kept free at the end, to print and exit
 EVAL_RESERVE = 1.5  # times the measured evaluation time is kept free
-USUAL_PASSES, MOST_PASSES = 4, 6  # evaluation passes of as many tokens that a training step takes, and that it may take
+USUAL_PASSES, MOST_PASSES = (
+    4,
+    6,
+)  # evaluation passes of as many tokens that a training step takes, and that it may take
 FORGET = 0.02  # seconds by which the memory of a slow step fades in each second of training
-FREE_START = 4.0  # seconds of work on a CPU, beside preflight's, before the first step: more is counted as training
+FREE_START = (
+    4.0  # seconds of work on a CPU, beside preflight's, before the first step: more is counted as training
+)
 OVERRUN = 0.02  # of the training time: more training than that is refused
 OVERRUN_SECONDS = 1.0  # nothing shorter is refused: weights may be swapped between the last step and finish()
-# A round of probes for a leak from the future: so many batches of text, each beside so many copies whose rows change somewhere.
+# A round of probes for a leak from the future: so many batches of text, each beside so many copies whose rows
+# change somewhere.
 PROBE_BATCHES, PROBE_COPIES = 3, 7
 MOST_ROUNDS = 5  # of probes, while what they saw is odd, but not certain
-ODD, CERTAIN = 1e-2, 1e-6  # chances that an honest model shows what was seen: below, another round; below, refused
-FAR = 4  # places before the change from which on a loss is one that the change can't reach by looking a few tokens ahead
-LEAK_NATS, LEAK_SIGMAS = 0.005, 4  # what the loss at a position may change by, when only what it mustn't see changed
-WARM_START = 0.9  # times the unigram bits per byte: what starts below has learned before; initial biases don't get there
+ODD, CERTAIN = (
+    1e-2,
+    1e-6,
+)  # chances that an honest model shows what was seen: below, another round; below, refused
+# places before the change from which on a loss is one that the change can't reach by looking a few tokens
+# ahead
+FAR = 4
+LEAK_NATS, LEAK_SIGMAS = (
+    0.005,
+    4,
+)  # what the loss at a position may change by, when only what it mustn't see changed
+# times the unigram bits per byte: what starts below has learned before; initial biases don't get there
+WARM_START = 0.9
 LOSS_LOGITS = 2**25  # turned into float32 at a time: all of a batch would need more memory than training did
 LN2 = math.log(2)  # here, so that a train.py which replaces math.log moves nothing
 SANE_BPB = (0.05, 20)  # no honest model is outside
 LOG_SECONDS = 1.0  # between two lines of run.log
-# Dense bf16 peak, FLOP/s, by a word of the device's name; NVIDIA's data sheets. A device not listed has no MFU.
+# Dense bf16 peak, FLOP/s, by a word of the device's name; NVIDIA's data sheets. A device not listed has no
+# MFU.
 PEAK_FLOPS = {
     "B200": 2250e12, "H200": 989e12, "GH200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12,
     "L40S": 362e12, "L4": 121e12, "A10": 125e12, "RTX 4090": 165e12, "RTX 3090": 71e12,
@@ -117,7 +154,26 @@ PEAK_FLOPS = {
 
 _stopped = []  # the signals that asked prepare.py to stop
 _sealed = set()  # real paths of the token files, while they may not be opened
-_taken = {}  # by --run, before train.py's first line: the loop's secret and settings, and the text that is held out
+# by --run, before train.py's first line: the loop's secret and settings, and the text that is held out
+_taken = {}
+
+
+SIGNED = {"SEED", "BUDGET", "SPLIT", "PACE", "WORK"}  # of what the loop tells a run: its result repeats them
+API = """\
+The file trains a language model; its metric is validation bits per byte after a fixed time of training. It must go on using the
+ruler, prepare.py, which you can't change:
+  run = prepare.Run()                      # seed, device, data, clock; run.device, run.seq_len, run.vocab_size, run.train_tokens
+  batches = run.batches(batch_size)        # endless (x, y), int64 (B, T) on the device; optional seq_len= up to run.seq_len
+  run.preflight(model)                     # once, before training: checks the model, times its evaluation
+  while (progress := run.progress()) < 1:  # 0..1 over the training time; schedules are functions of it
+      run.log(step, loss, tokens)          # at every step
+  run.finish(model, ...)                   # evaluates, checks again and prints the result
+model(x) returns logits (B, T, vocab_size); the ruler computes the loss from them, in eval() and without gradients.
+The ruler refuses a model that sees later tokens or other rows, is random in eval(), changes during evaluation, starts from
+trained weights, or trains before the first progress() or after it reached 1. The whole run has a hard limit, and start-up
+counts. No other packages than torch, numpy and the standard library's plain ones, no other data, no files, no processes, no
+network, no private names of others, no assignment to a module's names: such an edit is refused before it runs. The seed is
+the ruler's."""
 
 
 class Problem(Exception):
@@ -132,13 +188,17 @@ def data_root():
 
 
 def read_meta(folder, splits=("train", "val", "test")):
-    """meta.json of a complete data set; None where it or a file that it describes is missing, cut short or broken.
+    """meta.json of a complete data set; None where it or a file that it describes is missing, cut short
+    or broken.
 
     splits: those that are looked at; a run in a cage sees the train split alone.
     """
     try:
         meta = json.loads((folder / "meta.json").read_bytes())
-        sizes = [((folder / f"{split}.bin").stat().st_size, 2 * meta["splits"][split]["tokens"]) for split in splits]
+        sizes = [
+            ((folder / f"{split}.bin").stat().st_size, 2 * meta["splits"][split]["tokens"])
+            for split in splits
+        ]
         sizes.append((len(read_tokenizer(folder / "tokenizer.tiktoken")), meta["vocab_size"] - 1))
         return meta if "key" in meta and all(found == written for found, written in sizes) else None
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
@@ -180,7 +240,8 @@ def machine_sizes():
 
 
 def source_files(source, shards=None):
-    """(name, files, what identifies them) of --source: `pytorch`, a name in HUB (its files are still to be found), or a path."""
+    """(name, files, what identifies them) of --source: `pytorch`, a name in HUB (its files are still to
+    be found), or a path."""
     repository, commit, names, usual = HUB.get(source, (None, None, [], None))
     if shards is not None and not 0 < shards <= len(names):
         most = ", ".join(f"{name} has {len(names):,}" for name, (_, _, names, _) in HUB.items())
@@ -193,39 +254,60 @@ def source_files(source, shards=None):
         return "pytorch", files, importlib.metadata.version("torch").partition("+")[0]
     path = Path(source).expanduser()
     if not path.exists():
-        raise Problem(f"--source {source}: no such file or folder; give a path, or leave --source out for pytorch")
+        raise Problem(
+            f"--source {source}: no such file or folder; give a path, or leave --source out for pytorch"
+        )
     files = [path]
     if path.is_dir():
         files = sorted(file for file in path.rglob("*") if file.name.endswith(SUFFIXES) and file.is_file())
     if not files:
         raise Problem(f"--source {source}: no {', '.join(SUFFIXES)} file in this folder; add one")
     stats = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    name = "".join(c if c.isalnum() or c in "_." else "-" for c in path.resolve().name.split(".")[0]) or "text"
+    name = (
+        "".join(c if c.isalnum() or c in "_." else "-" for c in path.resolve().name.split(".")[0]) or "text"
+    )
     return name, files, stats
 
 
 def download(repository, commit, *names):
-    """Paths of files of a data set on the hub, from its cache or the network; what is complete is kept and not asked for again."""
+    """Paths of files of a data set on the hub, from its cache or the network; what is complete is kept
+    and not asked for again."""
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # no lines of the library's own about its retries
     package("pyarrow", "[hub]"), package("huggingface_hub", "[hub]")
     from huggingface_hub import errors, hf_hub_download
 
     print(f"files of {repository} on the Hugging Face hub: {len(names):,}")
-    handlers = {number: signal.signal(number, signal.default_int_handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {
+        number: signal.signal(number, signal.default_int_handler)
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("error", "Not enough free disk space")  # known before the first byte
-            return [Path(hf_hub_download(repository, name, repo_type="dataset", revision=commit)) for name in names]
-    except Exception as error:  # of the library, its HTTP client or its Rust part: they have no base in common
+            return [
+                Path(hf_hub_download(repository, name, repo_type="dataset", revision=commit))
+                for name in names
+            ]
+    except (
+        Exception
+    ) as error:  # of the library, its HTTP client or its Rust part: they have no base in common
         cause = error.__cause__ or error
         status = getattr(getattr(cause, "response", None), "status_code", None)
-        step = {401: "set HF_TOKEN", 403: "set HF_TOKEN", 429: "wait, or set HF_TOKEN"}.get(status, "check the network and HF_ENDPOINT")
+        step = {401: "set HF_TOKEN", 403: "set HF_TOKEN", 429: "wait, or set HF_TOKEN"}.get(
+            status, "check the network and HF_ENDPOINT"
+        )
         if isinstance(cause, errors.OfflineModeIsEnabled):
             step = "unset HF_HUB_OFFLINE"
-        if isinstance(cause, UserWarning) or getattr(cause, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if isinstance(cause, UserWarning) or getattr(cause, "errno", None) in (
+            errno.ENOSPC,
+            errno.EDQUOT,
+            errno.EFBIG,
+        ):
             step = "make room or set HF_HOME"
         reason = (str(cause).strip() or type(cause).__name__).splitlines()[0].partition(". ")[0].rstrip(".")
-        raise Problem(f"{repository} can't be downloaded ({reason}); {step}, and run it again: complete files are kept") from None
+        raise Problem(
+            f"{repository} can't be downloaded ({reason}); {step}, and run it again: complete files are kept"
+        ) from None
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
@@ -238,23 +320,32 @@ def read_records(path):
         from pyarrow.parquet import ParquetFile
 
         try:
-            with ParquetFile(path, buffer_size=2**20, pre_buffer=False) as file:  # else a whole row group is read at once
+            with ParquetFile(
+                path, buffer_size=2**20, pre_buffer=False
+            ) as file:  # else a whole row group is read at once
                 for batch in file.iter_batches(BATCH_DOCUMENTS, columns=["text"]):
                     yield from (text.encode().decode() for text in batch["text"].drop_null().to_pylist())
         except (ValueError, LookupError, TypeError, AttributeError, RuntimeError):
-            raise Problem(f'{path}: not a parquet file with a "text" column of strings; mend it or leave it out') from None
+            raise Problem(
+                f'{path}: not a parquet file with a "text" column of strings; mend it or leave it out'
+            ) from None
         return
     with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig") as file:
         for number, line in enumerate(file, 1):
             if line.strip():
                 try:
-                    yield json.loads(line)["text"].encode("utf-8", "replace").decode()  # may hold half a surrogate pair
+                    yield (
+                        json.loads(line)["text"].encode("utf-8", "replace").decode()
+                    )  # may hold half a surrogate pair
                 except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-                    raise Problem(f'{path}, line {number}: not a JSON object with a "text" string; mend it') from None
+                    raise Problem(
+                        f'{path}, line {number}: not a JSON object with a "text" string; mend it'
+                    ) from None
 
 
 def read_documents(path, whole):
-    """Yields the documents of one file, never holding more than a document (a `whole` file is one document)."""
+    """Yields the documents of one file, never holding more than a document (a `whole` file is one
+    document)."""
     if path.name.endswith((".jsonl", ".jsonl.gz", ".parquet")):
         for text in read_records(path):
             yield from (text[start : start + RECORD_CHARS] for start in range(0, len(text), RECORD_CHARS))
@@ -268,7 +359,11 @@ def read_documents(path, whole):
             if not ends_here:
                 text.append(line)
                 size += len(line)
-            if ends_here or not whole and (size >= DOCUMENT_CHARS and not line.strip() or size >= 4 * DOCUMENT_CHARS):
+            if (
+                ends_here
+                or not whole
+                and (size >= DOCUMENT_CHARS and not line.strip() or size >= 4 * DOCUMENT_CHARS)
+            ):
                 yield "".join(text)
                 text, size = [], 0
         yield "".join(text)
@@ -289,7 +384,9 @@ def split_documents(files, whole):
             found = f"{error.reason}, {error.object[error.start]:#04x}"
             raise Problem(f"{path} is not UTF-8 text ({found}); leave it out or convert it") from None
         except (OSError, EOFError, zlib.error) as error:  # gzip raises all three
-            raise Problem(f"{path} can't be read ({getattr(error, 'strerror', None) or error}); mend it or leave it out") from None
+            raise Problem(
+                f"{path} can't be read ({getattr(error, 'strerror', None) or error}); mend it or leave it out"
+            ) from None
 
 
 def megabytes_for(tokens):
@@ -298,7 +395,8 @@ def megabytes_for(tokens):
 
 
 def train_tokenizer(documents, sizes):
-    """A byte-pair encoding of the train split: {token's bytes: rank}, one fewer than vocab_size (the last id is BOS)."""
+    """A byte-pair encoding of the train split: {token's bytes: rank}, one fewer than vocab_size (the
+    last id is BOS)."""
     import rustbpe
 
     def texts(left=VOCABULARY_CHARS):
@@ -315,7 +413,9 @@ def train_tokenizer(documents, sizes):
     ranks = {bytes(token): rank for token, rank in tokenizer.get_mergeable_ranks()}
     if len(ranks) != vocab_size - 1:
         more = megabytes_for(sizes["eval_rows"] * sizes["seq_len"])
-        raise Problem(f"too little text: it gave {len(ranks) + 1:,} of {vocab_size:,} tokens; add about {more} of different text")
+        raise Problem(
+            f"too little text: it gave {len(ranks) + 1:,} of {vocab_size:,} tokens; add about {more} of different text"
+        )
     return ranks
 
 
@@ -326,7 +426,8 @@ def read_tokenizer(path):
 
 
 def byte_lengths(ranks):
-    """Bytes of each token id, from the raw tokens, never from decoded text; 0 for BOS, which counts nowhere."""
+    """Bytes of each token id, from the raw tokens, never from decoded text; 0 for BOS, which counts
+    nowhere."""
     lengths = np.zeros(len(ranks) + 1, dtype=np.int64)
     for token, rank in ranks.items():
         lengths[rank] = len(token)
@@ -342,11 +443,19 @@ def write_tokens(folder, documents, ranks):
     for split in splits:
         (folder / f"{split}.bin").touch()
     while batch := list(itertools.islice(documents, BATCH_DOCUMENTS)):
-        encoded = encoding.encode_ordinary_batch([text for _, text, _ in batch], num_threads=os.cpu_count() or 1)
+        encoded = encoding.encode_ordinary_batch(
+            [text for _, text, _ in batch], num_threads=os.cpu_count() or 1
+        )
         for split, facts in splits.items():
-            chosen = [(size, tokens) for (name, _, size), tokens in zip(batch, encoded, strict=True) if name == split]
+            chosen = [
+                (size, tokens)
+                for (name, _, size), tokens in zip(batch, encoded, strict=True)
+                if name == split
+            ]
             with open(folder / f"{split}.bin", "ab") as file:
-                file.writelines(np.array([len(ranks), *tokens], dtype=np.uint16).tobytes() for _, tokens in chosen)
+                file.writelines(
+                    np.array([len(ranks), *tokens], dtype=np.uint16).tobytes() for _, tokens in chosen
+                )
             facts["documents"] += len(chosen)
             facts["bytes"] += sum(size for size, _ in chosen)
     return splits
@@ -362,7 +471,8 @@ def count_tokens(path, vocab_size):
 
 
 def check_tokens(folder, splits, sizes):
-    """Reads back what write_tokens wrote, adds the number of tokens to `splits`; returns the unigram bits per byte of val."""
+    """Reads back what write_tokens wrote, adds the number of tokens to `splits`; returns the unigram
+    bits per byte of val."""
     bos = sizes["vocab_size"] - 1
     lengths = byte_lengths(read_tokenizer(folder / "tokenizer.tiktoken"))
     counts = {}
@@ -371,7 +481,9 @@ def check_tokens(folder, splits, sizes):
         facts["tokens"] = path.stat().st_size // 2
         missing = sizes["eval_rows"] * sizes["seq_len"] + 1 - facts["tokens"]
         if missing > 0:
-            raise Problem(f"too little text: {split} lacks {missing:,} tokens; add about {megabytes_for(missing)} of different text")
+            raise Problem(
+                f"too little text: {split} lacks {missing:,} tokens; add about {megabytes_for(missing)} of different text"
+            )
         counts[split] = count_tokens(path, sizes["vocab_size"])
         if counts[split] @ lengths != facts["bytes"] or counts[split][bos] != facts["documents"]:
             raise Problem(f"{path} doesn't hold the text that was written; check the disk and run it again")
@@ -381,7 +493,8 @@ def check_tokens(folder, splits, sizes):
 
 
 def write_data_set(folder, source, sizes, key, progress):
-    """Writes the tokenizer, the token files and meta.json into `folder`, to the disk; returns the fingerprint."""
+    """Writes the tokenizer, the token files and meta.json into `folder`, to the disk; returns the
+    fingerprint."""
     name, files, identity = source
     whole = isinstance(identity, str)  # of a release of torch, each file is a document
     total = sum(path.stat().st_size * COMPRESSION.get(path.suffix, 1) for path in files)
@@ -396,7 +509,10 @@ def write_data_set(folder, source, sizes, key, progress):
         progress.update(task, total=1, completed=1)
 
     ranks = train_tokenizer(documents(f"vocabulary of {sizes['vocab_size']:,}", VOCABULARY_CHARS), sizes)
-    lines = [b"%s %d\n" % (base64.b64encode(token), rank) for token, rank in sorted(ranks.items(), key=lambda i: i[1])]
+    lines = [
+        b"%s %d\n" % (base64.b64encode(token), rank)
+        for token, rank in sorted(ranks.items(), key=lambda i: i[1])
+    ]
     (folder / "tokenizer.tiktoken").write_bytes(b"".join(lines))
     splits = write_tokens(folder, documents("tokens"), ranks)
     unigram_bpb = check_tokens(folder, splits, sizes)
@@ -407,7 +523,9 @@ def write_data_set(folder, source, sizes, key, progress):
             while block := stream.read(2**20):
                 digest.update(block)
     fingerprint = digest.hexdigest()[:12]
-    meta = dict(source=name, fingerprint=fingerprint, **sizes, unigram_bpb=unigram_bpb, splits=splits, key=key)
+    meta = dict(
+        source=name, fingerprint=fingerprint, **sizes, unigram_bpb=unigram_bpb, splits=splits, key=key
+    )
     (folder / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
     for path in folder.iterdir():
         path.chmod(0o444)  # a train.py that opens one to write gets an error
@@ -446,9 +564,13 @@ def prepare(source, root, shards=None):
         with tempfile.TemporaryDirectory(prefix=".partial-", dir=root) as partial:
             made = Path(partial) / "made"
             made.mkdir()
-            with Progress(TextColumn("{task.description:>20}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn()) as progress:
+            with Progress(
+                TextColumn("{task.description:>20}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn()
+            ) as progress:
                 folder = root / f"{name}-{write_data_set(made, found, sizes, key, progress)}"
-            if read_meta(folder):  # the same text, moved or touched: the files may be in use, so only meta.json is new
+            if read_meta(
+                folder
+            ):  # the same text, moved or touched: the files may be in use, so only meta.json is new
                 (made / "meta.json").replace(folder / "meta.json")
             else:
                 if folder.exists():
@@ -473,7 +595,8 @@ def refuse(reason):
 
 
 def end_process(code):
-    """Ends this process with what it has printed, and with its threads; nothing that was left for the exit is called."""
+    """Ends this process with what it has printed, and with its threads; nothing that was left for the
+    exit is called."""
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
             stream.flush()
@@ -481,7 +604,8 @@ def end_process(code):
 
 
 def read_settings():
-    """What a run is told by the environment: AUTORESEARCH_BUDGET and so on, as Run says; the secret is taken away."""
+    """What a run is told by the environment: AUTORESEARCH_BUDGET and so on, as Run says; the secret is
+    taken away."""
 
     def told(name, default=""):
         return os.environ.get(f"AUTORESEARCH_{name}") or default
@@ -491,15 +615,21 @@ def read_settings():
         budget=float(told("BUDGET", BUDGET)),
         seed=int(told("SEED", 0)),
         pace=told("PACE"),
-        rival=told("TOKENS"),
+        rival=told("WORK"),
         split=told("SPLIT", "val"),
         held_out=told("HELD_OUT"),
         secret=os.environ.pop("AUTORESEARCH_TOKEN", ""),
+        told={
+            name: os.environ[f"AUTORESEARCH_{name}"]
+            for name in sorted(SIGNED)
+            if f"AUTORESEARCH_{name}" in os.environ
+        },
     )
 
 
 def eval_starts(meta, split):
-    """(batches, rows) starts of the windows evaluated: spread evenly, in an order in which no row continues another."""
+    """(batches, rows) starts of the windows evaluated: spread evenly, in an order in which no row
+    continues another."""
     T, rows = meta["seq_len"], meta["eval_rows"]
     count = meta["splits"][split]["tokens"] - 1
     windows = min(meta["eval_tokens"], count) // T // rows * rows
@@ -508,7 +638,8 @@ def eval_starts(meta, split):
 
 
 def take_hold():
-    """(settings, folder of the data, its meta.json, the held-out windows (batches, rows, T + 1)); the files are sealed then.
+    """(settings, folder of the data, its meta.json, the held-out windows (batches, rows, T + 1)); the
+    files are sealed then.
 
     In a cage there is no file of what is held out: it is read from a descriptor that the loop opened.
     """
@@ -521,7 +652,9 @@ def take_hold():
     path = folder / f"{settings.split}.bin"
     with open(int(settings.held_out) if settings.held_out else path, "rb") as file:
         tokens = np.memmap(file, dtype=np.uint16, mode="r")
-        windows = tokens[eval_starts(meta, settings.split)[..., None] + np.arange(meta["seq_len"] + 1)]  # copied
+        windows = tokens[
+            eval_starts(meta, settings.split)[..., None] + np.arange(meta["seq_len"] + 1)
+        ]  # copied
     if not _sealed:
         sys.addaudithook(_guard)
     _sealed.update(os.path.realpath(folder / f"{split}.bin") for split in meta["splits"] if split != "train")
@@ -531,7 +664,8 @@ def take_hold():
 def run_train():
     """Runs train.py, which stands beside this file, as the loop does; the process ends with it.
 
-    Before its first line the secret, the settings and the held-out text are taken, so that nothing it does can reach them.
+    Before its first line the secret, the settings and the held-out text are taken, so that nothing it
+    does can reach them.
     """
     path, code = Path(__file__).with_name("train.py"), 0
     _taken["hold"] = take_hold()
@@ -551,16 +685,17 @@ def run_train():
 
 
 def bits_per_byte(nats, targets, lengths):
-    """Total bits over total bytes. nats, targets: same shape; lengths: bytes by token id; a target of 0 bytes counts in neither."""
+    """Total bits over total bytes. nats, targets: same shape; lengths: bytes by token id; a target of 0
+    bytes counts in neither."""
     counted = lengths[targets]
     return float((nats.double() * (counted > 0)).sum() / (LN2 * counted.sum()))
 
 
-def sign(secret, lines, seed, budget, fingerprint, pace, tokens):
-    """HMAC-SHA256 of the summary's lines and of what the loop set; the loop computes it from its own values."""
-    told = f"seed: {seed}", f"budget: {budget:g}", f"data: {fingerprint}", f"pace: {pace}", f"tokens: {tokens}"
-    text = "\n".join([*lines, *told])
-    return hmac.new(secret.encode(), text.encode(), "sha256").hexdigest()
+def signed_line(secret, result):
+    """`result: SIGNATURE JSON`, the line that the loop reads: HMAC-SHA256 by the run's secret, over the
+    JSON as it stands."""
+    text = json.dumps(result)
+    return f"result: {hmac.new(secret.encode(), text.encode(), 'sha256').hexdigest()} {text}"
 
 
 def device_name(device):
@@ -576,33 +711,72 @@ def pick_device():
 
 
 def facts():
-    """What a number depends on beside the code, as the loop writes it on a branch: a JSON line.
+    """What the loop must know of this ruler and this machine, as a line of JSON.
 
-    Noise is the deviation of the difference of two runs on one seed that is assumed before any is measured, in bits per byte;
-    Pace, on a CPU, what the sample of WorkClock takes, in CPU seconds: as noted in AUTORESEARCH_PACE, else measured now.
+    noise: the deviation of the difference of two runs on one seed that is assumed before any is
+    measured, in bits per byte; settings: what a branch notes and tells each run as AUTORESEARCH_NAME,
+    here PACE, what the sample of WorkClock takes in CPU seconds: as noted, else measured now. fixed:
+    constants of train.py that a search leaves alone.
     """
     device, noted = pick_device(), os.environ.get("AUTORESEARCH_PACE")
-    pace = float(noted or f"{measure_pace():.3g}") if device.type == "cpu" else None
-    return json.dumps({"Device": device_name(device), "Torch": torch.__version__, "Noise": NOISE[device.type], "Pace": pace})
+    torch.ones(8, 8, device=device).mm(torch.ones(8, 8, device=device)).sum().item()  # does it compute?
+    root, wanted = data_root(), os.environ.get("AUTORESEARCH_FINGERPRINT")
+    itself = read_meta(root, ("train",))
+    if not itself and not data_sets(root) and not wanted:
+        print(
+            f"no data in {root} yet: preparing the embedded corpus, torch's Python sources (once, under a minute)",
+            file=sys.stderr,
+        )
+        prepare("pytorch", root)
+    found = {root: itself} if itself else data_sets(root)
+    named = {meta["fingerprint"]: folder for folder, meta in found.items()}
+    if wanted and wanted not in named:
+        raise SystemExit(
+            f"this branch was measured on the data set {wanted}, not in {root}; bring it back, or begin anew with --tag"
+        )
+    folder = named[wanted] if wanted else newest(root)
+    devices = {
+        "cuda": [f"cuda:{number}" for number in range(torch.cuda.device_count())],
+        "cpu": [f"cpu:{core}" for core in sorted(os.sched_getaffinity(0))]
+        if hasattr(os, "sched_getaffinity")
+        else ["cpu"],
+    }
+    return json.dumps({
+        "metric": "val_bpb", "better": "lower", "edits": "train.py", "devices": devices.get(device.type, [device.type]),
+        "device": device_name(device), "software": f"torch {torch.__version__}", "data": read_meta(folder, ("train",))["fingerprint"],
+        "noise": NOISE[device.type], "api": API, "folder": str(folder.resolve()),
+        "held_out": {split: str((folder / f"{split}.bin").resolve()) for split in ("val", "test")},
+        "settings": {"PACE": noted or f"{measure_pace():.3g}"} if device.type == "cpu" else {},
+        "fixed": ["GPU" if device.type in ("cpu", "mps") else "CPU"],
+    })  # fmt: skip
 
 
 class WorkClock(threading.Thread):
-    """Counts what this process computes on a CPU: its CPU seconds, as many as equal work takes at the noted pace.
+    """Counts what this process computes on a CPU: its CPU seconds, as many as equal work takes at the
+    noted pace.
 
-    A core that is shared with other machines (its other hyperthread, caches, memory) takes up to twice as long for equal work, from one
-    tenth of a second to the next. So a thread times a small sample of training's kind of work on the same core, again and again; the mean
-    of its speeds, over the time that has passed, says how much was done in it. CPU seconds for equal training varied by 5 % between windows
-    of 16 s on a shared virtual machine, those corrected so by 0.5 %. What the sample itself takes doesn't count; what other threads of
-    the process compute does. pace: CPU seconds of a sample; None: CPU seconds count as they are.
+    A core that is shared with other machines (its other hyperthread, caches, memory) takes up to
+    twice as long for equal work, from one tenth of a second to the next. So a thread times a small
+    sample of training's kind of work on the same core, again and again; the mean of its speeds, over
+    the time that has passed, says how much was done in it. CPU seconds for equal training varied by 5
+    % between windows of 16 s on a shared virtual machine, those corrected so by 0.5 %. What the
+    sample itself takes doesn't count; what other threads of the process compute does. pace: CPU
+    seconds of a sample; None: CPU seconds count as they are.
     """
 
     def __init__(self, pace=None):
         super().__init__(daemon=True)
         generator = torch.Generator().manual_seed(0)
-        self.table, self.matrix = (torch.randn(rows, 128, generator=generator) for rows in (2**16, CPU_SIZES["vocab_size"]))
+        self.table, self.matrix = (
+            torch.randn(rows, 128, generator=generator) for rows in (2**16, CPU_SIZES["vocab_size"])
+        )
         self.places = torch.randperm(len(self.table), generator=generator).split(256)
         self.pace, self.most, self.stopped = pace, 0.0, False
-        self.samples = 0, 0.0, 0.0  # how many, the sum of their speeds (one over seconds), CPU seconds of this thread
+        self.samples = (
+            0,
+            0.0,
+            0.0,
+        )  # how many, the sum of their speeds (one over seconds), CPU seconds of this thread
         self.began = process_time()
         self.start()
         atexit.register(self.stop)  # a thread that is still within torch when Python ends aborts the process
@@ -619,7 +793,9 @@ class WorkClock(threading.Thread):
                 sleep(PACE_EVERY)
                 count, speeds, _ = self.samples
                 began = thread_time()
-                rows = self.table[self.places[count % len(self.places)]][:64]  # gathered from 32 MB, as embeddings are
+                rows = self.table[self.places[count % len(self.places)]][
+                    :64
+                ]  # gathered from 32 MB, as embeddings are
                 rows.mm(self.matrix.mT).softmax(1).mm(self.matrix)  # as the output layer
                 ended = thread_time()
                 self.samples = count + 1, speeds + 1 / (ended - began), ended
@@ -637,15 +813,16 @@ class WorkClock(threading.Thread):
 
 
 def keep_freed_memory():
-    """Has glibc keep what is freed, for the next step: else the kernel clears 4,000 pages a step anew, 13 % of the time and most of its
-    scatter."""
+    """Has glibc keep what is freed, for the next step: else the kernel clears 4,000 pages a step anew,
+    13 % of the time and most of its scatter."""
     if hasattr(libc := ctypes.CDLL(None), "mallopt"):
         for option in (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD):
             libc.mallopt(option, 2**30)
 
 
 def measure_pace():
-    """CPU seconds of WorkClock's sample on this core, beside work that goes through memory as training does."""
+    """CPU seconds of WorkClock's sample on this core, beside work that goes through memory as training
+    does."""
     torch.set_num_threads(1)
     clock, memory, end = WorkClock(), torch.ones(2**22), monotonic() + PACE_SECONDS
     while monotonic() < end:
@@ -659,25 +836,35 @@ def _guard(event, args):
     if event == "open" and _sealed and isinstance(args[0], (str, bytes, os.PathLike)):
         path = os.fsdecode(args[0])
         if os.path.realpath(path) in _sealed or os.path.basename(path) in ("val.bin", "test.bin"):
-            refuse(f"train.py opened {os.path.basename(path)}: val and test are held out, train comes from one Run's batches()")
+            refuse(
+                f"train.py opened {os.path.basename(path)}: val and test are held out, train comes from one Run's batches()"
+            )
 
 
 class Run:
     """One experiment: seeds everything, picks the device, opens the data and starts the clock.
 
-    `device` (torch.device), `seq_len`, `vocab_size` and `train_tokens` (in the train split) are the ruler's facts.
-    Reads AUTORESEARCH_BUDGET (300 s of wall clock for the whole process), _STARTED (time.monotonic() at spawn), _SEED (0),
-    _PACE (of the machine when the night began, from facts(); on a CPU), _TOKENS (that the file which was edited trained on, with this
-    seed), _DATA (~/.cache/autoresearch) and _SPLIT (val; test in the closing audit, which prints test_bpb). On a CPU a run is one
-    thread, and its training is measured in its work (WorkClock).
+    `device` (torch.device), `seq_len`, `vocab_size` and `train_tokens` (in the train split) are the
+    ruler's facts. Reads AUTORESEARCH_BUDGET (300 s of wall clock for the whole process), _STARTED
+    (time.monotonic() at spawn), _SEED (0), _PACE (of the machine when the night began, from facts();
+    on a CPU), _WORK (tokens that the file which was edited trained on, with this seed), _DATA
+    (~/.cache/autoresearch) and _SPLIT (val; test in the closing audit, which prints test_bpb). On a
+    CPU a run is one thread, and its training is measured in its work (WorkClock).
     """
 
     def __init__(self):
         settings, folder, self._meta, self._held = _taken.get("hold") or take_hold()
         self._started, self._budget, self._seed = settings.started, settings.budget, settings.seed
-        self._pace, self._rival, self._split, self._secret = settings.pace, settings.rival, settings.split, settings.secret
-        self._folder = folder
-        self.seq_len, self.vocab_size, self._eval_rows = (self._meta[key] for key in ("seq_len", "vocab_size", "eval_rows"))
+        self._pace, self._rival, self._split, self._secret = (
+            settings.pace,
+            settings.rival,
+            settings.split,
+            settings.secret,
+        )
+        self._folder, self._was_told = folder, settings.told
+        self.seq_len, self.vocab_size, self._eval_rows = (
+            self._meta[key] for key in ("seq_len", "vocab_size", "eval_rows")
+        )
         self.device = pick_device()
         random.seed(self._seed)
         np.random.seed(self._seed)
@@ -687,18 +874,34 @@ class Run:
         _sealed.add(os.path.realpath(folder / "train.bin"))
         self._lengths = torch.from_numpy(byte_lengths(read_tokenizer(folder / "tokenizer.tiktoken")))
         self._iterators = self._tokens = 0  # made by batches(), drawn from them
-        self._work, self._allowance = monotonic, TRAINING_SHARE * self._budget  # training's clock; its seconds for training
+        self._work, self._allowance = (
+            monotonic,
+            TRAINING_SHARE * self._budget,
+        )  # training's clock; its seconds for training
         if self.device.type == "cpu":
             torch.set_num_threads(1)
             keep_freed_memory()
             self._work = WorkClock(float(self._pace) if self._pace else None)
             self._allowance = max(CPU_SHARE * self._budget - CPU_OVERHEAD, LEAST_SHARE * self._budget)
-        self._first_batch = self._clock = self._told = None  # times of training's clock: first batch, its start, progress() said 1
-        self._done, self._trained = 0.0, 1.0  # shares of the allowance: told last, and given to training in all
+        self._first_batch = self._clock = self._told = (
+            None  # times of training's clock: first batch, its start, progress() said 1
+        )
+        self._done, self._trained = (
+            0.0,
+            1.0,
+        )  # shares of the allowance: told last, and given to training in all
         self._calls = self._first_step_tokens = 0  # of progress(); drawn in the first step
-        self._last_call, self._slowest_step, self._event = 0.0, 0.0, None  # time of the last progress(); seconds of work
-        self._marks = deque([(monotonic(), self._work())])  # of the last SLOWNESS_SECONDS: wall clock and work
-        self._pass_seconds = self._eval_seconds = None  # of work: for one evaluation batch; kept free for evaluation
+        self._last_call, self._slowest_step, self._event = (
+            0.0,
+            0.0,
+            None,
+        )  # time of the last progress(); seconds of work
+        self._marks = deque(
+            [(monotonic(), self._work())]
+        )  # of the last SLOWNESS_SECONDS: wall clock and work
+        self._pass_seconds = self._eval_seconds = (
+            None  # of work: for one evaluation batch; kept free for evaluation
+        )
         self._model = None  # from preflight() until training begins
         self._logged = -math.inf
         self._start = -self._work()  # becomes the seconds of work before the first step, without preflight's
@@ -708,9 +911,11 @@ class Run:
     # ---- text
 
     def batches(self, batch_size, seq_len=None):
-        """Endless (x, y), int64 (B, T) on the device; y is the next token. T is seq_len, at most (and by default) the ruler's.
+        """Endless (x, y), int64 (B, T) on the device; y is the next token. T is seq_len, at most (and by
+        default) the ruler's.
 
-        Windows of the train split without replacement, in an order and from an offset that the seed draws anew each epoch.
+        Windows of the train split without replacement, in an order and from an offset that the seed
+        draws anew each epoch.
         """
         T = self.seq_len if seq_len is None else seq_len
         if not 1 <= T <= self.seq_len or batch_size < 1:
@@ -721,7 +926,9 @@ class Run:
     def _serve(self, rng, B, T):
         starts = _window_starts(rng, len(self._train), T)
         while True:
-            x, y = self._windows(self._train, np.fromiter(itertools.islice(starts, B), dtype=np.int64, count=B), T)
+            x, y = self._windows(
+                self._train, np.fromiter(itertools.islice(starts, B), dtype=np.int64, count=B), T
+            )
             self._first_batch = self._first_batch or self._work()
             self._tokens += B * T
             yield x, y
@@ -734,7 +941,8 @@ class Run:
         """(x, y), int64 (B, T) on the device, of tokens (B, T + 1)."""
         rows = torch.from_numpy(rows.astype(np.int64))
         if self.device.type == "cuda":
-            # A new pinned tensor each time: torch's host allocator hands its memory out again only once the copy is done.
+            # A new pinned tensor each time: torch's host allocator hands its memory out again only once the
+            # copy is done.
             rows = rows.pin_memory()
         rows = rows.to(self.device, non_blocking=self.device.type == "cuda")
         return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
@@ -746,7 +954,8 @@ class Run:
             getattr(torch, self.device.type).synchronize()
 
     def _wait_for_steps(self):
-        """Waits for the steps so far; on CUDA one step stays in flight, because waiting for it would idle the GPU."""
+        """Waits for the steps so far; on CUDA one step stays in flight, because waiting for it would
+        idle the GPU."""
         if self.device.type != "cuda" or self._calls < 2:
             self._synchronize()
         if self.device.type == "cuda":
@@ -756,10 +965,12 @@ class Run:
                 before.synchronize()
 
     def progress(self):
-        """Where training stands, 0 to 1, called once before each step; at 1 (or when evaluation would no longer fit), stop.
+        """Where training stands, 0 to 1, called once before each step; at 1 (or when evaluation would no
+        longer fit), stop.
 
-        The clock starts when the first step ends, less what such a step takes without compiling; it starts at the first batch
-        if that step drew more than twice the tokens of the second one (twice is a prefetch).
+        The clock starts when the first step ends, less what such a step takes without compiling; it
+        starts at the first batch if that step drew more than twice the tokens of the second one
+        (twice is a prefetch).
         """
         if self._eval_seconds is None:
             raise RuntimeError("call run.preflight(model) before the first run.progress()")
@@ -775,20 +986,30 @@ class Run:
         if self._calls > 1:
             step = now - self._last_call
             if self._calls == 2:
-                # The first step may have compiled: what the next ones take follows from the tokens that it drew.
+                # The first step may have compiled: what the next ones take follows from the tokens that it
+                # drew.
                 passes = self._pass_seconds * self._tokens / (self._eval_rows * self.seq_len)
-                early = max(self._start - FREE_START, 0) if self.device.type == "cpu" else 0.0  # nothing compiles there
-                self._clock, self._first_step_tokens = now - min(step, USUAL_PASSES * passes) - early, self._tokens
+                early = (
+                    max(self._start - FREE_START, 0) if self.device.type == "cpu" else 0.0
+                )  # nothing compiles there
+                self._clock, self._first_step_tokens = (
+                    now - min(step, USUAL_PASSES * passes) - early,
+                    self._tokens,
+                )
                 step = min(step, MOST_PASSES * passes)
             if self._calls == 3 and 3 * self._first_step_tokens > 2 * self._tokens:
                 self._clock = self._first_batch
-            faded = self._slowest_step - FORGET * step if self._calls != 4 else 0.0  # two steps are known: nothing is guessed
+            faded = (
+                self._slowest_step - FORGET * step if self._calls != 4 else 0.0
+            )  # two steps are known: nothing is guessed
             self._slowest_step = max(step, faded)
         self._last_call = now
         done = 0.0
         if self._clock:
             self._done = max(self._done, self._as_rival((now - self._clock) / self._allowance))
-            done = self._done if self._done + step / self._allowance < 1 + OVERRUN else 1.0  # one more step would be too much
+            done = (
+                self._done if self._done + step / self._allowance < 1 + OVERRUN else 1.0
+            )  # one more step would be too much
         # The next step must end before evaluation has to start, and the one in flight before it.
         ahead = self._slowest_step * (2 if self.device.type == "cuda" else 1)
         if done >= 1 or self._left(ahead + self._eval_seconds) < 0:
@@ -798,18 +1019,25 @@ class Run:
         return done
 
     def _as_rival(self, done):
-        """The share of training that is done, by the tokens of the file that was edited while the speed is the same.
+        """The share of training that is done, by the tokens of the file that was edited while the speed
+        is the same.
 
-        So an edit that costs no time, as another learning rate, is compared at equal training, to the token, and not with what the
-        clock is off by. Speeds don't drift so from keep to keep: what counts is always the clock's own measurement of this run.
+        So an edit that costs no time, as another learning rate, is compared at equal training, to the
+        token, and not with what the clock is off by. Speeds don't drift so from keep to keep: what
+        counts is always the clock's own measurement of this run.
         """
         if not self._rival or done <= 0:
             return done
         share = self._tokens / int(self._rival)
-        return share if done < TOO_EARLY or abs(share / done - 1) < SAME_SPEED[self.device.type] / math.sqrt(done) else done
+        return (
+            share
+            if done < TOO_EARLY or abs(share / done - 1) < SAME_SPEED[self.device.type] / math.sqrt(done)
+            else done
+        )
 
     def _left(self, work):
-        """Seconds that the budget leaves after so many seconds of work, at the speed of the last SLOWNESS_SECONDS."""
+        """Seconds that the budget leaves after so many seconds of work, at the speed of the last
+        SLOWNESS_SECONDS."""
         now = monotonic()
         self._marks.append((now, self._work()))
         while len(self._marks) > 2 and self._marks[1][0] < now - SLOWNESS_SECONDS:
@@ -819,7 +1047,8 @@ class Run:
         return self._started + self._budget - EXIT_SECONDS - now - slowness * work
 
     def log(self, step, loss, tokens):
-        """A line about once a second. loss: a number or a 0-dim tensor (read only when a line is due); tokens: so far, in all."""
+        """A line about once a second. loss: a number or a 0-dim tensor (read only when a line is due);
+        tokens: so far, in all."""
         now = monotonic()
         if now - self._logged < LOG_SECONDS:
             return
@@ -839,7 +1068,9 @@ class Run:
         """Cross-entropy in nats, float32 (B, T), from the logits and nothing else that the model returns."""
         logits = model(x)
         if type(logits) is not torch.Tensor or logits.shape != (*x.shape, self.vocab_size):
-            refuse(f"model(x) must return logits {(*x.shape, self.vocab_size)}, not {getattr(logits, 'shape', type(logits))}")
+            refuse(
+                f"model(x) must return logits {(*x.shape, self.vocab_size)}, not {getattr(logits, 'shape', type(logits))}"
+            )
         rows = max(LOSS_LOGITS // (logits.shape[1] * logits.shape[2]), 1)
         parts = zip(logits.split(rows), y.split(rows), strict=True)
         losses = torch.cat([_cross_entropy(part.float(), targets) for part, targets in parts])
@@ -858,15 +1089,19 @@ class Run:
         return self._place(np.random.default_rng().choice(windows, self._eval_rows, replace=False))
 
     def _probe(self, model, rows, batches=PROBE_BATCHES, copies=PROBE_COPIES, trained=True):
-        """Refuses a model that is random in eval(), sees the future, looks across rows or, once trained, ignores its input.
+        """Refuses a model that is random in eval(), sees the future, looks across rows or, once trained,
+        ignores its input.
 
-        rows() gives (x, y). All is drawn anew from the system's randomness: nobody can know the answers beforehand.
+        rows() gives (x, y). All is drawn anew from the system's randomness: nobody can know the
+        answers beforehand.
         """
         x, y = rows()
         losses = self._losses(model, x, y)
         noise = (self._losses(model, x, y) - losses).abs().mean().item()
         if noise > LEAK_NATS:
-            refuse(f"the same input gave different losses, by {noise:.3f} nats: dropout in eval(), or a state that evaluation changes?")
+            refuse(
+                f"the same input gave different losses, by {noise:.3f} nats: dropout in eval(), or a state that evaluation changes?"
+            )
         self._probe_rows(model, x, y, losses, noise)
         seen, reacts = ProbeRecord(noise), not trained
         for _ in range(MOST_ROUNDS):
@@ -882,11 +1117,14 @@ class Run:
 
     def _other_tokens(self, x, replaced):
         """x (B, T) with random tokens where `replaced` is true."""
-        tokens = torch.from_numpy(np.random.default_rng().integers(self.vocab_size - 1, size=x.shape)).to(self.device)
+        tokens = torch.from_numpy(np.random.default_rng().integers(self.vocab_size - 1, size=x.shape)).to(
+            self.device
+        )
         return torch.where(replaced, tokens, x)
 
     def _probe_rows(self, model, x, y, losses, noise):
-        """Refuses a model whose losses in a row depend on the other rows: each row once keeps its tokens where others change."""
+        """Refuses a model whose losses in a row depend on the other rows: each row once keeps its tokens
+        where others change."""
         quarter, changes = np.random.default_rng().permutation(self._eval_rows) % 4, []
         for kept in range(4):
             kept = torch.from_numpy(quarter == kept).to(self.device)
@@ -896,7 +1134,8 @@ class Run:
             refuse(f"the model looks at other rows of the batch: {cost}")
 
     def _probe_future(self, model, x, y, copies, seen):
-        """Adds to `seen` what the losses before a change do when all tokens from there on are others; whether those after it react.
+        """Adds to `seen` what the losses before a change do when all tokens from there on are others;
+        whether those after it react.
 
         The rows as they are come anywhere among their changed copies.
         """
@@ -917,23 +1156,30 @@ class Run:
         return reacts
 
     def _check_untrained(self, model):
-        """Refuses a model that has learned something before the clock runs: from other weights, from batches, from a lucky seed."""
+        """Refuses a model that has learned something before the clock runs: from other weights, from
+        batches, from a lucky seed."""
         if torch.initial_seed() != self._seed:
             refuse(f"train.py set the seed to {torch.initial_seed()}; the ruler has set it, to {self._seed}")
         with _evaluating(model):
             x, y = self._train_rows()
-            bpb, unigram = bits_per_byte(self._losses(model, x, y).cpu(), y.cpu(), self._lengths), self._meta["unigram_bpb"]
+            bpb, unigram = (
+                bits_per_byte(self._losses(model, x, y).cpu(), y.cpu(), self._lengths),
+                self._meta["unigram_bpb"],
+            )
         if bpb < WARM_START * unigram:
             refuse(f"before its first step the model has {bpb:.3f} bits per byte, and token frequencies alone {unigram:.3f}: "
                    "it starts from trained weights, or was trained before the first run.progress()")  # fmt: skip
 
     def preflight(self, model):
-        """Checks the untrained model (an nn.Module) as finish() will and times its evaluation; returns the seconds kept for it."""
+        """Checks the untrained model (an nn.Module) as finish() will and times its evaluation; returns
+        the seconds kept for it."""
         if not isinstance(model, torch.nn.Module):
             refuse(f"the model must be a torch.nn.Module, not {type(model)}")
         self._start += self._work()
         with _evaluating(model):
-            self._losses(model, *self._windows(self._train, np.zeros(self._eval_rows, dtype=np.int64), self.seq_len))  # may compile
+            self._losses(
+                model, *self._windows(self._train, np.zeros(self._eval_rows, dtype=np.int64), self.seq_len)
+            )  # may compile
             self._synchronize()
             began = self._work()
             self._probe(model, self._train_rows, batches=1, copies=2, trained=False)
@@ -946,7 +1192,9 @@ class Run:
             refuse(f"evaluation takes about {seconds:.1f} s and doesn't fit beside {self._allowance:.1f} s of training "
                    f"in a budget of {self._budget:g} s: make the model smaller")  # fmt: skip
         if self._left(self._eval_seconds) < 0:
-            raise SystemExit(f"held up by the machine: {monotonic() - self._started:.0f} s of {self._budget:g} had passed before training")
+            raise SystemExit(
+                f"held up by the machine: {monotonic() - self._started:.0f} s of {self._budget:g} had passed before training"
+            )
         self._start -= self._work()
         return self._eval_seconds
 
@@ -965,21 +1213,36 @@ class Run:
     def _check_ruler(self):
         """Refuses to measure where train.py has put something of its own in the ruler's place."""
         own = zip((globals(), vars(Run)), _as_imported, strict=True)
-        replaced = [name for here, before in own for name, value in before.items() if here.get(name) is not value]
+        replaced = [
+            name for here, before in own for name, value in before.items() if here.get(name) is not value
+        ]
         replaced += sorted(vars(self).keys() & _as_imported[1].keys())
         if _taken and type(self) is not Run:
             replaced.append(f"Run by {type(self).__name__}")
         here = self.seq_len, self.vocab_size, self._eval_rows, self.train_tokens, self._lengths.tolist()
         meta = read_meta(self._folder, ("train",))
         lengths = byte_lengths(read_tokenizer(self._folder / "tokenizer.tiktoken")).tolist()
-        facts = meta["seq_len"], meta["vocab_size"], meta["eval_rows"], meta["splits"]["train"]["tokens"], lengths
-        names = "run.seq_len", "run.vocab_size", "the rows of a batch", "run.train_tokens", "the bytes of tokens"
+        facts = (
+            meta["seq_len"],
+            meta["vocab_size"],
+            meta["eval_rows"],
+            meta["splits"]["train"]["tokens"],
+            lengths,
+        )
+        names = (
+            "run.seq_len",
+            "run.vocab_size",
+            "the rows of a batch",
+            "run.train_tokens",
+            "the bytes of tokens",
+        )
         replaced += [name for name, fact, value in zip(names, facts, here, strict=True) if fact != value]
         if replaced:
             refuse(f"train.py replaced {', '.join(replaced)} in prepare.py")
 
     def finish(self, model, depth=None, flops_per_token=None):
-        """Evaluates, probes again and prints the summary. flops_per_token: of forward and backward, for the MFU."""
+        """Evaluates, probes again and prints the summary. flops_per_token: of forward and backward, for
+        the MFU."""
         if self._eval_seconds is None:
             raise RuntimeError("call run.preflight(model) before training")
         model.eval()
@@ -1005,14 +1268,16 @@ class Run:
         if self.device.type == "cuda":
             memory = torch.cuda.max_memory_allocated() / 2**20
         else:  # no device memory of its own: the process's resident peak (bytes on macOS, KiB elsewhere)
-            memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+            memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (
+                2**20 if sys.platform == "darwin" else 2**10
+            )
         summary = {
             f"{self._split}_bpb": f"{bpb:.6f}",
             "training_seconds": f"{training:.1f}",
             "trained_percent": f"{100 * self._trained:.1f}",
             "total_seconds": f"{monotonic() - self._started:.1f}",
             "peak_vram_mb": f"{memory:.1f}",
-            "total_tokens_M": f"{self._tokens / 1e6:.6f}",  # to the token: the next edit's AUTORESEARCH_TOKENS
+            "total_tokens_M": f"{self._tokens / 1e6:.6f}",  # to the token: the next edit's AUTORESEARCH_WORK
             "num_steps": f"{max(self._calls - 1, 0)}",
             "num_params_M": f"{sum(p.numel() for p in model.parameters()) / 1e6:.3f}",
         }
@@ -1022,16 +1287,21 @@ class Run:
         if depth is not None:
             summary["depth"] = str(int(depth))
         lines = [f"{key + ':':17} {value}" for key, value in summary.items()]
-        if self._secret:
-            told = self._seed, self._budget, self._meta["fingerprint"], self._pace, self._rival
-            lines.append(f"{'signature:':17} {sign(self._secret, lines, *told)}")
         if self._trained < FULL_TRAINING:
-            print(f"held up by the machine: training got {self._trained:.1%} of its time, so the number says little", flush=True)
+            print(
+                f"held up by the machine: training got {self._trained:.1%} of its time, so the number says little",
+                flush=True,
+            )
         print("---", *lines, sep="\n", flush=True)
+        if self._secret:
+            result = {"metric": "val_bpb", "value": float(f"{bpb:.6f}"), "memory_mb": round(memory, 1), "trained": self._trained,
+                      "work": self._tokens, "data": self._meta["fingerprint"], "told": self._was_told,
+                      "info": f"{summary['num_steps']} steps, {summary['total_tokens_M']} M tokens, {memory / 2**10:.1f} GB"}  # fmt: skip
+            print(signed_line(self._secret, result), flush=True)
 
 
-# What train.py may import: modules, and of some of them only these names. Files, processes, other code and the frames of the callers are
-# nothing that a model needs.
+# What train.py may import: modules, and of some of them only these names. Files, processes, other code and
+# the frames of the callers are nothing that a model needs.
 IMPORTS = {
     "prepare": {"Run"}, "torch": None, "numpy": None, "math": None, "random": None, "time": None, "types": {"SimpleNamespace"},
     "functools": None, "itertools": None, "collections": None, "dataclasses": None, "typing": None, "contextlib": None, "enum": None,
@@ -1044,7 +1314,8 @@ BUILTINS = set("""
     open exec eval compile __import__ globals locals vars setattr delattr input breakpoint __builtins__ __loader__
     __spec__ memoryview
 """.split())  # fmt: skip
-# Attributes, of whatever: files, processes, other modules that a module holds, frames, and what replaces torch's own functions.
+# Attributes, of whatever: files, processes, other modules that a module holds, frames, and what replaces
+# torch's own functions.
 ATTRIBUTES = set("""
     load save open from_file fromfile tofile memmap open_memmap loadtxt savetxt genfromtxt savez fromregex DataSource
     load_library load_inline cpp_extension hub package ctypeslib f2py library overrides classes multiprocessing
@@ -1053,14 +1324,28 @@ ATTRIBUTES = set("""
     cr_frame ag_frame with_traceback func_globals mro TorchFunctionMode TorchDispatchMode monitor inductor
     register_module_forward_hook register_module_forward_pre_hook
 """.split())  # fmt: skip
-PUBLIC = {"device", "seq_len", "vocab_size", "train_tokens", "batches", "preflight", "progress", "log", "finish"}  # of a Run
-FREE = re.compile(r"__(init|name|len|call|iter|next|getitem|setitem|contains|enter|exit|post_init|repr|new|class|version)__|_foreach_\w+")
+PUBLIC = {
+    "device",
+    "seq_len",
+    "vocab_size",
+    "train_tokens",
+    "batches",
+    "preflight",
+    "progress",
+    "log",
+    "finish",
+}  # of a Run
+FREE = re.compile(
+    r"__(init|name|len|call|iter|next|getitem|setitem|contains|enter|exit|post_init|repr|new|class|version)__|_foreach_\w+"
+)
 
 
 def reaches_outside(source):
-    """What in a train.py reaches outside what the ruler offers, a sentence for the model; empty if nothing does.
+    """What in a train.py reaches outside what the ruler offers, a sentence for the model; empty if
+    nothing does.
 
-    It reads the code and doesn't run it: so it finds what is written in the open, before it costs a run.
+    It reads the code and doesn't run it: so it finds what is written in the open, before it costs a
+    run.
     """
     tree = ast.parse(source)
     modules, runs = {}, {"run"}  # names bound to modules; names bound to a Run
@@ -1088,17 +1373,39 @@ def _reach(node, modules, runs, calls, own):
             path = name.name if isinstance(node, ast.Import) else f"{node.module}.{name.name}"
             first, *rest = path.split(".")
             allowed = IMPORTS.get(first, set())
-            outside = first not in IMPORTS or getattr(node, "level", 0) or allowed is not None and set(rest) - allowed
-            if outside or set(rest) & ATTRIBUTES or any(part.startswith("_") for part in rest) or rest == ["*"]:
+            outside = (
+                first not in IMPORTS
+                or getattr(node, "level", 0)
+                or allowed is not None
+                and set(rest) - allowed
+            )
+            if (
+                outside
+                or set(rest) & ATTRIBUTES
+                or any(part.startswith("_") for part in rest)
+                or rest == ["*"]
+            ):
                 return f"import {path}"
-    if isinstance(node, ast.Name) and (node.id in BUILTINS or node.id.startswith("__") and not FREE.fullmatch(node.id)):
+    if isinstance(node, ast.Name) and (
+        node.id in BUILTINS or node.id.startswith("__") and not FREE.fullmatch(node.id)
+    ):
         return node.id
     if isinstance(node, ast.Name) and node.id == "getattr":
         return None if id(node) in calls else "getattr"
-    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("getattr", "hasattr"):
+    if (
+        isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Name)
+        and node.func.id in ("getattr", "hasattr")
+    ):
         name = node.args[1] if len(node.args) > 1 else None
-        mine = isinstance(node.args[0], ast.Name) and node.args[0].id in {"self", "cls"} if node.args else False
-        if not isinstance(name, ast.Constant) or f"{name.value}".startswith("__" if mine else "_") or name.value in ATTRIBUTES:
+        mine = (
+            isinstance(node.args[0], ast.Name) and node.args[0].id in {"self", "cls"} if node.args else False
+        )
+        if (
+            not isinstance(name, ast.Constant)
+            or f"{name.value}".startswith("__" if mine else "_")
+            or name.value in ATTRIBUTES
+        ):
             return ast.unparse(node)[:60]
     if isinstance(node, ast.FunctionDef) and node.name.startswith("__torch"):
         return node.name
@@ -1110,11 +1417,22 @@ def _reach(node, modules, runs, calls, own):
         root = root.id if isinstance(root, ast.Name) else ""
         mine = isinstance(node.value, ast.Name) and node.value.id in {"self", "cls", *own}
         kernel = node.attr == "load" and modules.get(root, "").startswith("triton")
-        if node.attr in ATTRIBUTES and not kernel or node.attr.startswith("_") and not FREE.fullmatch(node.attr) and not mine:
+        if (
+            node.attr in ATTRIBUTES
+            and not kernel
+            or node.attr.startswith("_")
+            and not FREE.fullmatch(node.attr)
+            and not mine
+        ):
             return whole
         if isinstance(node.value, ast.Name) and root in runs and (node.attr not in PUBLIC or changed):
             return whole
-        if changed and root in modules and not modules[root].startswith("torch.backends") and not whole.startswith("torch.backends."):
+        if (
+            changed
+            and root in modules
+            and not modules[root].startswith("torch.backends")
+            and not whole.startswith("torch.backends.")
+        ):
             return f"an assignment to {whole}"
         allowed = IMPORTS.get(modules.get(root, ""))
         if isinstance(node.value, ast.Name) and allowed is not None and node.attr not in allowed:
@@ -1128,7 +1446,10 @@ def _reach(node, modules, runs, calls, own):
 
 def peak_flops(device):
     """Dense bf16 FLOP/s of the device of this name, None where it isn't known."""
-    return next((flops for name, flops in PEAK_FLOPS.items() if re.search(rf"\b{name}\b(?! (Ti|D|Laptop))", device)), None)
+    return next(
+        (flops for name, flops in PEAK_FLOPS.items() if re.search(rf"\b{name}\b(?! (Ti|D|Laptop))", device)),
+        None,
+    )
 
 
 @contextlib.contextmanager
@@ -1143,27 +1464,36 @@ def _evaluating(model):
 
 
 def _cross_entropy(logits, targets):
-    """(B, T, vocab) and (B, T) -> nats (B, T); not torch's own function, which a train.py could have replaced.
+    """(B, T, vocab) and (B, T) -> nats (B, T); not torch's own function, which a train.py could have
+    replaced.
 
-    Less their maximum, so that no constant which is added to all of them makes float32 round the loss.
+    Less their maximum, so that no constant which is added to all of them makes float32 round the
+    loss.
     """
     logits = logits - logits.amax(-1, keepdim=True)
     return logits.exp().sum(-1).log() - logits.gather(-1, targets[..., None]).squeeze(-1)
 
 
 def clear_cost(changes, noise):
-    """What losses that must not depend on what was replaced rise by, in words; empty where it may be chance."""
+    """What losses that must not depend on what was replaced rise by, in words; empty where it may be
+    chance."""
     mean, error = changes.mean().item(), changes.std().item() / math.sqrt(len(changes))
-    return f"replacing them costs {mean:.3f} +- {error:.3f} nats" if mean > LEAK_NATS + noise + LEAK_SIGMAS * error else ""
+    return (
+        f"replacing them costs {mean:.3f} +- {error:.3f} nats"
+        if mean > LEAK_NATS + noise + LEAK_SIGMAS * error
+        else ""
+    )
 
 
 class ProbeRecord:
-    """What losses did at places that a causal model can't let react: just before a change, and far before it.
+    """What losses did at places that a causal model can't let react: just before a change, and far
+    before it.
 
-    An honest model doesn't react at all, but for one whose rounding depends on a whole batch: that reacts at both in the same way, up as
-    often as down. Who sees the next token loses where that is another one: just before the change, by more than what happens
-    far before it. So each limit that the far places exceed at a known rate is exceeded by the near ones too often, if the model
-    leaks at some of the positions; and if it leaks a little at all, the near ones lose on average.
+    An honest model doesn't react at all, but for one whose rounding depends on a whole batch: that
+    reacts at both in the same way, up as often as down. Who sees the next token loses where that is
+    another one: just before the change, by more than what happens far before it. So each limit that
+    the far places exceed at a known rate is exceeded by the near ones too often, if the model leaks
+    at some of the positions; and if it leaks a little at all, the near ones lose on average.
     """
 
     def __init__(self, noise):
@@ -1184,7 +1514,9 @@ class ProbeRecord:
             limit = max(far.quantile(share).item() if len(far) else 0.0, LEAK_NATS + 10 * self.noise)
             rate = ((far > limit).sum().item() + 1) / (len(far) + 1)
             count = int((near > limit).sum())
-            chances[poisson_tail(count, rate * len(near))] = f"{count} of {len(near)} losses rise by more than {limit:.3f} nats"
+            chances[poisson_tail(count, rate * len(near))] = (
+                f"{count} of {len(near)} losses rise by more than {limit:.3f} nats"
+            )
         return min(chances.items())
 
 
@@ -1194,7 +1526,8 @@ def poisson_tail(count, mean):
 
 
 def state_of(model):
-    """{name: checksum} of all that a model can remember: tensors, numbers and containers of its modules and of train.py's globals."""
+    """{name: checksum} of all that a model can remember: tensors, numbers and containers of its modules
+    and of train.py's globals."""
     found, seen = {}, {}  # seen: by id, and held, so that no other value gets the same id
 
     def walk(name, value, depth):
@@ -1206,9 +1539,15 @@ def state_of(model):
         seen[id(value)] = value
         if isinstance(value, torch.Tensor):
             data = value.detach().cpu().contiguous().flatten()
-            found[name] = tuple(value.shape), zlib.crc32(data.view(torch.uint8).numpy()) if data.numel() else 0
+            found[name] = (
+                tuple(value.shape),
+                zlib.crc32(data.view(torch.uint8).numpy()) if data.numel() else 0,
+            )
         elif isinstance(value, np.ndarray):
-            found[name] = value.shape, zlib.crc32(np.ascontiguousarray(value).view(np.uint8)) if value.size else 0
+            found[name] = (
+                value.shape,
+                zlib.crc32(np.ascontiguousarray(value).view(np.uint8)) if value.size else 0,
+            )
         elif isinstance(value, (dict, types.MappingProxyType)):
             found[name] = len(value)
             for key, item in list(value.items()):
@@ -1217,10 +1556,16 @@ def state_of(model):
             found[name] = len(value)
             for number, item in enumerate(list(value)):
                 walk(f"{name}[{number}]", item, depth + 1)
-        elif isinstance(value, types.FunctionType) and f"{value.__module__}".partition(".")[0] not in ("torch", "numpy"):
+        elif isinstance(value, types.FunctionType) and f"{value.__module__}".partition(".")[0] not in (
+            "torch",
+            "numpy",
+        ):
             cells = [cell.cell_contents for cell in value.__closure__ or () if cell != types.CellType()]
             walk(f"{name}()", [cells, value.__defaults__, vars(value)], depth + 1)
-        elif isinstance(value, torch.nn.Module) or "__main__" in (type(value).__module__, getattr(value, "__module__", "")):
+        elif isinstance(value, torch.nn.Module) or "__main__" in (
+            type(value).__module__,
+            getattr(value, "__module__", ""),
+        ):
             for key, item in list(vars(value).items()):
                 if key != "training":
                     walk(f"{name}.{key}", item, depth + 1)
@@ -1228,12 +1573,19 @@ def state_of(model):
                 walk(f"{name}.__class__", type(value), depth + 1)
 
     walk("model", model, 0)
-    walk("train.py", {key: item for key, item in vars(sys.modules["__main__"]).items() if key != "__builtins__"} if _taken else {}, 0)
+    walk(
+        "train.py",
+        {key: item for key, item in vars(sys.modules["__main__"]).items() if key != "__builtins__"}
+        if _taken
+        else {},
+        0,
+    )
     return found
 
 
 def _window_starts(rng, tokens, T):
-    """Endless starts of windows of T + 1 tokens: each epoch has its own offset and order, and covers every token once."""
+    """Endless starts of windows of T + 1 tokens: each epoch has its own offset and order, and covers
+    every token once."""
     while True:
         offset = rng.integers(T)
         yield from rng.permutation((tokens - 1 - offset) // T) * T + offset
@@ -1246,15 +1598,26 @@ def _stop(number, frame):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Prepares the text that train.py learns from. A second call does nothing.")
+    parser = argparse.ArgumentParser(
+        description="Prepares the text that train.py learns from. A second call does nothing."
+    )
     parser.add_argument("--source", default="pytorch", metavar="NAME|PATH",
                         help="pytorch (the installed torch package's Python sources, the default), tinystories or climbmix (from the "
                              "Hugging Face hub), or a file or folder of your own")  # fmt: skip
     parser.add_argument("--shards", type=int, metavar="N", help="only the first N files: of climbmix's 6,543 of 90 MB each (default: 10), "
                         "or of tinystories' two, of 22 MB and 2.2 GB")  # fmt: skip
-    parser.add_argument("--run", action="store_true", help="run train.py, which stands beside this file, as the loop does")
-    parser.add_argument("--facts", action="store_true", help="what a number depends on beside the code, as a line of JSON")
-    parser.add_argument("--check", metavar="FILE", type=Path, help="say what in a train.py reaches outside of what the ruler offers")
+    parser.add_argument(
+        "--run", action="store_true", help="run train.py, which stands beside this file, as the loop does"
+    )
+    parser.add_argument(
+        "--facts", action="store_true", help="what a number depends on beside the code, as a line of JSON"
+    )
+    parser.add_argument(
+        "--check",
+        metavar="FILE",
+        type=Path,
+        help="say what in a train.py reaches outside of what the ruler offers",
+    )
     args = parser.parse_args()
     if args.check:
         try:

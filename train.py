@@ -247,7 +247,9 @@ class Muon(torch.optim.Optimizer):
         (group,) = self.param_groups
         gradient = self.squares([matrix.grad for matrix in group["params"]])
         self.mean.lerp_(gradient, 1 / (1 + MUON_MEAN))
-        update = gradient.lerp(self.mean, 1 - 1 / (1 + MUON_MEAN))  # Nesterov: as if the mean were a step ahead
+        update = gradient.lerp(
+            self.mean, 1 - 1 / (1 + MUON_MEAN)
+        )  # Nesterov: as if the mean were a step ahead
         update = group["lr"] * self.orthogonalize(update.to(self.dtype)).float()
         views = [self.cut(matrix) for matrix in group["params"]]
         for view, part in zip(views, update.split([len(view.flatten(0, 1)) for view in views]), strict=True):

@@ -6,7 +6,7 @@
     python tests/bench.py judge                               the rule that keeps or discards, on thousands of simulated nights
     python tests/bench.py speed                               where the time goes, in a run and between runs: one table, 45 minutes
     python tests/bench.py overhead                            the loop's own seconds between runs and its memory, at 10 and 10,000 rows
-    python tests/bench.py kills --kills 200                   the loop killed before its steps and at random: is anything lost?
+    python tests/bench.py kills --kills 200 --devices 3       the loop killed before its steps and at random: is anything lost?
     python tests/bench.py soak --experiments 1000             a night in which everything fails at random; --real --hours 2 with real runs
 
 Writes only below a temporary folder. Numbers depend on what else the machine does: say which machine, and run them twice.
@@ -42,14 +42,14 @@ def pace():
     """The machine's, as the loop would note it on a branch; empty on a GPU."""
     command = [sys.executable, "prepare.py", "--facts"]
     done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
-    return json.loads(done.stdout.splitlines()[-1])["Pace"] or ""
+    return json.loads(done.stdout.splitlines()[-1])["settings"].get("PACE", "")
 
 
-def train(budget, seed, pace, tokens="", edit=("", ""), core=None):
+def train(budget, seed, pace, work="", edit=("", ""), core=None):
     """A run of train.py, as the loop does it, with one text in it replaced by another: the ruler's summary."""
     source = (ROOT / "train.py").read_text()
     assert edit[0] in source, f"train.py holds no {edit[0]!r}"
-    told = dict(BUDGET=budget, SEED=seed, PACE=pace, TOKENS=tokens, STARTED=time.monotonic())
+    told = dict(BUDGET=budget, SEED=seed, PACE=pace, WORK=work, STARTED=time.monotonic())
     environment = os.environ | {f"AUTORESEARCH_{name}": str(value) for name, value in told.items()}
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "train.py").write_text(source.replace(*edit, 1))
@@ -132,7 +132,7 @@ def clock(args):
     cores = cores_for(now)
     job = dict(budget=args.budget, seed=0)
     if not args.alone:
-        job["tokens"] = tokens_of(train(**job, pace=now, core=cores[-1]))
+        job["work"] = tokens_of(train(**job, pace=now, core=cores[-1]))
     found = {"quiet": [], "beside": []}
     while len(found["beside"]) < args.runs:
         for kind, summaries in found.items():
@@ -162,16 +162,28 @@ def pairs(args):
     """Runs train.py and four edits of it on the same seeds: how much does the difference scatter, and how much a run?"""
     now, seeds = pace(), range(args.seeds)
     job = dict(budget=args.budget)
-    job["tokens"] = tokens_of(at_once(now, [job | dict(seed=0)])[0])  # as the loop does it: the baseline follows its tokens, too
+    job["work"] = tokens_of(
+        at_once(now, [job | dict(seed=0)])[0]
+    )  # as the loop does it: the baseline follows its tokens, too
     before = at_once(now, [job | dict(seed=seed) for seed in seeds])
     values = [float(summary["val_bpb"]) for summary in before]
-    print("train.py           " + " ".join(f"{value:.6f}" for value in values) + f"   {spread(values)}", flush=True)
+    print(
+        "train.py           " + " ".join(f"{value:.6f}" for value in values) + f"   {spread(values)}",
+        flush=True,
+    )
     for edit in EDITS:
         after = at_once(now, [job | dict(seed=seed, edit=edit) for seed in seeds])
         runs = [float(summary["val_bpb"]) for summary in after]
-        print(f"{edit[1].strip(' ,'):18} " + " ".join(f"{run:.6f}" for run in runs) + f"   {spread(runs)}", flush=True)
+        print(
+            f"{edit[1].strip(' ,'):18} " + " ".join(f"{run:.6f}" for run in runs) + f"   {spread(runs)}",
+            flush=True,
+        )
         differences = [run - value for run, value in zip(runs, values, strict=True)]
-        print(f"{'difference':18} " + " ".join(f"{value:+.6f}" for value in differences) + f"   {spread(differences)}")
+        print(
+            f"{'difference':18} "
+            + " ".join(f"{value:+.6f}" for value in differences)
+            + f"   {spread(differences)}"
+        )
         tokens = [tokens_of(one) / tokens_of(other) for one, other in zip(after, before, strict=True)]
         print(f"{'tokens':18} " + " ".join(f"x {share:.4f}" for share in tokens), flush=True)
 
@@ -204,7 +216,7 @@ def draw_nights(count, seed):
     rng = random.Random(seed)
 
     def chances():
-        return [rng.gauss() for _ in range(loop.MOST_RUNS)]
+        return [rng.gauss() for _ in range(loop.MAX_RUNS)]
 
     return [(chances(), [(rng.random(), chances()) for _ in range(RUNS)]) for _ in range(count)]
 
@@ -235,7 +247,7 @@ def simulate(
     def runs_of(truth, own):
         return [truth + common * a + particular * b for a, b in zip(of_seeds, own, strict=True)]
 
-    own = [0.0] * loop.MOST_RUNS if stays else experiments[0][1]
+    own = [0.0] * loop.MAX_RUNS if stays else experiments[0][1]
     truth, parent, made, used = 0.0, runs_of(0.0, own), 1, 1
     pairs, deviation = [], prior * pair
     changes, false, tried = [], 0, 0
@@ -387,7 +399,9 @@ def show_frontier(nights, baselines):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(required=True)
     command = commands.add_parser("baseline", help=baseline.__doc__)
     command.add_argument("--budget", type=float, default=300)
@@ -396,7 +410,9 @@ def main():
     command = commands.add_parser("clock", help=clock.__doc__)
     command.add_argument("--budget", type=float, default=60)
     command.add_argument("--runs", type=int, default=10)
-    command.add_argument("--alone", action="store_true", help="each by the clock alone, none by the tokens of the first")
+    command.add_argument(
+        "--alone", action="store_true", help="each by the clock alone, none by the tokens of the first"
+    )
     command.set_defaults(run=clock)
     command = commands.add_parser("pairs", help=pairs.__doc__)
     command.add_argument("--budget", type=float, default=60)
@@ -412,17 +428,23 @@ def main():
     command = commands.add_parser("speed", help=speed.speed.__doc__)
     command.add_argument("--budget", type=float, default=300, help="seconds of a real run")
     command.add_argument("--runs", type=int, default=3, help="real runs in the loop")
-    command.add_argument("--cycles", type=int, default=20, help="runs that end at once, for the loop's own seconds")
-    command.add_argument("--think", type=float, default=60, help="seconds that the simulated model thinks")
-    command.add_argument("--run", type=float, default=90, help="seconds of a stand-in's run beside it", dest="run_seconds")
-    command.add_argument("--thoughts", type=int, default=10, help="experiments with the simulated model")
+    command.add_argument(
+        "--cycles", type=int, default=20, help="runs that end at once, for the loop's own seconds"
+    )
+    command.add_argument(
+        "--devices", type=int, default=8, help="stand-in devices that a model has to keep busy"
+    )
+    command.add_argument("--run", type=float, default=10, help="seconds of a run there", dest="run_seconds")
+    command.add_argument("--experiments", type=int, default=80, help="runs there")
     command.set_defaults(run=speed.speed)
     command = commands.add_parser("kills", help=faults.kills.__doc__)
     command.add_argument("--kills", type=int, default=200)
+    command.add_argument("--devices", type=int, default=1)
     command.add_argument("--seed", type=int, default=0)
     command.set_defaults(run=faults.kills)
     command = commands.add_parser("soak", help=soak.soak.__doc__)
     command.add_argument("--experiments", type=int)
+    command.add_argument("--devices", type=int, default=1)
     command.add_argument("--hours", type=float)
     command.add_argument("--budget", type=float)
     command.add_argument("--real", action="store_true")

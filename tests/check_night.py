@@ -5,6 +5,7 @@
 Reads a checkout whose loop is stopped (default: here, and the branch checked out); writes nothing.
 """
 
+import json
 import math
 import os
 import re
@@ -24,7 +25,9 @@ class Repository:
     def __init__(self, folder):
         self.folder = Path(folder).resolve()
         self.prefix = self("rev-parse", "--show-prefix").strip()
-        self.batch = subprocess.Popen(["git", "cat-file", "--batch"], cwd=self.folder, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self.batch = subprocess.Popen(
+            ["git", "cat-file", "--batch"], cwd=self.folder, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
 
     def __call__(self, *args):
         done = subprocess.run(["git", "--no-optional-locks", *args], cwd=self.folder, capture_output=True)
@@ -35,7 +38,9 @@ class Repository:
         self.batch.stdin.write(name.encode() + b"\n")
         self.batch.stdin.flush()
         head = self.batch.stdout.readline().split()
-        return None if len(head) < 3 or not head[2].isdigit() else self.batch.stdout.read(int(head[2]) + 1)[:-1]
+        return (
+            None if len(head) < 3 or not head[2].isdigit() else self.batch.stdout.read(int(head[2]) + 1)[:-1]
+        )
 
     def file(self, commit, name):
         return self.object(f"{commit}:{self.prefix}{name}")
@@ -46,7 +51,9 @@ class Repository:
 
 
 def trailers(message):
-    return dict(line.split(": ", 1) for line in message.strip().rpartition("\n\n")[2].splitlines() if ": " in line)
+    return dict(
+        line.split(": ", 1) for line in message.strip().rpartition("\n\n")[2].splitlines() if ": " in line
+    )
 
 
 def first_parents(git, ref):
@@ -61,16 +68,31 @@ def first_parents(git, ref):
     return found[::-1]
 
 
-def of_an_outcome(git, before, now, commit, parents, subject, incumbent, chain):
-    """Problems of a commit that adds a row; `incumbent` is the train.py that was to be beaten."""
+def extended(before, now, edited):
+    """Problems of the lines that were there: they stay, but the row of the file that was edited may gain runs."""
+    for old, new in zip(before.splitlines(), now.splitlines(), strict=False):
+        if old == new:
+            continue
+        old, new = old.decode().split("\t"), new.decode().split("\t")
+        runs = COLUMNS.index("runs")
+        if old[:runs] + old[runs + 1 :] != new[:runs] + new[runs + 1 :]:
+            yield f"it changed more than runs of the row {old[0]}"
+        elif not edited.startswith(old[0]):
+            yield f"it added runs to the row {old[0]}, and its experiment edited {edited[:7] or 'nothing'}"
+        elif not re.fullmatch(re.escape(old[runs]) + r"(,[\d.]+)+", new[runs]):
+            yield f"runs of the row {old[0]} went from {old[runs]} to {new[runs]}"
+
+
+def of_an_outcome(git, before, now, commit, parents, subject, best, chain):
+    """Problems of a commit that adds a row; `best` is (hash, train.py) of what was to be beaten, hash empty at first."""
     if len(parents) != 2:
         yield f"{len(parents)} parents"
         return
-    added = now[len(before) :]
-    if not now.startswith(before) or added.count(b"\n") != 1 or not added.endswith(b"\n"):
+    lines = now.splitlines(keepends=True)
+    if len(lines) != before.count(b"\n") + 1 or not now.endswith(b"\n"):
         yield "results.tsv didn't gain exactly one line at its end"
         return
-    cells = added.decode("utf-8", "replace").rstrip("\n").split("\t")
+    cells = lines[-1].decode("utf-8", "replace").rstrip("\n").split("\t")
     if len(cells) != len(COLUMNS):
         yield f"its row has {len(cells)} columns"
         return
@@ -80,32 +102,21 @@ def of_an_outcome(git, before, now, commit, parents, subject, incumbent, chain):
         yield f"its row names {row['commit']} and its second parent is {experiment}"
     if row["status"] != subject.partition(":")[0]:
         yield f"its row says {row['status']}"
-    expected = git.file(experiment, "train.py") if row["status"] == "keep" else incumbent
+    expected = git.file(experiment, "train.py") if row["status"] == "keep" else best[1]
     if git.file(commit, "train.py") != expected:
-        yield "its train.py is not " + ("the experiment's" if row["status"] == "keep" else "the incumbent's")
+        yield "its train.py is not " + ("the experiment's" if row["status"] == "keep" else "the best one's")
     head, _, message = git.object(experiment).decode("utf-8", "replace").partition("\n\n")
     if not set(re.findall(r"^parent (\w+)", head, re.MULTILINE)) <= chain:
         yield "its experiment doesn't stand on the branch"
     named = trailers(message)
-    if "[refused: " not in row["description"] and not named.get("Tree"):
-        yield "its experiment ran and has no Tree"
-
-
-def of_a_repeat(before, now, parents):
-    """Problems of a commit that adds a run to a row."""
-    if len(parents) != 1:
-        yield f"{len(parents)} parents"
-    lines = list(zip(before.splitlines(), now.splitlines(), strict=False))
-    changed = [(old.decode().split("\t"), new.decode().split("\t")) for old, new in lines if old != new]
-    if before.count(b"\n") != now.count(b"\n") or len(changed) != 1:
-        yield f"{len(changed)} lines of results.tsv changed, not one"
-        return
-    old, new = changed[0]
-    runs = COLUMNS.index("runs")
-    if old[:runs] + old[runs + 1 :] != new[:runs] + new[runs + 1 :]:
-        yield "it changed more than runs"
-    elif not re.fullmatch(re.escape(old[runs]) + r",[\d.]+", new[runs]):
-        yield f"runs went from {old[runs]} to {new[runs]}"
+    if "[refused: " not in row["description"] and not named.get("Code"):
+        yield "its experiment ran and has no Code"
+    edited = named.get("Parent", "")
+    if bool(edited) != bool(best[0]):
+        yield f"its experiment edited {edited or 'nothing'}, and the best one was {best[0] or 'none'}"
+    if row["status"] == "keep" and edited != best[0]:
+        yield f"it is kept as an edit of {edited[:7]}, and the best one was {best[0][:7]}"
+    yield from extended(before, now, edited)
 
 
 def runs_of(row):
@@ -113,7 +124,7 @@ def runs_of(row):
 
 
 def of_a_row(number, cells, parent):
-    """Problems of a row; `parent` is the last kept row before it, whose file it edited."""
+    """Problems of a row; `parent` is the row of the file that it edited."""
     if len(cells) != len(COLUMNS):
         yield f"row {number} has {len(cells)} columns"
         return
@@ -148,14 +159,16 @@ def of_a_change(number, row, parent):
         yield f"row {number} has {len(runs)} runs, and row {parent['commit']}, which it edited, {len(before)}"
         return
     change = after - float(parent["val_bpb"])
-    match = re.fullmatch(r"([+-]\d+\.\d{4})\+-(\d+\.\d{4})", row["change"])
-    if not match or not abs(float(match[1]) - change) <= 0.52e-4:
+    match = re.fullmatch(r"([+-]\d+\.(\d{4}|\d{6}))\+-(\d+\.\d{4,6})", row["change"])
+    last = 10 ** -len(match[2]) if match else 0  # what the last digit is worth
+    if not match or not abs(float(match[1]) - change) <= 0.5 * last + 2e-6:
         yield f"row {number} has the change {row['change']!r}, and its val_bpb is its parent's plus {change:.6f}"
         return
     gains = [its - run for its, run in zip(before, runs, strict=False)]
-    most = [min(gains) + 3 * (float(match[2]) + rounded) * len(runs) ** 0.5 for rounded in (-0.5e-4, 0.5e-4)]
+    errors = (float(match[3]) + rounded * last for rounded in (-0.5, 0.5))
+    most = [min(gains) + 3 * error * len(runs) ** 0.5 for error in errors]
     low, high = (-fmean(min(gain, limit) for gain in gains) for limit in reversed(most))
-    if not low - 1.001e-6 <= change <= high + 1.001e-6:
+    if not low - 2.001e-6 <= change <= high + 2.001e-6:
         yield f"row {number} has the change {change:.6f}, and its runs differ from its parent's by {[-gain for gain in gains]}"
 
 
@@ -168,7 +181,7 @@ def of_the_checkout(git, ref, tip, others):
         path = git.folder / name
         if name not in others and (path.read_bytes() if path.exists() else None) != git.file(tip, name):
             yield f"{name} of the checkout is not the branch's"
-    for path in (*git.folder.glob(".*.new"), *git.folder.glob("runs/index-*")):
+    for path in (*git.folder.glob(".*.new"), *git.folder.glob("runs/check-*")):
         yield f"left over: {path.relative_to(git.folder)}"
 
 
@@ -189,14 +202,49 @@ def survivors(folder):
 
 
 def of_the_run_folders(git):
-    """Each folder of runs/ is of a commit that a ref holds, or that was made anew (the same tree) with the runs made so far."""
-    log = [line.split() for line in git("log", "--all", "--format=%H %T").splitlines()]
-    held, made = {commit[:7] for commit, _ in log}, {tree for _, tree in log}
-    for path in sorted(git.folder.glob("runs/*-*-*")):
-        if not (match := re.fullmatch(r"\d{4,}-\d+-([0-9a-f]{7})", path.name)):
-            yield f"runs/{path.name} is no run's folder"
-        elif match[1] not in held and git("show", "-s", "--format=%T", match[1]).strip() not in made:
-            yield f"runs/{path.name} is of a commit that nothing holds"
+    """Each folder of runs/ is of an experiment of its number, and holds runs and perhaps a compile cache."""
+    for path in sorted(git.folder.glob("runs/[0-9]*")):
+        if not (match := re.fullmatch(r"(\d{4,})-([0-9a-f]{7,})", path.name)):
+            yield f"runs/{path.name} is no experiment's folder"
+            continue
+        message = (git.object(match[2]) or b"").decode("utf-8", "replace")
+        if trailers(message).get("Number") != f"{int(match[1])}":
+            yield f"runs/{path.name} is of no experiment with this number"
+        for run in path.iterdir():
+            if not re.fullmatch(r"\d+|warm-0|test-\d+|cache", run.name):
+                yield f"runs/{path.name}/{run.name} is no run's folder"
+
+
+def runs_on_file(git, tag):
+    """(problems, {(commit, seed, split): result}) of the file of runs."""
+    found, results = [], {}
+    path = Path(
+        git("rev-parse", "--absolute-git-dir").strip(), "autoresearch", tag.replace("/", "--") + ".jsonl"
+    )
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            event = json.loads(line)
+        except ValueError:
+            continue  # half a line, of a loop that was killed as it wrote
+        key = event["commit"], event["seed"], event["split"]
+        if "cause" in event and key in results:
+            found.append(f"{key[0][:7]} ran twice on seed {key[1]} ({key[2]})")
+        if "cause" in event:
+            results[key] = event
+    return found, results
+
+
+def of_the_open(git, tag, ended, numbers):
+    """Problems of the refs to what is open: each of an experiment of its number, which has no row."""
+    for line in git(
+        "for-each-ref", "--format=%(refname) %(objectname)", f"refs/autoresearch/{tag}/"
+    ).splitlines():
+        ref, commit = line.split()
+        number = trailers(git.object(commit).decode("utf-8", "replace")).get("Number")
+        if commit in ended or number in numbers:
+            yield f"{commit[:7]} is still noted as open, and has its row"
+        if ref != f"refs/autoresearch/{tag}/open/{number}":
+            yield f"{ref} is of the experiment {number}"
 
 
 def check(folder, tag, others=()):
@@ -206,41 +254,56 @@ def check(folder, tag, others=()):
         chain = first_parents(git, ref)
         if not chain or (git.object(chain[-1][0]) is None):
             return counts, [f"there is no branch autoresearch/{tag}"]
-        start, named, seen = chain[0][0], [], {chain[0][0]}
-        before, incumbent = git.file(start, "results.tsv") or HEADER, git.file(start, "train.py")
+        start, named, births, seen = chain[0][0], [], [], {chain[0][0]}
+        before, best = git.file(start, "results.tsv") or HEADER, ("", git.file(start, "train.py"))
         if before != HEADER:
             found.append("the branch has no commit that holds just the header")
         for commit, parents, subject in chain[1:]:
             now, word = git.file(commit, "results.tsv") or b"", subject.partition(":")[0]
-            told = []
             if word in ("keep", "discard", "crash"):
-                told = list(of_an_outcome(git, before, now, commit, parents, subject, incumbent, seen))
+                told = of_an_outcome(git, before, now, commit, parents, subject, best, seen)
+                found += [f"{commit[:7]} ({subject[:60]}): {text}" for text in told]
                 named.append(parents[-1])
-            elif word == "repeat":
-                told = list(of_a_repeat(before, now, parents))
-            incumbent = git.file(commit, "train.py") if word == "keep" else incumbent
-            counts[{"repeat": "repeats"}.get(word, "outcomes" if word in ("keep", "discard", "crash") else "by a person")] += 1
-            found += [f"{commit[:7]} ({subject[:60]}): {text}" for text in told]
+                births.append(now.decode("utf-8", "replace"))
+            if word == "keep":
+                best = parents[-1], git.file(commit, "train.py")
+            counts["outcomes" if word in ("keep", "discard", "crash") else "by a person"] += 1
             before = now
             seen.add(commit)
         rows = [line.split("\t") for line in before.decode("utf-8", "replace").splitlines()[1:]]
-        counts += Counter(rows=len(rows), commits=len(chain), **Counter(f"{cells[3]}s".replace("hs", "hes") for cells in rows))
-        parent = None
-        for number, cells in enumerate(rows):
-            found += of_a_row(number, cells, parent)
-            if cells[3:4] == ["keep"]:
-                parent = dict(zip(COLUMNS, cells, strict=False))
-        if double := [commit for commit, times in Counter(cells[0] for cells in rows).items() if times > 1]:
-            found.append(f"rows that name the same commit: {double}")
+        counts += Counter(
+            rows=len(rows),
+            commits=len(chain),
+            **Counter(f"{cells[3]}s".replace("hs", "hes") for cells in rows),
+        )
         if len(rows) != len(named):
             found.append(f"{len(rows)} rows, and {len(named)} commits that each added one")
-        running = git("rev-parse", "--verify", "--quiet", f"refs/autoresearch/{tag}/running").strip()
-        if running and running in named:
-            found.append(f"{running[:7]} is still noted as running, and has its row")
+        says = {commit: trailers(git.object(commit).decode("utf-8", "replace")) for commit in named}
+        told, results = runs_on_file(git, tag)
+        found += told
+        for number, (commit, born) in enumerate(zip(named, births, strict=True)):
+            edited = says[commit].get("Parent", "")
+            lines = [dict(zip(COLUMNS, line.split("\t"), strict=False)) for line in born.splitlines()[1:]]
+            parent = next((row for row in lines if edited.startswith(row["commit"])), None)
+            found += of_a_row(number, born.splitlines()[-1].split("\t"), parent)  # as it was judged
+        for number, (commit, cells) in enumerate(zip(named, rows, strict=False)):
+            row = dict(zip(COLUMNS, cells, strict=False))
+            for seed, run in enumerate(row.get("runs", "").split(",")):
+                value = results.get((commit, seed, "val"), {}).get("value")
+                if run and value is not None and f"{value:.6f}" != run:
+                    found.append(f"row {number} has {run} on seed {seed}, and the run had {value}")
+        numbers = [said.get("Number") for said in says.values()]
+        if double := [number for number, times in Counter(numbers).items() if times > 1]:
+            found.append(f"experiments with two rows: {double}")
+        if len({*named}) < len(named):
+            found.append("rows that name the same commit")
+        found += of_the_open(git, tag, named, numbers)
         found += of_the_checkout(git, ref, chain[-1][0], others)
         found += [f"still alive: process {pid}, {command[:80]}" for pid, command in survivors(git.folder)]
         found += of_the_run_folders(git)
-        wrong = subprocess.run(["git", "fsck", "--no-dangling", "--no-progress"], cwd=git.folder, capture_output=True, text=True)
+        wrong = subprocess.run(
+            ["git", "fsck", "--no-dangling", "--no-progress"], cwd=git.folder, capture_output=True, text=True
+        )
         found += [f"git fsck: {line}" for line in (wrong.stdout + wrong.stderr).splitlines()]
         return counts, found
     finally:
@@ -254,7 +317,11 @@ def problems(folder, tag, others=()):
 
 def main():
     folder = Path(sys.argv[1] if len(sys.argv) > 1 else ".")
-    tag = sys.argv[2] if len(sys.argv) > 2 else Repository(folder)("symbolic-ref", "--short", "HEAD").strip().removeprefix("autoresearch/")
+    tag = (
+        sys.argv[2]
+        if len(sys.argv) > 2
+        else Repository(folder)("symbolic-ref", "--short", "HEAD").strip().removeprefix("autoresearch/")
+    )
     counts, found = check(folder, tag)
     print(f"autoresearch/{tag}: " + ", ".join(f"{number} {name}" for name, number in counts.items()))
     print(*found or ["no problems"], sep="\n")

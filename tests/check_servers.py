@@ -36,7 +36,10 @@ KEY = f"sk-{secrets.token_hex(24)}"
 REPLIES = {"edits": block("LEARNING_RATE = 0.02", "LEARNING_RATE = 0.03"), "nonsense": "I would rather not."}
 PROXY = {
     "model_list": [
-        {"model_name": name, "litellm_params": {"model": "openai/none", "api_key": "none", "mock_response": reply}}
+        {
+            "model_name": name,
+            "litellm_params": {"model": "openai/none", "api_key": "none", "mock_response": reply},
+        }
         for name, reply in REPLIES.items()
     ],
     "general_settings": {"master_key": KEY},
@@ -106,15 +109,30 @@ while True:
 """
 # {name: (packages, the model's form, command after the environment's bin/, models asked for: None is the first one listed)}
 SERVERS = {
-    "litellm": (["litellm[proxy]"], None, "litellm --config {folder}/proxy.json --host 127.0.0.1 --port {port}", (None, "nonsense")),
+    "litellm": (
+        ["litellm[proxy]"],
+        None,
+        "litellm --config {folder}/proxy.json --host 127.0.0.1 --port {port}",
+        (None, "nonsense"),
+    ),
     "transformers": (
         ["torch==2.13.0", "transformers[serving]"],
         "folder",
         "transformers serve {folder} --device cpu --host 127.0.0.1 --port {port}",
         (None,),
     ),
-    "mlx-lm": (["mlx[cpu]", "mlx-lm"], "folder", "python -m mlx_lm server --model {folder} --temp 1 --port {port}", (None,)),
-    "xllamacpp": (["xllamacpp", "gguf"], "gguf", "python {folder}/serve.py {folder}/tiny.gguf {port}", (None,)),
+    "mlx-lm": (
+        ["mlx[cpu]", "mlx-lm"],
+        "folder",
+        "python -m mlx_lm server --model {folder} --temp 1 --port {port}",
+        (None,),
+    ),
+    "xllamacpp": (
+        ["xllamacpp", "gguf"],
+        "gguf",
+        "python {folder}/serve.py {folder}/tiny.gguf {port}",
+        (None,),
+    ),
 }
 
 
@@ -133,7 +151,9 @@ def install(name):
     if form:
         subprocess.run([python, "-c", TINY, folder, form], check=True)
     version = f"from importlib.metadata import version; print(version({name!r}))"
-    return folder, subprocess.run([python, "-c", version], capture_output=True, text=True, check=True).stdout.strip()
+    return folder, subprocess.run(
+        [python, "-c", version], capture_output=True, text=True, check=True
+    ).stdout.strip()
 
 
 def free_port():
@@ -145,7 +165,11 @@ def free_port():
 def listens(url):
     """Whether a server answers there, with whatever."""
     try:
-        return bool(urllib.request.urlopen(urllib.request.Request(f"{url}/models", headers={"Authorization": f"Bearer {KEY}"})))
+        return bool(
+            urllib.request.urlopen(
+                urllib.request.Request(f"{url}/models", headers={"Authorization": f"Bearer {KEY}"})
+            )
+        )
     except urllib.error.HTTPError:
         return True
     except OSError:
@@ -156,7 +180,12 @@ def listens(url):
 def serving(name, folder, port):
     """The server, from its first answer to its death by SIGKILL."""
     binary, *words = SERVERS[name][2].format(folder=folder, port=port).split()
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(folder), "HF_HUB_CACHE": str(folder / "cache")}
+    environment = {
+        **os.environ,
+        "HF_HUB_OFFLINE": "1",
+        "HF_HOME": str(folder),
+        "HF_HUB_CACHE": str(folder / "cache"),
+    }
     environment |= {"LITELLM_LOCAL_MODEL_COST_MAP": "True"}  # else it asks the network
     with (folder / "server.log").open("a") as log:
         command = [folder / "environment" / "bin" / binary, *words]
@@ -180,10 +209,10 @@ def form(model, settings):
         model = loop.Model(model, loop.Facts(Console(quiet=True), live=False))
     stream, folded = model.form
     model.form = loop.STREAM, folded
-    _, tokens = model.call([{"role": "system", "content": "A test."}, {"role": "user", "content": "Say something."}])
-    return (
-        f"{'' if stream else 'not '}streamed, {'no ' if folded else ''}system role; a streamed reply counts {'' if tokens else 'no '}tokens"
+    _, tokens = model.call(
+        [{"role": "system", "content": "A test."}, {"role": "user", "content": "Say something."}]
     )
+    return f"{'' if stream else 'not '}streamed, {'no ' if folded else ''}system role; a streamed reply counts {'' if tokens else 'no '}tokens"
 
 
 def night(name, folder, model):
@@ -198,7 +227,15 @@ def night(name, folder, model):
                 wanted = form(model, settings)
             except loop.Stop as stop:
                 return f"exit 2: {stop}", []
-            words = ["--budget", 20, "--tag", "t", "--experiments", EXPERIMENTS, *(["--model", model] if model else [])]
+            words = [
+                "--budget",
+                20,
+                "--tag",
+                "t",
+                "--experiments",
+                EXPERIMENTS,
+                *(["--model", model] if model else []),
+            ]
             process = project.start(*words, **settings)
             project.wait_for(lambda: len(project.rows()) > 2, 120)
         time.sleep(2)  # the loop meets a server that is gone
@@ -206,14 +243,25 @@ def night(name, folder, model):
             out, err = process.communicate(timeout=1200)
         rows, found = project.rows(), problems(project.folder, "t")
     refused = [row for row in rows if "[refused: " in row["description"]]
-    kept, tokens = sum(row["status"] == "keep" for row in rows[1:]), sum(int(row["llm_tokens"]) for row in rows)
+    kept, tokens = (
+        sum(row["status"] == "keep" for row in rows[1:]),
+        sum(int(row["llm_tokens"]) for row in rows),
+    )
     found += [f"exit {process.returncode}: {err}"] * bool(process.returncode)
     found += [f"{len(rows) - 1} experiments"] * (len(rows) != EXPERIMENTS + 1)
-    good = int(SERVERS[name][1] is None and model is None)  # one edit is right; the same again changes nothing
+    good = int(
+        SERVERS[name][1] is None and model is None
+    )  # one edit is right; the same again changes nothing
     if (kept, len(refused)) != (good, EXPERIMENTS - good):
         found += [f"kept or refused: {[row['description'] for row in rows]}"]
-    found += ["no tokens counted"] * (not tokens) + ["the loop didn't notice that the server was gone"] * ("Connection error" not in out)
-    told = [f"{out.count(text)} x {text}" for text in ("cut a reply off", "asking again with less of it") if text in out]
+    found += ["no tokens counted"] * (not tokens) + ["the loop didn't notice that the server was gone"] * (
+        "Connection error" not in out
+    )
+    told = [
+        f"{out.count(text)} x {text}"
+        for text in ("cut a reply off", "asking again with less of it")
+        if text in out
+    ]
     line = f"{len(rows) - 1} experiments, {kept} kept, {len(refused)} refused, {tokens:,} tokens; asked: {wanted}"
     return "; ".join([line, *told]), found
 
@@ -226,7 +274,12 @@ def main():
         folder, version = install(name)
         for model in SERVERS[name][3]:
             line, found = night(name, folder, model)
-            print(f"{name} {version}, {model or 'no --model'}: {line}; {'WRONG' if found else 'ok'}", *found, sep="\n  ", flush=True)
+            print(
+                f"{name} {version}, {model or 'no --model'}: {line}; {'WRONG' if found else 'ok'}",
+                *found,
+                sep="\n  ",
+                flush=True,
+            )
             wrong += bool(found)
     return wrong > 0
 

@@ -1,6 +1,8 @@
 """Shared by all tests: a chat server over real HTTP, and a git repository with the loop and stand-ins for what it runs."""
 
+import ast
 import contextlib
+import io
 import json
 import os
 import random
@@ -10,18 +12,24 @@ import subprocess
 import sys
 import threading
 import time
+import types
 from collections import deque
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 ROOT = Path(__file__).resolve().parent.parent
 STAND_IN = Path(__file__).resolve().parent / "stand_in"
 SIZES = dict(seq_len=16, vocab_size=300, eval_tokens=2048, eval_rows=16)  # of the tiny data set
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it, nohup SIGHUP; so would the loops here
+signal.signal(
+    signal.SIGINT, signal.default_int_handler
+)  # a shell's background job ignores it, nohup SIGHUP; so would the loops here
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 sys.path.insert(0, str(ROOT))  # loop.py and prepare.py are scripts: no installed package to import
+
+import loop  # noqa: E402
 
 
 class ChatServer:
@@ -43,7 +51,11 @@ class ChatServer:
             def send(self, status, body, headers=()):
                 data = body.encode() if isinstance(body, str) else json.dumps(body).encode()
                 self.send_response(status)
-                for name, value in {"Content-Type": "application/json", "Content-Length": len(data), **dict(headers)}.items():
+                for name, value in {
+                    "Content-Type": "application/json",
+                    "Content-Length": len(data),
+                    **dict(headers),
+                }.items():
                     self.send_header(name, str(value))
                 self.end_headers()
                 self.wfile.write(data)
@@ -51,7 +63,13 @@ class ChatServer:
             def do_GET(self):
                 if self.path != "/v1/models":
                     return self.send(404, {"error": "not found"})
-                self.send(200, {"object": "list", "data": [{"id": "local-model", "object": "model", "created": 0, "owned_by": "me"}]})
+                self.send(
+                    200,
+                    {
+                        "object": "list",
+                        "data": [{"id": "local-model", "object": "model", "created": 0, "owned_by": "me"}],
+                    },
+                )
 
             def do_POST(self):
                 request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -66,14 +84,30 @@ class ChatServer:
                     return self.wfile.write(reply)
                 if isinstance(reply, tuple):
                     return self.send(*reply)
-                choice = {"index": 0, "message": {"role": "assistant", "content": reply}, "finish_reason": "stop"}
+                choice = {
+                    "index": 0,
+                    "message": {"role": "assistant", "content": reply},
+                    "finish_reason": "stop",
+                }
                 choice = choice | reply if isinstance(reply, dict) else choice
                 usage = {"prompt_tokens": 90, "completion_tokens": 10, "total_tokens": 100}
-                self.send(200, dict(id="1", object="chat.completion", created=0, model=request["model"], choices=[choice], usage=usage))
+                self.send(
+                    200,
+                    dict(
+                        id="1",
+                        object="chat.completion",
+                        created=0,
+                        model=request["model"],
+                        choices=[choice],
+                        usage=usage,
+                    ),
+                )
 
         self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.http.server_port}/v1"
-        threading.Thread(target=self.http.serve_forever, daemon=True).start()
+        threading.Thread(
+            target=self.http.serve_forever, args=(0.01,), daemon=True
+        ).start()  # its end is seen at once
 
 
 @pytest.fixture
@@ -81,6 +115,83 @@ def server():
     chat = ChatServer()
     yield chat
     chat.http.shutdown()
+
+
+FACTS = {
+    "metric": "val_bpb", "better": "lower", "edits": "train.py", "device": "cpu, stand-in", "software": "none",
+    "data": "0123456789ab", "noise": 0.0007, "api": "It must go on calling prepare.finish().", "held_out": {},
+    "settings": {"PACE": "0.0101"}, "fixed": ["SECONDS"],
+}  # fmt: skip
+
+
+def check_reach(session, source):
+    if "# outside" in source:
+        raise loop.Refused("The ruler doesn't allow this: line 1, reaches outside.")
+
+
+def stand_in(job):
+    """What a run of a job's train.py gives, computed in this process: its prepare.finish() takes what the stand-in's does."""
+    found, told = {}, job["told"]
+
+    def finish(val_bpb, seconds=0.0, steps=4, trained=1.0, work=100_000):
+        found.update(
+            value=round(val_bpb, 6),
+            trained=trained,
+            work=work,
+            memory_mb=512.0,
+            info=f"{steps} steps",
+            cause="",
+        )
+
+    prepare = types.SimpleNamespace(finish=finish)
+    with ONE_AT_A_TIME, pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "prepare", prepare)
+        for name, value in told.items():
+            patch.setenv(f"AUTORESEARCH_{name}", value)
+        try:
+            exec(
+                compile(job["files"]["train.py"], "train.py", "exec"),
+                {"__name__": "__main__", "__file__": "train.py"},
+            )
+        except Exception as error:
+            cause = f"{type(error).__name__}: {error}"
+            return {
+                "cause": cause,
+                "tail": f"Traceback (most recent call last):\n{cause}\n",
+                "log": "run.log",
+            }
+    return {"seconds": 1.0, "tail": "", "log": "run.log", **(found or {"cause": "no result"})}
+
+
+ONE_AT_A_TIME = threading.Lock()  # the environment and the modules are the process's
+
+
+class FakeDevice:
+    """A device in this process: it runs nothing but run(job)."""
+
+    def __init__(self, name, facts, run):
+        self.name, self.facts, self.answer, self.process = name, facts, run, None
+
+    def run(self, job, tell):
+        if job["probe"]:
+            return {"cause": "", "facts": dict(self.facts)}
+        result = self.answer(job)
+        return result | ({"facts": dict(self.facts)} if result["cause"] and "facts" not in result else {})
+
+    def close(self):
+        pass
+
+
+class FakeModel:
+    """A model that has its replies ready; with none left it answers "nothing to say"."""
+
+    def __init__(self, replies):
+        self.name, self.replies, self.chats = "local-model", deque(replies), []
+
+    def ask(self, chat, unwanted):
+        self.chats.append([dict(message) for message in chat])
+        reply = self.replies.popleft() if self.replies else "nothing to say"
+        return (reply(chat) if callable(reply) else reply), 100
 
 
 class Project:
@@ -91,18 +202,39 @@ class Project:
         self.folder.mkdir()
         (self.data / "toy-0123456789ab").mkdir(parents=True)
         (self.data / "toy-0123456789ab" / "meta.json").write_text(json.dumps({"fingerprint": "0123456789ab"}))
-        for path in (ROOT / "loop.py", ROOT / "results.tsv", ROOT / ".gitignore", STAND_IN / "train.py", STAND_IN / "prepare.py"):
+        for path in (
+            ROOT / "loop.py",
+            ROOT / "results.tsv",
+            ROOT / ".gitignore",
+            STAND_IN / "train.py",
+            STAND_IN / "prepare.py",
+        ):
             shutil.copy(path, self.folder)
         (self.folder / "program.md").write_text("# The goal\nLower val_bpb.\n")
         (self.folder / "notes.txt").write_text("a person's file\n")
-        self.environment = {"PATH": os.environ["PATH"], "HOME": str(folder), "AUTORESEARCH_DATA": str(self.data)}
+        self.environment = {
+            "PATH": os.environ["PATH"],
+            "HOME": str(folder),
+            "AUTORESEARCH_DATA": str(self.data),
+        }
         self.environment |= {"PYTHONPATH": str(STAND_IN / "no_pictures")}  # each takes longer than most tests
         self.git("init", "--quiet", "--initial-branch=main")
         self.commit("start")
 
     def git(self, *args, check=True):
-        who = {f"GIT_{role}_{key}": "someone@localhost" for role in ("AUTHOR", "COMMITTER") for key in ("NAME", "EMAIL")}
-        done = subprocess.run(["git", *args], cwd=self.folder, env={**self.environment, **who}, capture_output=True, text=True, check=check)
+        who = {
+            f"GIT_{role}_{key}": "someone@localhost"
+            for role in ("AUTHOR", "COMMITTER")
+            for key in ("NAME", "EMAIL")
+        }
+        done = subprocess.run(
+            ["git", *args],
+            cwd=self.folder,
+            env={**self.environment, **who},
+            capture_output=True,
+            text=True,
+            check=check,
+        )
         return done.stdout
 
     def commit(self, message):
@@ -112,8 +244,11 @@ class Project:
     def constants(self, **values):
         """Other constants in its loop.py, committed."""
         for name, value in values.items():
-            line = next(line for line in self.read("loop.py").splitlines() if line.startswith(f"{name} ="))
-            self.write("loop.py", self.read("loop.py").replace(line, f"{name} = {value}"))
+            text = self.read("loop.py")
+            statement = next(
+                node for node in ast.parse(text).body if ast.unparse(node).startswith(f"{name} = ")
+            )
+            self.write("loop.py", text.replace(ast.get_source_segment(text, statement), f"{name} = {value}"))
         self.commit("constants")
 
     def verdicts(self, *verdicts):
@@ -121,6 +256,49 @@ class Project:
         rule = f"def judge(differences, noise, size):\n    return {verdicts!r}[len(differences) - 1]\n\n\ndef not_asked("
         self.write("loop.py", self.read("loop.py").replace("def judge(", rule, 1))
         self.commit("verdicts")
+
+    def night(self, *words, replies=(), devices=1, run=None, offline=False):
+        """A session of the loop in this process: real git, but a model that gives these replies (texts, or functions of the
+        chat), and devices that only compute. run(job), where it is given, answers a job instead of stand_in()."""
+        with pytest.MonkeyPatch.context() as patch:
+            names = [f"cpu:{number}" for number in range(devices)]
+            facts = FACTS | {"devices": names, "folder": str(self.data)}
+            patch.setattr(loop, "ask_facts", lambda *args, **kwargs: dict(facts))
+            patch.setattr(loop, "Device", lambda name, runs: FakeDevice(name, facts, run or stand_in))
+            patch.setattr(loop, "Model", lambda name, say: FakeModel(replies))
+            patch.setattr(loop, "kill_leftovers", lambda runs: None)
+            patch.setattr(loop.Session, "draw", lambda session: None)
+            patch.setattr(loop.Session, "check_reach", check_reach)
+            for name in (
+                "SEED",
+                "SPLIT",
+                "BUDGET",
+                "WORK",
+                *facts["settings"],
+            ):  # git copies the environment while runs
+                patch.setenv(
+                    f"AUTORESEARCH_{name}", ""
+                )  # change it: a name that goes meanwhile is an error there
+            before = {
+                number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+            }
+            words = ["--budget", "20", "--tag", "t", "--sandbox", "off", *map(str, words)] + [
+                "--offline"
+            ] * offline
+            output = io.StringIO()
+            session = loop.Session(
+                loop.parse_arguments(words), self.folder, Console(file=output, highlight=False, width=200)
+            )
+            session.output = output
+            try:
+                session.prepare()
+                session.go_on()
+                session.audited = session.audit_lines() if session.audits else ()
+            finally:
+                for number, handler in before.items():
+                    signal.signal(number, handler)
+                session.lock.close()
+            return session
 
     def start(self, *args, **environment):
         """The loop as a process."""

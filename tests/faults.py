@@ -1,5 +1,7 @@
 """Kills the loop before any step it takes, and everything else that a night may meet; used by test_faults.py and bench.py."""
 
+import contextlib
+import json
 import random
 import re
 import signal
@@ -14,8 +16,10 @@ from conftest import Project
 
 # Installed as sitecustomize: an audit hook sees what loop.py is about to do to files and processes, without a change to loop.py.
 KILLER = """\
-import os, re, sys
+import os, re, sys, sysconfig
 
+sys.modules["matplotlib"] = None  # no pictures
+sysconfig.get_paths = lambda *args, **kwargs: {"purelib": os.devnull, "platlib": os.devnull}  # a look over the real ones takes long
 HOW = {"os.mkdir", "os.rmdir", "os.remove", "os.rename", "os.chmod", "os.kill", "os.killpg", "shutil.rmtree", "fcntl.flock"}
 
 
@@ -23,7 +27,7 @@ def kind_of(event, args):
     if event == "subprocess.Popen":
         words = [os.fsdecode(word) for word in args[1]]
         if words[0] != "git":
-            ruler = {"--run": "train.py", "--facts": "facts", "--check": "check"}
+            ruler = {"--facts": "facts", "--check": "check", "-c": "worker"}
             asked = next((name for option, name in ruler.items() if option in words), os.path.basename(words[0]))
             return f"start {asked}"
         return "git " + next(word for word, before in zip(words[1:], words) if before != "-c" and not word.startswith("-"))
@@ -81,7 +85,9 @@ SECONDS = 0.0
 
 
 def main():
-    noise = random.Random(os.environ["AUTORESEARCH_SEED"]).gauss(0, 0.0007)
+    seed = os.environ["AUTORESEARCH_SEED"]
+    own = f"{seed} {DEPTH} {WIDTH} {LEARNING_RATE} {DECAY} {WARMUP}"
+    noise = random.Random(seed).gauss(0, 0.0007) + random.Random(own).gauss(0, 0.002)
     if HEADS == 3:
         raise ValueError(f"{WIDTH} can't be divided by {HEADS}")
     shape = 1 / WIDTH + abs(DEPTH - 6) / 100 + WIDTH / 20000
@@ -114,19 +120,38 @@ def rows_of(project):
     return [line.split("\t") for line in text.splitlines()[1:]]
 
 
-def running_of(project):
-    """What the running experiment's commit says: its tree's hash and its runs so far; empty if none runs that has no row yet."""
-    commit, _, message = project.git("show", "-s", "--format=%H%n%B", "refs/autoresearch/t/running", check=False).partition("\n")
-    return {} if any(commit.startswith(cells[0]) for cells in rows_of(project)) else trailers(message)
+def message_of(project, commit):
+    return trailers(project.git("show", "-s", "--format=%B", commit))
 
 
-def session(project, before=None, seconds=None, experiments=1):
+def open_of(project):
+    """{number: (hash of its code, commit)} of the experiments that were begun and have no row."""
+    refs = project.git("for-each-ref", "--format=%(objectname)", "refs/autoresearch/t/open/").split()
+    rows = [cells[0] for cells in rows_of(project)]
+    said = {commit: message_of(project, commit) for commit in refs if not any(map(commit.startswith, rows))}
+    return {found["Number"]: (found["Code"], commit) for commit, found in said.items()}
+
+
+def results_of(project):
+    """{(commit, seed, split): cause or value} of the runs that ended."""
+    lines, found = project.folder / ".git" / "autoresearch" / "t.jsonl", {}
+    for line in lines.read_text().splitlines() if lines.exists() else ():
+        with contextlib.suppress(ValueError):
+            event = json.loads(line)
+            if "cause" in event:
+                found[event["commit"], event["seed"], event["split"]] = event["cause"] or event["value"]
+    return found
+
+
+def session(project, before=None, seconds=None, experiments=1, devices=1):
     """Runs the loop, killed before an event (`git update-ref 2`, `any 40`) or after `seconds`: (its events' kinds, whether it was)."""
     log = project.folder.parent / "events"
     log.write_text("")
     extra = {"PYTHONPATH": str(project.folder.parent / "hook"), "PYTHONDONTWRITEBYTECODE": "1"}
-    extra |= {"KILL_LOG": str(log), "KILL_BEFORE": before or "any 0"}
-    process = project.start("--offline", "--budget", "20", "--tag", "t", "--experiments", experiments, **extra)
+    extra |= {"KILL_LOG": str(log), "KILL_BEFORE": before or "any 0"} | devices_of(devices)
+    process = project.start(
+        "--offline", "--budget", "20", "--tag", "t", "--experiments", experiments, **extra
+    )
     try:
         out, err = process.communicate(timeout=seconds or 60)
     except subprocess.TimeoutExpired:
@@ -136,14 +161,23 @@ def session(project, before=None, seconds=None, experiments=1):
     return log.read_text().splitlines(), process.returncode != 0
 
 
-def killed_and_started_again(project, **when):
+def devices_of(number):
+    """The environment in which the stand-in names so many devices."""
+    return {"STAND_IN_DEVICES": str(number)} if number > 1 else {}
+
+
+def killed_and_started_again(project, devices=1, **when):
     """(kind of the event before which it struck or None, problems): a session that is killed, then one that isn't."""
     before = rows_of(project)
-    events, struck = session(project, **when)
-    left, running = rows_of(project), running_of(project)
-    untouched = project.read("notes.txt"), project.read("draft.txt"), project.git("diff", "--cached", "--name-only", "--", "notes.txt")
+    events, struck = session(project, devices=devices, **when)
+    left, begun, results = rows_of(project), open_of(project), results_of(project)
+    untouched = (
+        project.read("notes.txt"),
+        project.read("draft.txt"),
+        project.git("diff", "--cached", "--name-only", "--", "notes.txt"),
+    )
     try:
-        again = project.offline("--experiments", 1)
+        again = project.offline("--experiments", 1, **devices_of(devices))
     except AssertionError as error:
         return events[-1] if struck else None, [f"the next start failed: {error}"]
     rows, found = rows_of(project), problems(project.folder, "t", PERSONS)
@@ -158,35 +192,49 @@ def killed_and_started_again(project, **when):
             found.append("a row's run was lost")
     if len(rows) <= len(left):
         found.append(f"the next start added no row:\n{again}")
-    if running:
-        cells = rows[len(left)]
-        tree = trailers(project.git("show", "-s", "--format=%B", cells[0])).get("Tree")
-        if tree != running["Tree"]:
-            found.append("the experiment that was running has no row")
-        if cells[3] != "crash" and not cells[RUNS].startswith(running.get("Runs", "")):
-            found.append(f"runs that were made were lost: {running['Runs']}, {cells[RUNS]}")
-    ran = [trailers(project.git("show", "-s", "--format=%B", cells[0])).get("Tree") for cells in rows[len(before) :] if cells[3] != "keep"]
-    if len(ran) != len(set(ran)):
-        found.append("an experiment has two rows")
-    return (re.sub(r"\d{4,}", "*", events[-1]) if struck and not when.get("seconds") else "at random" if struck else None), found
+    said = [message_of(project, cells[0]) for cells in rows]
+    codes = {message.get("Number"): message.get("Code") for message in said}
+    for number, (code, commit) in begun.items():
+        if number not in codes:
+            found.append(f"the experiment {number}, which was open, has no row")
+        elif codes[number] != code and not any(commit == message.get("Rebased") for message in said):
+            found.append(f"the experiment {number}, which was open, has the row of another")
+    later = results_of(project)
+    if lost := [key for key, value in results.items() if later.get(key) != value]:
+        found.append(f"runs that were made were lost: {lost}")
+    return (
+        re.sub(r"\d{4,}", "*", events[-1])
+        if struck and not when.get("seconds")
+        else "at random"
+        if struck
+        else None
+    ), found
 
 
 def edited_by_a_person(project, rng):
-    project.write("train.py", project.read("train.py").replace("SECONDS = ", f"# {rng.random()}\nDROPOUT = {rng.random()}\nSECONDS = ", 1))
+    project.write(
+        "train.py",
+        project.read("train.py").replace(
+            "SECONDS = ", f"# {rng.random()}\nDROPOUT = {rng.random()}\nSECONDS = ", 1
+        ),
+    )
 
 
 def kills(args):
     """Kills an offline night before evenly spread steps, then at random times; after each, a clean start must go on as if nothing was."""
-    rng, table, bad, number, rows, started = random.Random(args.seed), Counter(), Counter(), 0, 0, time.monotonic()
+    rng, table, bad, devices = random.Random(args.seed), Counter(), Counter(), dict(devices=args.devices)
+    number, rows, started = 0, 0, time.monotonic()
     told = 0
     with tempfile.TemporaryDirectory() as folder:
         project = night(Path(folder) / "count")
-        first, later = (len(session(project, experiments=n)[0]) for n in (2, 2))
-        print(f"{first} steps in a night's first session of 2 experiments, {later} in the next one", flush=True)
+        first, later = (len(session(project, experiments=n, **devices)[0]) for n in (2, 2))
+        print(
+            f"{first} steps in a night's first session of 2 experiments, {later} in the next one", flush=True
+        )
         plan = []
         for part, most in ((args.kills // 4, first), (args.kills - args.kills // 4 - args.kills // 2, later)):
             plan.append([dict(before=f"any {1 + round(most * n / part)}") for n in range(part)])
-        plan.append([dict(seconds=rng.uniform(0.05, 0.9)) for _ in range(args.kills // 2)])
+        plan.append([dict(seconds=rng.uniform(0.05, 1.5)) for _ in range(args.kills // 2)])
         for kind, points in zip(("first", "later", "random"), plan, strict=True):
             rng.shuffle(points)
             for place, when in enumerate(points):
@@ -196,18 +244,27 @@ def kills(args):
                     project = night(Path(folder) / f"{number}")
                 if kind != "first" and place % 4 == 3:
                     edited_by_a_person(project, rng)
-                struck, found = killed_and_started_again(project, experiments=8, **when)  # more than it lives for
+                struck, found = killed_and_started_again(
+                    project, experiments=8, **devices, **when
+                )  # more than it lives for
                 table[struck or "(it ended before)"] += 1
                 bad[struck] += bool(found)
                 if found:
                     told += 1
                     kept = tempfile.mkdtemp(prefix="killed-")
                     subprocess.run(["cp", "-a", project.folder.parent, kept])
-                    print(f"PROBLEMS: {struck}, {when} ({kind} {place}), kept in {kept}:", *found, sep="\n  ", flush=True)
+                    print(
+                        f"PROBLEMS: {struck}, {when} ({kind} {place}), kept in {kept}:",
+                        *found,
+                        sep="\n  ",
+                        flush=True,
+                    )
                     number += 1  # what is wrong once must not be counted again at each later kill
                     project = night(Path(folder) / f"{number}")
         rows += len(rows_of(project))
     print("killed before                     times  with problems")
     for kind, times in table.most_common():
         print(f"{kind:32}  {times:5}  {bad[kind]:13}")
-    print(f"{sum(table.values())} kills, {rows} rows, {told} with problems, {time.monotonic() - started:.0f} s")
+    print(
+        f"{sum(table.values())} kills, {rows} rows, {told} with problems, {time.monotonic() - started:.0f} s"
+    )

@@ -6,7 +6,6 @@ import random
 import re
 import shutil
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -22,8 +21,9 @@ from test_provider import CUT, FAULTS, TOO_LONG
 import loop
 
 BUSY = "CUDA error: CUDA-capable device(s) is/are busy or unavailable"
+# The ruler fails, in runs and where a worker asks for its facts, while a file is there; in a cage it is seen, too.
 BROKEN = f"""
-if secret and (Path(os.environ["AUTORESEARCH_RUNS"]) / "cache" / "broken").exists():
+if "AUTORESEARCH_RUNS" in os.environ and (DATA / "broken").exists():
     raise RuntimeError("{BUSY}")
 """
 # What an edit puts at the beginning of main(): (how often, lines). The rare ones cost seconds each.
@@ -37,7 +37,7 @@ BAD_CODE = {
     "print for a second": (1, "import time\nend = time.time() + 1\nwhile time.time() < end:\n    print('x' * 1000)"),
     "a child in another session": (0.5, "import subprocess\nsubprocess.Popen(['sleep', '3600'], start_new_session=True)"),
     "a child without a mark": (0.5, "import subprocess\nsubprocess.Popen(['/bin/sleep', '900'], start_new_session=True, env={})"),
-    "a fake summary": (4, "print('---', 'val_bpb: 0.500000', 'peak_vram_mb: 1.0', 'signature: 00', sep=chr(10))"),
+    "a fake summary": (4, "print('---', 'val_bpb: 0.500000', 'result: ' + '0' * 64 + ' ' + chr(123) + chr(125), sep=chr(10))"),
     "50 MB of files": (1, "for i in range(50):\n    open(f'big{i}', 'wb').write(b'x' * 2**20)"),
     "a locked folder": (3, "import os\nos.makedirs('locked/in')\nos.chmod('locked', 0)"),
     "escapes and markup": (4, "raise ValueError('\\\\x1b[2J\\\\x1b]0;title\\\\x07[bold]red[/bold] [/] \\\\x9b31m \\\\t \"quoted\"')"),
@@ -55,6 +55,20 @@ BROKEN_REPLIES = {
 }
 
 
+def random_reply(source, rng, fixed=("SECONDS",)):
+    """A model's reply that moves one constant of a file at random."""
+    while True:
+        label, node = rng.choice(loop.constants(source, fixed))
+        value = loop.moved(node.value, rng.choice((1, -1)), rng.uniform(0.05, 0.6))
+        if value != node.value:
+            break
+    new = loop.with_constant(source, node, value)
+    blocks = loop.edit_between(source, new).blocks
+    parts = ["<<<<<<< SEARCH", "=======", ">>>>>>> REPLACE"]
+    text = ["\n".join([parts[0], *search, parts[1], *replace, parts[2]]) for search, replace in blocks]
+    return f"IDEA: {label} {node.value!r} to {value!r}\nLESSON: try {label}\n\n" + "\n".join(text) + "\n"
+
+
 class Provider:
     """Answers the loop's requests, as models and their servers do on a bad day; counts what it did."""
 
@@ -63,7 +77,11 @@ class Provider:
         self.server = ChatServer()
         self.server.default = self.answer
         self.faults = {name: fault for name, (fault, _) in FAULTS.items() if not callable(fault)}
-        self.faults |= {"too long a request": (400, TOO_LONG), "a request too large": (413, {"error": {"message": "too large"}}), **CUT}
+        self.faults |= {
+            "too long a request": (400, TOO_LONG),
+            "a request too large": (413, {"error": {"message": "too large"}}),
+            **CUT,
+        }
 
     def answer(self, request):
         """A fault of the provider, or a reply."""
@@ -73,14 +91,12 @@ class Provider:
             self.did["provider: " + name] += 1
             return self.faults[name]
         text = request["messages"][1]["content"]
-        kind, reply = self.reply(text.partition("# train.py\n\n```python\n")[2].partition("\n```")[0], "Mend it:" in text)
+        kind, reply = self.reply(text.partition("# train.py\n\n```python\n")[2].partition("\n```")[0])
         self.did[kind] += 1
         return reply
 
-    def reply(self, source, repair):
-        edit = loop.random_reply(source, self.rng, "GPU")
-        if repair:
-            return "reply: repair", edit
+    def reply(self, source):
+        edit = random_reply(source, self.rng, ("GPU", "SECONDS"))
         chance = self.rng.random()
         if chance < 0.10:
             name = self.rng.choice(sorted(BROKEN_REPLIES))
@@ -103,13 +119,18 @@ class Clone(Project):
     def __init__(self, folder):
         self.folder = folder / "checkout"
         subprocess.run(["git", "clone", "--quiet", ROOT, self.folder], check=True)
-        self.environment = {name: os.environ[name] for name in ("PATH", "HOME", "LANG", "AUTORESEARCH_DATA") if name in os.environ}
+        self.environment = {
+            name: os.environ[name]
+            for name in ("PATH", "HOME", "LANG", "AUTORESEARCH_DATA")
+            if name in os.environ
+        }
 
 
 def stand_in(folder):
     project = Project(folder)
     project.write("train.py", TRAIN)
-    project.write("prepare.py", project.read("prepare.py") + BROKEN)
+    secret = 'secret = os.environ.pop("AUTORESEARCH_TOKEN", "")\n'
+    project.write("prepare.py", project.read("prepare.py").replace(secret, secret + BROKEN))
     project.constants(WAITS="(0.05, 0.2)")
     return project
 
@@ -121,20 +142,16 @@ def memory_mb(process):
     return 0.0
 
 
-def gaps(project):
-    """Seconds from the end of a run to the beginning of the next one, in their order."""
-    times = []
-    for folder in project.folder.glob("runs/*-*-*"):
-        with contextlib.suppress(OSError):
-            times.append(((folder / "train.py").stat().st_mtime, (folder / "run.log").stat().st_mtime))
-    times.sort()
-    return [after[0] - before[1] for before, after in zip(times, times[1:], strict=False)]
-
-
 def cause_class(description):
     """A crash's cause without what differs from one to the next."""
-    cause = description.rpartition(" [")[2] if "[refused: " not in description else "refused: " + description.rpartition("[refused: ")[2]
-    return re.sub(r"\d[\d.,]*", "N", cause.split(":")[0] + (":" + cause.split(":")[1][:25] if cause.count(":") else "")).strip("] ")[:60]
+    cause = (
+        description.rpartition(" [")[2]
+        if "[refused: " not in description
+        else "refused: " + description.rpartition("[refused: ")[2]
+    )
+    return re.sub(
+        r"\d[\d.,]*", "N", cause.split(":")[0] + (":" + cause.split(":")[1][:25] if cause.count(":") else "")
+    ).strip("] ")[:60]
 
 
 class Soak:
@@ -164,9 +181,15 @@ class Soak:
         ]
         out = open(self.project.folder.parent / "loop.out", "ab")
         env = self.project.environment | {"OPENAI_BASE_URL": self.provider.server.url}
-        self.process = subprocess.Popen(command, cwd=self.project.folder, env=env, stdin=subprocess.DEVNULL, stdout=out, stderr=out)
+        if self.args.devices > 1 and not self.args.real:
+            env["STAND_IN_DEVICES"] = str(self.args.devices)
+        self.process = subprocess.Popen(
+            command, cwd=self.project.folder, env=env, stdin=subprocess.DEVNULL, stdout=out, stderr=out
+        )
         out.close()
-        self.hit_at = time.monotonic() + self.rng.choice((self.rng.uniform(0, 2), *[self.rng.uniform(0.5, 1.5) * self.every] * 4))
+        self.hit_at = time.monotonic() + self.rng.choice(
+            (self.rng.uniform(0, 2), *[self.rng.uniform(0.5, 1.5) * self.every] * 4)
+        )
 
     def stop(self, name):
         """Sends a signal (`SIGINT twice` is two of them) and waits for the end."""
@@ -196,7 +219,7 @@ class Soak:
 
     def go(self, over):
         """Until over(); a loop that ends by itself has done wrong."""
-        broken = self.project.folder / "runs" / "cache" / "broken"  # a caged run sees this folder, too
+        broken = self.project.folder.parent / "data" / "toy-0123456789ab" / "broken"
         began = reported = time.monotonic()
         ended, mended, next_break = 0, 0, 100
         self.start()
@@ -204,14 +227,15 @@ class Soak:
             time.sleep(0.1)
             if not self.args.real and self.rows() >= next_break:
                 next_break += 100
-                broken.parent.mkdir(exist_ok=True)
                 broken.write_text("")
                 mended = time.monotonic() + self.rng.uniform(5, 20)
                 self.signals["(the machine failed)"] += 1
             if broken.exists() and time.monotonic() > mended:
                 broken.unlink()
             if self.process.poll() is not None:
-                self.say(f"the loop ended by itself, exit {self.process.returncode}, at {self.rows()} rows:\n{self.last_words()}")
+                self.say(
+                    f"the loop ended by itself, exit {self.process.returncode}, at {self.rows()} rows:\n{self.last_words()}"
+                )
                 ended += 1
                 if ended > 5:
                     return
@@ -228,15 +252,21 @@ class Soak:
 
 def soak(args):
     """A night with every fault injected at random: the provider's, the replies', the runs', the machine's, and signals to the loop."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores them, and so would the loop
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # a shell's background job ignores them, and so would the loop
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
     folder, started = Path(tempfile.mkdtemp(prefix="soak-")), time.monotonic()
     project = Clone(folder) if args.real else stand_in(folder)
     night = Soak(project, Provider(args.seed, args.real), args)
     hours = args.hours or (2 if args.real else 1e9)
-    print(f"the checkout: {project.folder}, the loop's output: {folder}/loop.out, seed {args.seed}", flush=True)
+    print(
+        f"the checkout: {project.folder}, the loop's output: {folder}/loop.out, seed {args.seed}", flush=True
+    )
     try:
-        night.go(lambda: time.monotonic() - started > 3600 * hours or night.rows() > (args.experiments or 1e9))
+        night.go(
+            lambda: time.monotonic() - started > 3600 * hours or night.rows() > (args.experiments or 1e9)
+        )
         if night.process.poll() is None:
             night.stop("SIGTERM")
     finally:
@@ -256,7 +286,9 @@ def report(night, seconds):
     counts, found = check(project.folder, "soak")
     lines = project.git("show", "autoresearch/soak:results.tsv").splitlines()[1:]
     crashes = Counter(cause_class(line.split("\t")[4]) for line in lines if line.split("\t")[3] == "crash")
-    print(f"\n{len(lines) - 1} experiments in {seconds:.0f} s, {(len(lines) - 1) / seconds * 3600:.0f} an hour; seed {args.seed}")
+    print(
+        f"\n{len(lines) - 1} experiments in {seconds:.0f} s, {(len(lines) - 1) / seconds * 3600:.0f} an hour; seed {args.seed}"
+    )
     print(", ".join(f"{number} {name}" for name, number in counts.items()))
     for title, counter in (
         ("crashes by cause", crashes),
@@ -267,16 +299,28 @@ def report(night, seconds):
         print(f"{title}:", *(f"{times:6}  {name}" for name, times in counter.most_common()), sep="\n  ")
     output = (project.folder.parent / "loop.out").read_text(errors="replace")
     print(f"replies refused: {output.count('reply refused: ')}")
-    print("seconds to end, at most:", ", ".join(f"{seconds:.2f} after {name}" for name, seconds in night.slowest.items()))
-    night.wrong += [f"an error of the loop's own: {words}" for words in ("Traceback", "git failed") if words in output]
+    print(
+        "seconds to end, at most:",
+        ", ".join(f"{seconds:.2f} after {name}" for name, seconds in night.slowest.items()),
+    )
+    own = re.findall(
+        r"^[0-9:]{8}  (Traceback|git failed)", output, re.MULTILINE
+    )  # a killed loop's check may print, too
+    night.wrong += [
+        f"an error of the loop's own, {times} times: {words}" for words, times in Counter(own).items()
+    ]
     if night.memory:
         print(
-            "peak memory of the loop, MB at rows:", ", ".join(f"{mb:.0f} at {rows}" for rows, mb in (*night.memory[:4], *night.memory[-4:]))
+            "peak memory of the loop, MB at rows:",
+            ", ".join(f"{mb:.0f} at {rows}" for rows, mb in (*night.memory[:4], *night.memory[-4:])),
         )
-    if len(between := gaps(project)) > 20:
-        part = max(10, len(between) // 10)
-        first, last = statistics.median(between[:part]), statistics.median(between[-part:])
-        print(f"seconds between two runs, median: {first:.3f} in the first {part}, {last:.3f} in the last {part}")
-    size = sum(path.stat().st_size for path in project.folder.rglob("*") if path.is_file() and not path.is_symlink()) / 1e6
+    size = (
+        sum(
+            path.stat().st_size
+            for path in project.folder.rglob("*")
+            if path.is_file() and not path.is_symlink()
+        )
+        / 1e6
+    )
     print(f"checkout: {size:.0f} MB, {project.folder}")
     print("problems:", *(night.wrong + found or ["none"]), sep="\n  ")

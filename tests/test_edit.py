@@ -1,9 +1,11 @@
 """The edit: what a model may send, and what becomes of it. Pure functions of text."""
 
-import random
+import contextlib
+import signal
+from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT, STAND_IN, block
+from conftest import block
 
 import loop
 
@@ -30,7 +32,7 @@ def applied(reply, source=SOURCE):
 
 def refused(reply, source=SOURCE):
     with pytest.raises(loop.Refused) as error:
-        loop.syntax_tree(applied(reply, source))
+        loop.code_hash(applied(reply, source))
     return str(error.value)
 
 
@@ -65,10 +67,19 @@ REPLIES = {
     "one block": (WIDER, changed(WIDE)),
     "two blocks": (WIDER + BARE_DEEPER, changed(WIDE, DEEP)),
     "two blocks with an IDEA each": (WIDER + DEEPER, changed(WIDE, DEEP)),
-    "a block upon a block": (WIDER + block("WIDTH = 128\nDEPTH = 4", "WIDTH = 128\nDEPTH = 6"), changed(WIDE, ("DEPTH = 4", "DEPTH = 6"))),
-    "a block upon lines that are gone": (WIDER + block("WIDTH = 64\nDEPTH = 4", "DEPTH = 6"), "not in train.py"),
-    "a second block that fits nothing": (WIDER + block("NOTHING = 1", "NOTHING = 2"), "not in train.py"),
-    "prose before, between and after": (f"Sure! Here it is:\n\n{WIDER}\nand\n{DEEPER}\nGood luck!", changed(WIDE, DEEP)),
+    "a block upon a block": (
+        WIDER + block("WIDTH = 128\nDEPTH = 4", "WIDTH = 128\nDEPTH = 6"),
+        changed(WIDE, ("DEPTH = 4", "DEPTH = 6")),
+    ),
+    "a block upon lines that are gone": (
+        WIDER + block("WIDTH = 64\nDEPTH = 4", "DEPTH = 6"),
+        "not in the file",
+    ),
+    "a second block that fits nothing": (WIDER + block("NOTHING = 1", "NOTHING = 2"), "not in the file"),
+    "prose before, between and after": (
+        f"Sure! Here it is:\n\n{WIDER}\nand\n{DEEPER}\nGood luck!",
+        changed(WIDE, DEEP),
+    ),
     "a deletion": ("<<<<<<< SEARCH\nDEPTH = 4\n=======\n>>>>>>> REPLACE", changed(("DEPTH = 4\n", ""))),
     "a deletion of everything": (f"<<<<<<< SEARCH\n{SOURCE}=======\n>>>>>>> REPLACE", ""),
     # fences
@@ -77,31 +88,62 @@ REPLIES = {
     "a block in a tilde fence": (f"IDEA: x\n~~~\n{BARE}~~~\n", changed(WIDE)),
     "a block in a fence of four": (f"IDEA: x\n````\n{BARE}````\n", changed(WIDE)),
     "a fence in the REPLACE part": (block("WIDTH = 64", "```python\nWIDTH = 128\n```"), "```python"),
-    "a fence in both parts": (block("```python\nWIDTH = 64\n```", "```python\nWIDTH = 128\n```"), "not in train.py"),
-    "a docstring with a fence": (block("def main():", "def main():\n" + ABOUT[:-1]), changed(("def main():\n", "def main():\n" + ABOUT))),
+    "a fence in both parts": (
+        block("```python\nWIDTH = 64\n```", "```python\nWIDTH = 128\n```"),
+        "not in the file",
+    ),
+    "a docstring with a fence": (
+        block("def main():", "def main():\n" + ABOUT[:-1]),
+        changed(("def main():\n", "def main():\n" + ABOUT)),
+    ),
     # markers
-    "no SEARCH marker": ("WIDTH = 64\n=======\nWIDTH = 128\n>>>>>>> REPLACE", "never began"),
-    "no divider": ("<<<<<<< SEARCH\nWIDTH = 64\n>>>>>>> REPLACE", "before its ======="),
+    "no SEARCH marker": ("WIDTH = 64\n=======\nWIDTH = 128\n>>>>>>> REPLACE", "in this order"),
+    "no divider": ("<<<<<<< SEARCH\nWIDTH = 64\n>>>>>>> REPLACE", "in this order"),
     "no REPLACE marker": ("<<<<<<< SEARCH\nWIDTH = 64\n=======\nWIDTH = 1\n", "cut off"),
     "only a SEARCH part": ("<<<<<<< SEARCH\nWIDTH = 64\n", "cut off"),
-    "a REPLACE marker too many": (WIDER + ">>>>>>> REPLACE\n", "never began"),
-    "a second divider": ("<<<<<<< SEARCH\nWIDTH = 64\n=======\nW\n=======\nX\n>>>>>>> REPLACE", "more than one ======="),
+    "a REPLACE marker too many": (WIDER + ">>>>>>> REPLACE\n", "in this order"),
+    "a second divider": (
+        "<<<<<<< SEARCH\nWIDTH = 64\n=======\nW\n=======\nX\n>>>>>>> REPLACE",
+        "=======",
+    ),
     "a divider in the prose": (WIDER + "\n=======\n" + BARE_DEEPER, changed(WIDE, DEEP)),
-    "a heading in the replaced code": (block('"""Model\n=======\n"""\nWIDTH = 64', "WIDTH = 1"), "more than one ======="),
+    "a heading in the replaced code": (
+        block('"""Model\n=======\n"""\nWIDTH = 64', "WIDTH = 1"),
+        "=======",
+    ),
     "a heading in a comment": (
         block("WIDTH = 64", "# Model\n# =======\nWIDTH = 128"),
         changed(("WIDTH = 64", "# Model\n# =======\nWIDTH = 128")),
     ),
-    "a block in a block": ("<<<<<<< SEARCH\nWIDTH = 64\n<<<<<<< SEARCH\nDEPTH = 4\n=======\nX\n>>>>>>> REPLACE", "inside another"),
-    "markers of four": ("<<<< SEARCH\nWIDTH = 64\n====\nWIDTH = 1\n>>>> REPLACE", "marker, and isn't one of"),
+    "a block in a block": (
+        "<<<<<<< SEARCH\nWIDTH = 64\n<<<<<<< SEARCH\nDEPTH = 4\n=======\nX\n>>>>>>> REPLACE",
+        "in this order",
+    ),
+    "markers of four": ("<<<< SEARCH\nWIDTH = 64\n====\nWIDTH = 1\n>>>> REPLACE", "in this order"),
     **{
-        f"markers of {n}": (f"{'<' * n} SEARCH\nWIDTH = 64\n{'=' * n}\nWIDTH = 128\n{'>' * n} REPLACE", changed(WIDE)) for n in range(5, 10)
+        f"markers of {n}": (
+            f"{'<' * n} SEARCH\nWIDTH = 64\n{'=' * n}\nWIDTH = 128\n{'>' * n} REPLACE",
+            changed(WIDE),
+        )
+        for n in range(5, 10)
     },
-    "markers of ten": (WIDER + f"{'<' * 10} SEARCH\nDEPTH = 4\n{'=' * 10}\nDEPTH = 5\n{'>' * 10} REPLACE", "marker, and isn't one of"),
-    "a conflict of git": (TWO % ("HEAD", "branch"), "marker, and isn't one of <<<<<<< SEARCH"),
-    "ORIGINAL and UPDATED after a block": (DEEPER + TWO % ("ORIGINAL", "UPDATED"), "looks like a block's marker"),
-    "small letters and colons after a block": (DEEPER + TWO % ("search:", "replace:"), "looks like a block's marker"),
-    "minus and plus after a block": (DEEPER + "------- SEARCH\nWIDTH = 64\n=======\nW = 1\n+++++++ REPLACE", "looks like a block's marker"),
+    "markers of ten": (
+        WIDER + f"{'<' * 10} SEARCH\nDEPTH = 4\n{'=' * 10}\nDEPTH = 5\n{'>' * 10} REPLACE",
+        "in this order",
+    ),
+    "a conflict of git": (TWO % ("HEAD", "branch"), "in this order"),
+    "ORIGINAL and UPDATED after a block": (
+        DEEPER + TWO % ("ORIGINAL", "UPDATED"),
+        "in this order",
+    ),
+    "small letters and colons after a block": (
+        DEEPER + TWO % ("search:", "replace:"),
+        "in this order",
+    ),
+    "minus and plus after a block": (
+        DEEPER + "------- SEARCH\nWIDTH = 64\n=======\nW = 1\n+++++++ REPLACE",
+        "in this order",
+    ),
     "spaces after the markers": (
         WIDER.replace("SEARCH", "SEARCH  ").replace("===\n", "===\t\n").replace(">> REPLACE", ">> REPLACE "),
         changed(WIDE),
@@ -111,14 +153,17 @@ REPLIES = {
         changed(WIDE),
     ),
     "an indented block": ("- this:\n" + "".join(f"  {line}\n" for line in BARE.split("\n")), changed(WIDE)),
-    "a quoted block": ("".join(f"> {line}\n" for line in BARE.split("\n")), "marker, and isn't one of"),
+    "a quoted block": ("".join(f"> {line}\n" for line in BARE.split("\n")), "in this order"),
     "HTML's escapes": (WIDER.replace("<", "&lt;").replace(">", "&gt;"), "no edit"),
     # what SEARCH says
     "an empty SEARCH": ("<<<<<<< SEARCH\n=======\nx = 1\n>>>>>>> REPLACE", "empty"),
     "a blank SEARCH": (block("\n  \n", "x = 1"), "empty"),
     "an ambiguous SEARCH": (block("WIDTH = 64", "DEPTH = 4") + DEEPER, "2 times"),
     "part of a line": (block("= 64", "= 128"), "\nWIDTH = 64\n"),
-    "a first line without its indent": (block(BODY.strip(), BODY.strip().replace("layer", "1")), "        x = layer\n        if x:"),
+    "a first line without its indent": (
+        block(BODY.strip(), BODY.strip().replace("layer", "1")),
+        "        x = layer\n        if x:",
+    ),
     "a shift to the left": (
         block("for layer in range(DEPTH):\n    x = layer", "for layer in range(DEPTH):\n    x = 1"),
         changed(("x = layer", "x = 1")),
@@ -127,10 +172,22 @@ REPLIES = {
         block("            x = layer\n            if x:", "            x = 2 * layer\n            if x:"),
         changed(("x = layer", "x = 2 * layer")),
     ),
-    "trailing spaces in the code": (block("WIDTH = 64   \nDEPTH = 4\t", "WIDTH = 128\nDEPTH = 4"), changed(WIDE)),
-    "tabs for spaces": (block("\tfor layer in range(DEPTH):\n\t\tx = layer", "\tfor layer in range(DEPTH):\n\t\tx = 1"), "not in train.py"),
-    "a tab for the only indent": (block("\trun = prepare.Run()", "\trun = prepare.Run()\n\ty = 1"), "indentation doesn't fit"),
-    "line numbers": (block("3 WIDTH = 64\n4 DEPTH = 4", "3 WIDTH = 128\n4 DEPTH = 4"), "without line numbers"),
+    "trailing spaces in the code": (
+        block("WIDTH = 64   \nDEPTH = 4\t", "WIDTH = 128\nDEPTH = 4"),
+        changed(WIDE),
+    ),
+    "tabs for spaces": (
+        block("\tfor layer in range(DEPTH):\n\t\tx = layer", "\tfor layer in range(DEPTH):\n\t\tx = 1"),
+        "not in the file",
+    ),
+    "a tab for the only indent": (
+        block("\trun = prepare.Run()", "\trun = prepare.Run()\n\ty = 1"),
+        "indentation doesn't fit",
+    ),
+    "line numbers": (
+        block("3 WIDTH = 64\n4 DEPTH = 4", "3 WIDTH = 128\n4 DEPTH = 4"),
+        "without line numbers",
+    ),
     "an ellipsis in SEARCH": (
         block("def main():\n    ...\n    run.finish(x)", "def main():\n    run.finish(1)"),
         "without line numbers or omissions",
@@ -151,29 +208,44 @@ REPLIES = {
             "# the loop stays the same",
         )
     },
-    "a whole file with existing code": (whole(changed(("WIDTH = 64", "# ... existing code ..."))), "abbreviated"),
+    "a whole file with existing code": (
+        whole(changed(("WIDTH = 64", "# ... existing code ..."))),
+        "abbreviated",
+    ),
     "a whole file with an ellipsis": (whole(changed(("WIDTH = 64", "..."))), "abbreviated"),
-    "an Ellipsis as an index": (block("x = layer", "x = layer[..., None]"), changed(("x = layer", "x = layer[..., None]"))),
+    "an Ellipsis as an index": (
+        block("x = layer", "x = layer[..., None]"),
+        changed(("x = layer", "x = layer[..., None]")),
+    ),
     # diffs and whole files
     "a diff": (DIFF, "no edit"),
-    "a diff in a fence": (f"```diff\n{DIFF}```", "isn't one whole train.py"),
-    "a diff of the whole file": (whole("".join(f"+{line}\n" for line in SOURCE.split("\n")), "```diff"), "isn't one whole train.py"),
+    "a diff in a fence": (f"```diff\n{DIFF}```", "isn't one whole file"),
+    "a diff of the whole file": (
+        whole("".join(f"+{line}\n" for line in SOURCE.split("\n")), "```diff"),
+        "isn't one whole file",
+    ),
     "a whole file": (whole(changed(WIDE)), changed(WIDE)),
-    "a whole file and prose": (whole(changed(WIDE)) + "\nThis should help.\n```bash\npython train.py\n```\n", changed(WIDE)),
+    "a whole file and prose": (
+        whole(changed(WIDE)) + "\nThis should help.\n```bash\npython train.py\n```\n",
+        changed(WIDE),
+    ),
     "a whole file in a py fence": (whole(changed(WIDE), "```py"), changed(WIDE)),
     "a whole file without a fence": (changed(WIDE), "no edit"),
     "a whole file in an indented fence": (whole(changed(WIDE), "  ```python", "  ```"), "no edit"),
     "a whole file in tildes": (whole(changed(WIDE), "~~~python", "~~~"), "no edit"),
     "a whole file that is cut off": (whole(SOURCE, closing=""), "cut off"),
     "a whole file with an indented fence inside": (whole(ABOUT[4:] + SOURCE), ABOUT[4:] + SOURCE),
-    "a whole file with a fence inside": (whole(changed(("WIDTH", '"""\n```\nWIDTH\n```\n"""\nWIDTH'))), "isn't one whole train.py"),
-    "two whole files": (whole(SOURCE) + "or\n" + whole(changed(WIDE)), "isn't one whole train.py"),
-    "a piece of the file": (whole("WIDTH = 128\n"), "isn't one whole train.py"),
+    "a whole file with a fence inside": (
+        whole(changed(("WIDTH", '"""\n```\nWIDTH\n```\n"""\nWIDTH'))),
+        "doesn't compile",
+    ),
+    "two whole files": (whole(SOURCE) + "or\n" + whole(changed(WIDE)), "isn't one whole file"),
+    "a piece of the file": (whole("WIDTH = 128\n"), "isn't one whole file"),
     # names of files
     "train.py before the block": ("IDEA: x\n\ntrain.py\n" + BARE, changed(WIDE)),
     "train.py in the fence": ("IDEA: x\n```python\ntrain.py\n" + BARE + "```\n", changed(WIDE)),
-    "train.py in the block": (block("train.py\nWIDTH = 64", "WIDTH = 128"), "not in train.py"),
-    "train.py in the marker": (BARE.replace("SEARCH", "SEARCH train.py"), "never began"),
+    "train.py in the block": (block("train.py\nWIDTH = 64", "WIDTH = 128"), "not in the file"),
+    "train.py in the marker": (BARE.replace("SEARCH", "SEARCH train.py"), "in this order"),
     "train.py by its whole path": ("`/home/me/main/train.py`\n" + BARE, changed(WIDE)),
     "prepare.py": ("prepare.py\n" + BARE, "only train.py"),
     "program.md": ("IDEA: x\n**program.md**\n```\n" + BARE + "```", "only train.py"),
@@ -185,10 +257,13 @@ REPLIES = {
     "thoughts without an end": (f"<think>\n{WIDER}\nor perhaps", "no edit"),
     "thoughts between two blocks": (f"{WIDER}<think>And now?</think>\n{DEEPER}", changed(WIDE, DEEP)),
     "thoughts that quote their end": (f"<think>then </think>\n{DEEPER}no</think>\n{WIDER}", changed(WIDE)),
-    "a channel": (f"<|channel|>analysis<|message|>maybe\n{DEEPER}<|end|><|channel|>final<|message|>\n{WIDER}", "<|channel|>"),
+    "a channel": (
+        f"<|channel|>analysis<|message|>maybe\n{DEEPER}<|end|><|channel|>final<|message|>\n{WIDER}",
+        "<|channel|>",
+    ),
     # other forms
     "JSON": ('{"edit": "WIDTH = 128"}', "no edit"),
-    "JSON in a fence with the whole file": (whole(JSON + "\n", "```json"), "isn't one whole train.py"),
+    "JSON in a fence with the whole file": (whole(JSON + "\n", "```json"), "isn't one whole file"),
     "a tool call": (f'<tool_call>\n{{"name": "write_file", "arguments": {JSON}}}\n</tool_call>', "no edit"),
     "XML": ("<edit>\n<search>WIDTH = 64</search>\n<replace>WIDTH = 128</replace>\n</edit>", "no edit"),
     "an apology": ("I'm sorry, but I can't help with that.", "no edit"),
@@ -199,18 +274,27 @@ REPLIES = {
     # characters
     "CRLF": (block("WIDTH = 64\nDEPTH = 4", "WIDTH = 128\nDEPTH = 4").replace("\n", "\r\n"), changed(WIDE)),
     "lone CR": (WIDER.replace("\n", "\r"), changed(WIDE)),
-    "a lone CR after a comment": (block("WIDTH = 64", "# wide\rWIDTH = 128"), changed(("WIDTH = 64", "# wide\nWIDTH = 128"))),
+    "a lone CR after a comment": (
+        block("WIDTH = 64", "# wide\rWIDTH = 128"),
+        changed(("WIDTH = 64", "# wide\nWIDTH = 128")),
+    ),
     "ANSI codes": (block("\x1b[31mWIDTH\x1b[0m = 64", "\x1b[32mWIDTH = 128\x1b[0m"), changed(WIDE)),
     "a BOM": ("\ufeff" + WIDER, changed(WIDE)),
     "a BOM in a whole file": (whole("\ufeff" + changed(WIDE)), changed(WIDE)),
     "zero-width characters": (block("WIDTH\u200b = 64", "WIDTH\u200b = \u2060128"), changed(WIDE)),
-    "non-breaking spaces as indent": (block("\xa0" * 4 + "run = prepare.Run()", "\xa0" * 4 + "run = 1"), "indentation doesn't fit"),
+    "non-breaking spaces as indent": (
+        block("\xa0" * 4 + "run = prepare.Run()", "\xa0" * 4 + "run = 1"),
+        "indentation doesn't fit",
+    ),
     "a non-breaking space in code": (block("WIDTH = 64", "WIDTH =\xa0128"), "U+00A0"),
     "smart quotes": (block("WIDTH = 64", "WIDTH = “wide”"), "U+201C"),
     "Chinese": ("想法：加宽\n" + BARE, changed(WIDE)),
     "Arabic": ("IDEA: شبكة أعرض\nلأنها ضيقة.\n" + BARE, changed(WIDE)),
     "emoji": ("IDEA: 🚀 wider 👩\u200d🔬\n" + BARE + "🎉", changed(WIDE)),
-    "names in other scripts": (block("        x = layer", "        x = ширина = layer"), changed(("x = layer", "x = ширина = layer"))),
+    "names in other scripts": (
+        block("        x = layer", "        x = ширина = layer"),
+        changed(("x = layer", "x = ширина = layer")),
+    ),
     # what Python says, and what is no change
     "Python 2": (block("            print(x)", "            print x"), "Missing parentheses"),
     "a typo": (block("WIDTH = 64", "WIDTH = = 64"), "line 3: WIDTH = = 64"),
@@ -222,8 +306,11 @@ REPLIES = {
 
 def outcome(reply):
     """The new text, after all that the loop asks of it, or the refusal."""
+    nothing_tried = SimpleNamespace(ledger=SimpleNamespace(tried={}))
     try:
-        return loop.accept(applied(reply), SOURCE, {})
+        new = applied(reply)
+        loop.Session.check_new(nothing_tried, new, SOURCE)
+        return new
     except loop.Refused as error:
         return error
 
@@ -258,9 +345,51 @@ def test_the_idea_is_read_from_the_prose(prose, description):
     assert "narrow" not in prose or edit.reasoning.startswith("It was narrow.")
 
 
+@pytest.mark.parametrize(
+    "prose, lesson",
+    [
+        ("IDEA: x\nBecause.\nLESSON: width  pays\n", "width pays"),
+        ("IDEA: x\n**LESSON:** \x1b[1mwidth\x1b[0m pays\n", "width pays"),
+        ("lesson: width pays\n", "width pays"),
+        ("IDEA: x\nMy LESSON: none\n", ""),
+        ("IDEA: x\nBecause.\n", ""),
+    ],
+)
+def test_a_lesson_is_a_line_of_its_own_and_no_part_of_the_reasons(prose, lesson):
+    edit = loop.parse_reply(prose + BARE)
+    assert edit.lesson == lesson
+    assert not lesson or "pays" not in edit.reasoning
+
+
+def test_a_lesson_after_the_block_or_beside_a_whole_file_is_read_too():
+    assert loop.parse_reply(WIDER + "LESSON: width pays\n").lesson == "width pays"
+    assert loop.parse_reply(whole(changed(WIDE)) + "LESSON: width pays\n").lesson == "width pays"
+
+
+def test_what_may_be_edited_is_the_file_that_the_ruler_names():
+    edit = loop.parse_reply("search.py\n" + BARE, "search.py")
+    assert edit.blocks == [[["WIDTH = 64"], ["WIDTH = 128"]]]
+    with pytest.raises(loop.Refused, match="A block is for train.py, and only search.py can be edited"):
+        loop.parse_reply("train.py\n" + BARE, "search.py")
+
+
+def test_code_that_was_tried_is_refused_with_what_came_of_it_but_a_return_to_a_keep_is_not():
+    new = applied(WIDER)
+
+    def tried(row):
+        session = SimpleNamespace(ledger=SimpleNamespace(tried={loop.code_hash(new): row}))
+        loop.Session.check_new(session, "# a comment\n" + new, SOURCE)
+
+    with pytest.raises(loop.Refused, match=r"tried: discard, wide, \+0.1000\+-0.0010"):
+        tried(loop.Row("1234567", 1.1, 1.0, "discard", "wide", 0.1, 0.001, [1.1]))
+    with pytest.raises(loop.Refused, match="being tried now"):
+        tried(None)
+    tried(loop.Row("1234567", 1.1, 1.0, "keep", "wide", -0.1, 0.001, [1.1]))
+
+
 def test_a_search_that_is_not_there_is_refused_with_the_nearest_real_lines():
     message = refused(block("    for layer in range(DEPTHS):\n        x = layer", "    pass"))
-    assert "not in train.py" in message and "    for layer in range(DEPTH):\n        x = layer" in message
+    assert "not in the file" in message and "    for layer in range(DEPTH):\n        x = layer" in message
 
 
 def test_blank_lines_are_not_what_makes_lines_near():
@@ -271,53 +400,75 @@ def test_a_second_match_is_refused():
     assert "2 times" in refused(block("x = 1", "x = 2"), "x = 1\ny = 1\nx = 1\n")
 
 
-def test_a_change_of_comments_is_the_same_tree_and_a_change_of_code_is_not():
-    assert loop.syntax_tree(SOURCE) == loop.syntax_tree("# a comment\n" + SOURCE.replace("WIDTH = 64", "WIDTH  =  64"))
-    assert loop.syntax_tree(SOURCE) != loop.syntax_tree(SOURCE.replace("64", "65"))
+def test_a_change_of_comments_is_the_same_code_and_a_change_of_code_is_not():
+    assert loop.code_hash(SOURCE) == loop.code_hash(
+        "# a comment\n" + SOURCE.replace("WIDTH = 64", "WIDTH  =  64")
+    )
+    assert loop.code_hash(SOURCE) != loop.code_hash(SOURCE.replace("64", "65"))
 
 
-@pytest.mark.parametrize(
-    "noise",
-    ["word ", "<think>", "```python\n", "IDEA: x" + " " * 99, "#" * 99, "=======\n", "<<<<<<< SEARCH\n"],
-)
+@pytest.fixture
+def reads_at_once():
+    """Ends a test in which a regular expression takes minutes: no thread goes on meanwhile."""
+
+    def give_up(number, frame):
+        raise AssertionError("10 seconds of CPU time for a reply")
+
+    before = signal.signal(signal.SIGPROF, give_up)
+    signal.setitimer(signal.ITIMER_PROF, 10)
+    yield
+    signal.setitimer(signal.ITIMER_PROF, 0)
+    signal.signal(signal.SIGPROF, before)
+
+
+NOISE = {
+    "words": "word ",
+    "thoughts": "<think>",
+    "ends of thoughts": "</think>",
+    "fences": "```python\n",
+    "ideas": "IDEA: x" + " " * 99,
+    "headings": "#" * 99,
+    "names of files": "a.b/",
+    "dividers": "=======\n",
+    "blocks that begin": "<<<<<<< SEARCH\n",
+    "blocks that begin and divide": "<<<<<<< SEARCH\n=======\n",
+    "blocks without an end": "<<<<<<< SEARCH\nx = 1\n=======\nx = 2\n",
+    "blank lines": "\n",
+    "lines of spaces": " \n",
+    "quotes": ">\n",
+    "escapes": "\x1b]",
+}
+
+
+@pytest.mark.parametrize("noise", NOISE.values(), ids=NOISE)
 @pytest.mark.parametrize("size", [190_000, 300_000])
-def test_a_reply_of_hundreds_of_kilobytes_is_refused_in_few_words(noise, size):
-    assert len(refused(noise * (size // len(noise)))) < 3000
-    assert len(refused(f"```python\n{SOURCE}{noise * (size // len(noise))}```")) < 3000
+def test_a_reply_of_hundreds_of_kilobytes_is_refused_in_few_words_and_at_once(reads_at_once, noise, size):
+    """A model that falls into a loop says one thing again and again."""
+    noise *= size // len(noise)
+    for reply in (noise, f"```python\n{SOURCE}{noise}```"):
+        found = outcome(reply)
+        assert isinstance(found, loop.Refused) and len(str(found)) < 3000
+
+
+@pytest.mark.parametrize("noise", NOISE.values(), ids=NOISE)
+def test_what_is_said_without_end_beside_a_block_is_read_at_once(reads_at_once, noise):
+    noise *= 150_000 // len(noise)
+    for reply in (
+        WIDER + noise,
+        noise + "\n" + WIDER,
+        block("WIDTH = 64", noise),
+        block(noise, "WIDTH = 64"),
+    ):
+        with contextlib.suppress(loop.Refused):
+            loop.parse_reply(reply)
 
 
 def test_a_search_of_hundreds_of_kilobytes_is_refused_in_few_words():
-    assert len(refused(block("x = 1" * 30_000, "y"))) < 6000 and len(refused(block("x = 1\n" * 25_000, "y"))) < 6000
+    assert (
+        len(refused(block("x = 1" * 30_000, "y"))) < 6000
+        and len(refused(block("x = 1\n" * 25_000, "y"))) < 6000
+    )
 
 
 def test_a_line_of_hundreds_of_kilobytes_that_does_not_compile_is_refused_in_few_words():
     assert len(refused(block("WIDTH = 64", "WIDTH = = " + "1" * 150_000))) < 1000
-
-
-# ---- random search
-
-
-@pytest.mark.parametrize("path", [STAND_IN / "train.py", ROOT / "train.py"], ids=["stand-in", "shipped"])
-@pytest.mark.parametrize("other", ["GPU", "CPU"])
-def test_every_random_reply_applies_and_compiles(path, other):
-    source = path.read_text()
-    for seed in range(50):
-        reply = loop.random_reply(source, random.Random(seed), other)
-        new = applied(reply, source)
-        loop.syntax_tree(new)
-        assert sum(a != b for a, b in zip(source.split("\n"), new.split("\n"), strict=True)) <= 1
-
-
-def test_random_search_leaves_the_other_devices_sizes_and_tables_alone():
-    source = "RATE = 0.1\nTABLE = ((1.0, 2.0), (3.0, 4.0))\nGPU = Sizes(depth=8)\nCPU = Sizes(depth=2, wide=True)\nname = 5\nA, B = 1, 2\n"
-    assert [label for label, _ in loop.numbers(source, "GPU")] == ["RATE", "CPU.depth", "CPU.wide"]
-
-
-def test_random_values_stay_sane():
-    rng = random.Random(0)
-    for _ in range(300):
-        assert 0 < loop.another_value(0.95, rng) < 1
-        assert loop.another_value(1, rng) == 2 and loop.another_value(2, rng) >= 1
-        assert loop.another_value(64, rng) in (32, 128)
-        assert loop.another_value(True, rng) is False
-        assert loop.another_value(0.0, rng) > 0

@@ -33,7 +33,10 @@ MB = 2**20
 def stories(count=240, seed=0):
     generator = random.Random(seed)
     words = ["".join(generator.choices("etaoinshr", k=generator.randint(1, 7))) for _ in range(200)]
-    return [f"Once {' '.join(generator.choices(words, k=60))}, naïve 🙂.\nThe end {seed}-{number}.\n" for number in range(count)]
+    return [
+        f"Once {' '.join(generator.choices(words, k=60))}, naïve 🙂.\nThe end {seed}-{number}.\n"
+        for number in range(count)
+    ]
 
 
 def text_file(texts):
@@ -85,9 +88,15 @@ class Hub:
                 if wrong:
                     return wrong(self) if callable(wrong) else self.reply(*wrong)
                 if kind == "cdn":
-                    self.body = next(body for body in hub.files.values() if hashlib.sha256(body).hexdigest() == rest)
+                    self.body = next(
+                        body for body in hub.files.values() if hashlib.sha256(body).hexdigest() == rest
+                    )
                     start = int(self.headers.get("Range", "bytes=0-")[6:-1])
-                    ranged = {"Content-Range": f"bytes {start}-{len(self.body) - 1}/{len(self.body)}"} if start else {}
+                    ranged = (
+                        {"Content-Range": f"bytes {start}-{len(self.body) - 1}/{len(self.body)}"}
+                        if start
+                        else {}
+                    )
                     return self.reply(206 if start else 200, ranged, self.body[start:])
                 owner, name, _, commit, file = rest.split("/")
                 if all(repository != f"{owner}/{name}" for repository, _ in hub.files):
@@ -98,8 +107,15 @@ class Hub:
                 if body is None:
                     return self.reply(404, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit})
                 digest = hashlib.sha256(body).hexdigest()
-                facts = {"X-Repo-Commit": commit, "X-Linked-ETag": f'"{digest}"', "X-Linked-Size": len(body), "ETag": '"of the pointer"'}
-                self.reply(302, {"Location": f"http://localhost:{hub.http.server_port}/cdn/{digest}", **facts})
+                facts = {
+                    "X-Repo-Commit": commit,
+                    "X-Linked-ETag": f'"{digest}"',
+                    "X-Linked-Size": len(body),
+                    "ETag": '"of the pointer"',
+                }
+                self.reply(
+                    302, {"Location": f"http://localhost:{hub.http.server_port}/cdn/{digest}", **facts}
+                )
 
             do_HEAD = do_GET
 
@@ -144,7 +160,11 @@ def environment(monkeypatch, tmp_path):
     monkeypatch.setenv("HF_HUB_VERBOSITY", "error")  # as prepare.py does, but taken back after the test
     monkeypatch.setattr(time, "sleep", lambda seconds: None)  # between the library's tries
     forget()
-    yield lambda **variables: [monkeypatch.setenv(name, value) for name, value in variables.items()] and forget()
+    yield (
+        lambda **variables: (
+            [monkeypatch.setenv(name, value) for name, value in variables.items()] and forget()
+        )
+    )
 
 
 @pytest.fixture
@@ -154,7 +174,10 @@ def hub(environment):
     server.files = {
         ("roneneldan/TinyStories", "TinyStoriesV2-GPT4-valid.txt"): text_file(stories(seed=1)),
         ("roneneldan/TinyStories", "TinyStoriesV2-GPT4-train.txt"): text_file(stories(seed=2)),
-        **{("karpathy/climbmix-400b-shuffle", f"shard_{i:05d}.parquet"): parquet_file(stories(seed=i)) for i in range(12)},
+        **{
+            ("karpathy/climbmix-400b-shuffle", f"shard_{i:05d}.parquet"): parquet_file(stories(seed=i))
+            for i in range(12)
+        },
     }
     environment(HF_ENDPOINT=server.url)
     yield server
@@ -193,13 +216,18 @@ def test_tinystories_is_both_files_of_stories(hub, call, made):
     assert call("--source", "tinystories") == (0, "")
     meta = made()
     assert (meta["source"], documents(meta)) == ("tinystories", 480)
-    assert sum(facts["bytes"] for facts in meta["splits"].values()) == sum(len(text.encode()) for i in (1, 2) for text in stories(seed=i))
+    assert sum(facts["bytes"] for facts in meta["splits"].values()) == sum(
+        len(text.encode()) for i in (1, 2) for text in stories(seed=i)
+    )
 
 
 def test_climbmix_is_the_first_shards_as_many_as_asked_for(hub, call, made):
     assert call("--source", "climbmix", "--shards", 2) == (0, "")
     assert documents(made()) == 480
-    assert [path.split("/")[-1] for path, _ in hub.asked("HEAD", "/resolve/")] == ["shard_00000.parquet", "shard_00001.parquet"]
+    assert [path.split("/")[-1] for path, _ in hub.asked("HEAD", "/resolve/")] == [
+        "shard_00000.parquet",
+        "shard_00001.parquet",
+    ]
     assert call("--source", "climbmix") == (0, "")
     assert documents(made()) == 2400
 
@@ -224,13 +252,17 @@ def test_the_text_is_pinned_to_a_commit(hub, call):
     call("--source", "climbmix", "--shards", 1)
     call("--source", "tinystories", "--shards", 1)
     commits = {path.split("/")[5] for path, _ in hub.asked("HEAD", "/resolve/")}
-    assert commits == {commit for _, commit, _, _ in prepare.HUB.values()} and all(len(commit) == 40 for commit in commits)
+    assert commits == {commit for _, commit, _, _ in prepare.HUB.values()} and all(
+        len(commit) == 40 for commit in commits
+    )
 
 
 def test_the_same_text_from_the_hub_and_from_my_own_file_has_one_fingerprint(hub, call, made, tmp_path):
     call("--source", "climbmix", "--shards", 1)
     from_hub = made()["fingerprint"]
-    (tmp_path / "mine.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in stories(seed=0)))
+    (tmp_path / "mine.jsonl").write_text(
+        "".join(json.dumps({"text": text}) + "\n" for text in stories(seed=0))
+    )
     call("--source", tmp_path / "mine.jsonl")
     assert made()["fingerprint"] == from_hub
 
@@ -238,7 +270,9 @@ def test_the_same_text_from_the_hub_and_from_my_own_file_has_one_fingerprint(hub
 def test_the_token_goes_to_the_hub_and_not_to_the_host_it_redirects_to(hub, call, environment):
     environment(HF_TOKEN="hf_secret")
     assert call("--source", "climbmix", "--shards", 1) == (0, "")
-    assert {headers.get("Authorization") for _, headers in hub.asked("HEAD", "/resolve/")} == {"Bearer hf_secret"}
+    assert {headers.get("Authorization") for _, headers in hub.asked("HEAD", "/resolve/")} == {
+        "Bearer hf_secret"
+    }
     assert {headers.get("Authorization") for _, headers in hub.asked("GET", "/cdn/")} == {None}
 
 
@@ -273,7 +307,9 @@ def test_a_second_call_loads_neither_the_hub_nor_pyarrow_nor_torch(hub, call, tm
 
 def test_a_broken_transfer_goes_on_where_it_broke_off(hub):
     name = "shard_00012.parquet"
-    hub.files["karpathy/climbmix-400b-shuffle", name] = body = random.Random(0).randbytes(25 * MB)  # the library writes 10 MB at a time
+    hub.files["karpathy/climbmix-400b-shuffle", name] = body = random.Random(0).randbytes(
+        25 * MB
+    )  # the library writes 10 MB at a time
     hub.cdn = iter([cut(15 * MB), None])
     (path,) = prepare.download(*prepare.HUB["climbmix"][:2], name)
     assert path.read_bytes() == body
@@ -316,7 +352,9 @@ def test_a_failed_download_is_one_sentence_and_leaves_nothing(hub, call, tmp_pat
     kind, wrong, reasons = FAILURES[failure]
     setattr(hub, kind, itertools.repeat(wrong))
     code, message = call("--source", "climbmix", "--shards", 1)
-    assert code == 2 and message.startswith("prepare.py: karpathy/climbmix-400b-shuffle can't be downloaded (")
+    assert code == 2 and message.startswith(
+        "prepare.py: karpathy/climbmix-400b-shuffle can't be downloaded ("
+    )
     assert message.count("\n") == 1 and all(reason in message for reason in reasons), message
     assert left_over(tmp_path) == []
     setattr(hub, kind, iter(()))
@@ -340,7 +378,10 @@ def test_offline_with_an_empty_cache_is_one_sentence(hub, call, environment):
 @pytest.mark.parametrize("name", ["huggingface_hub", "pyarrow"])
 def test_a_missing_extra_is_named_before_anything_is_asked_for(hub, call, monkeypatch, name):
     monkeypatch.setitem(sys.modules, name, None)
-    assert call("--source", "climbmix") == (2, f"prepare.py: {name} is not installed here; run: pip install -e '.[hub]'\n")
+    assert call("--source", "climbmix") == (
+        2,
+        f"prepare.py: {name} is not installed here; run: pip install -e '.[hub]'\n",
+    )
     assert hub.requests == []
 
 
@@ -370,11 +411,16 @@ def test_a_download_stops_at_once_when_asked_to(hub, call, tmp_path, sent):
         handler.reply(200)
 
     hub.cdn = iter([None, wrong])
-    assert call("--source", "climbmix", "--shards", 3) == (130, "prepare.py: stopped; nothing is half-written\n")
+    assert call("--source", "climbmix", "--shards", 3) == (
+        130,
+        "prepare.py: stopped; nothing is half-written\n",
+    )
     assert len(hub.asked("GET", "/cdn/")) == 2 and left_over(tmp_path) == []
 
 
-@pytest.mark.parametrize("arguments", [("climbmix", 0), ("climbmix", 6544), ("tinystories", 3), ("pytorch", 1), ("some/path", 1)])
+@pytest.mark.parametrize(
+    "arguments", [("climbmix", 0), ("climbmix", 6544), ("tinystories", 3), ("pytorch", 1), ("some/path", 1)]
+)
 def test_a_number_of_shards_that_there_are_not_is_refused(call, arguments):
     source, shards = arguments
     code, message = call("--source", source, "--shards", shards)
@@ -399,13 +445,18 @@ def test_a_nul_in_a_row_is_text(tmp_path):
 
 def test_a_row_group_of_any_size_needs_little_memory(tmp_path):
     generator = random.Random(0)
-    (tmp_path / "a.parquet").write_bytes(parquet_file([generator.randbytes(1000).hex() for _ in range(25_000)], use_dictionary=False))
+    (tmp_path / "a.parquet").write_bytes(
+        parquet_file([generator.randbytes(1000).hex() for _ in range(25_000)], use_dictionary=False)
+    )
     before = pyarrow.default_memory_pool().bytes_allocated()
     tracemalloc.start()
     size = peak = 0
     for text in prepare.read_documents(tmp_path / "a.parquet", whole=False):
         size += len(text)
-        peak = max(peak, pyarrow.default_memory_pool().bytes_allocated() - before + tracemalloc.get_traced_memory()[0])
+        peak = max(
+            peak,
+            pyarrow.default_memory_pool().bytes_allocated() - before + tracemalloc.get_traced_memory()[0],
+        )
     tracemalloc.stop()
     assert size == 50_000_000 and peak < 10_000_000
 
@@ -431,5 +482,9 @@ BAD = {
 def test_a_bad_parquet_file_is_named_in_one_sentence(call, tmp_path, name):
     (tmp_path / "bad.parquet").write_bytes(BAD[name])
     code, message = call("--source", tmp_path / "bad.parquet")
-    assert code == 2 and message.startswith(f"prepare.py: {tmp_path / 'bad.parquet'}: not a parquet file") and message.count("\n") == 1
+    assert (
+        code == 2
+        and message.startswith(f"prepare.py: {tmp_path / 'bad.parquet'}: not a parquet file")
+        and message.count("\n") == 1
+    )
     assert left_over(tmp_path) == []

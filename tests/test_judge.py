@@ -36,7 +36,7 @@ def test_what_lies_between_runs_on_up_to_three_seeds():
 def test_three_seeds_always_decide():
     rng = random.Random(0)
     for _ in range(2000):
-        differences = [rng.gauss() * 10 ** rng.uniform(-5, 0) for _ in range(loop.MOST_RUNS)]
+        differences = [rng.gauss() * 10 ** rng.uniform(-5, 0) for _ in range(loop.MAX_RUNS)]
         assert loop.judge(differences, 10 ** rng.uniform(-5, 0), rng.uniform(-0.5, 0.5)) != AGAIN
 
 
@@ -91,7 +91,7 @@ def test_simpler_files_cannot_walk_uphill():
     rng = random.Random(0)
 
     def chances():
-        return [rng.gauss(0, NOISE / math.sqrt(2)) for _ in range(loop.MOST_RUNS)]
+        return [rng.gauss(0, NOISE / math.sqrt(2)) for _ in range(loop.MAX_RUNS)]
 
     truth, parent, kept = 0.0, chances(), 0
     for _ in range(500):  # each truly worse by half a noise, and measured beside its own chances
@@ -186,6 +186,23 @@ def test_gains_add_up_and_so_do_their_squared_errors():
 def test_a_persons_edit_that_is_much_worse_is_counted_as_it_was_measured():
     assert loop.gain_of([(-0.01, NOISE)])[0] == pytest.approx(-0.01, abs=2 * NOISE)
     assert loop.gain_of([(0.01, 0.0)]) == (0.01, 0.0)
+
+
+def kept(change, error=NOISE, status="keep", runs=(1.0,)):
+    return loop.Row("1234567", 1.0, 1.0, status, "an idea", change, error, list(runs))
+
+
+def test_the_nights_gain_is_of_what_was_kept_after_the_baseline_in_the_direction_that_the_ruler_wants():
+    rows = [kept(math.nan, math.nan), kept(-0.01), kept(-0.05, status="discard"), kept(-0.02)]
+    assert loop.night_gain(rows, 1)[0] == pytest.approx(0.03)
+    higher = [kept(-row.change, row.error, row.status) for row in rows]
+    assert loop.night_gain(higher, -1) == loop.night_gain(rows, 1)
+
+
+def test_the_noise_that_is_told_is_of_one_difference_whatever_the_last_discarded_row_had_of_runs():
+    rows = [kept(math.nan, math.nan), kept(0.1, 0.0003 / 2**0.5, "discard", (1.0, 1.0)), kept(-0.1, 0.9)]
+    assert loop.noise_in(rows) == pytest.approx(0.0003)
+    assert math.isnan(loop.noise_in(rows[:1])) and math.isnan(loop.noise_in([]))
 
 
 # ---- simulated nights

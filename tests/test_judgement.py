@@ -1,446 +1,477 @@
-"""Claims about judging in a night: pairs on common seeds, the noise, a machine that is too busy, and the audit in the morning."""
+"""Claims about judging in a night: pairs on common seeds, the noise, a busy machine, and the audit."""
 
+import json
+import math
 import os
 import re
 import signal
+from statistics import fmean
 
+import conftest
 import pytest
-from conftest import block
+from conftest import block, stand_in
 
 import loop
 
 SEEDED = """\
 import os
 import prepare
-WIDTH = 64
-STRANGE = 0
-if __name__ == "__main__":
-    seed = int(os.environ["AUTORESEARCH_SEED"])
-    print("SEED", seed, os.environ["AUTORESEARCH_SPLIT"])
-    prepare.finish(1 + 1 / WIDTH + seed % 7 / 1000)
+width = 64
+strange = 0
+seed = int(os.environ["AUTORESEARCH_SEED"])
+prepare.finish(1 + 1 / width + seed % 7 / 1000)
 """
 
 
 @pytest.fixture
 def seeded(project):
     """A project whose train.py has noise of a few thousandths that comes from the seed."""
-    project.write("train.py", SEEDED)
-    project.commit("seeded")
+    return with_train(project, SEEDED)
+
+
+def with_train(project, source):
+    project.write("train.py", source)
+    project.commit("another train.py")
     return project
 
 
-def seeds(project):
-    """The seed and the split of every run whose log is there, by the name of its folder."""
-    logs = sorted(project.folder.glob("runs/*/run.log"))
-    return {log.parent.name: re.search(r"SEED (\d+) (\w+)", log.read_text()).groups() for log in logs}
+@pytest.fixture
+def verdicts(monkeypatch):
+    """A judge that says this after one, two and three runs, from now on."""
+
+    def set_judge(*verdicts):
+        monkeypatch.setattr(loop, "judge", lambda differences, noise, size: verdicts[len(differences) - 1])
+
+    return set_judge
+
+
+class Runs:
+    """What runs in a night, in its order; it answers as `instead` does, or else as stand_in()."""
+
+    def __init__(self, instead=lambda number, seed, split: None):
+        self.instead, self.made, self.jobs = instead, [], []
+
+    def __call__(self, job):
+        number, split = int(os.path.basename(os.path.dirname(job["folder"]))[:4]), job["told"]["SPLIT"]
+        if os.path.basename(job["folder"]).startswith("warm"):
+            split = "warm"
+        made = number, int(job["told"]["SEED"]), split
+        self.made.append(made)
+        self.jobs.append(job)
+        return self.instead(*made) or stand_in(job)
+
+
+def edit(strange, idea="an idea"):
+    return block("strange = 0", f"strange = {strange}", idea)
+
+
+def wider(after, before=64):
+    return block(f"width = {before}", f"width = {after}", f"width {after}")
+
+
+def one_by_one(project, *replies, **how):
+    """A night of one experiment for each reply: so that each is an edit of what the one before left."""
+    for reply in replies:
+        session = project.night("--experiments", 1, replies=[reply], **how)
+    return session
 
 
 def runs_of(row):
-    return loop.read_runs(row["runs"])
-
-
-def edit(width, idea="an idea"):
-    return block("STRANGE = 0", f"STRANGE = {width}", idea)
+    return [float(run) for run in row["runs"].split(",") if run]
 
 
 # ---- common seeds
 
 
-def test_run_k_of_every_experiment_has_seed_k(seeded):
-    seeded.verdicts("again", "again", "discard")
-    seeded.offline("--experiments", 3)
-    assert [len(runs_of(row)) for row in seeded.rows()] == [3] * 4
-    ran = sorted((name.split("-")[:2], seed, split) for name, (seed, split) in seeds(seeded).items())
-    assert ran == [([f"{number:04}", f"{seed}"], f"{seed}", "val") for number in range(4) for seed in range(3)]
+def test_run_k_of_every_experiment_has_seed_k(seeded, verdicts):
+    verdicts("again", "again", "discard")
+    runs = Runs()
+    seeded.night("--experiments", 2, replies=[edit(1), edit(2)], run=runs)
+    assert [len(runs_of(row)) for row in seeded.rows()] == [3] * 3
+    everything = [(number, seed, "val") for number in range(3) for seed in range(3)]
+    assert sorted(runs.made) == sorted([(0, 0, "warm"), *everything])
 
 
-def test_the_file_that_was_edited_runs_on_a_seed_that_it_lacks_before_the_candidate_does(seeded, server):
-    seeded.verdicts("again", "again", "discard")
-    server.replies += [edit(1, "one"), edit(2, "two")]
-    out = seeded.online(server, "--experiments", 2)
-    ran = re.findall(r"^\S+  (#\d \w+|run \d of [^:]*: [^:\n]+)", out, re.MULTILINE)
-    assert ran == [
-        "#0 baseline", "#1 one", "run 2 of what it edited, for comparison: baseline", "run 2 of up to 3: #1 one",
-        "run 3 of what it edited, for comparison: baseline", "run 3 of up to 3: #1 one",
-        "#2 two", "run 2 of up to 3: #2 two", "run 3 of up to 3: #2 two",
+def test_the_file_that_was_edited_runs_on_a_seed_that_it_lacks_before_the_candidate_does(seeded, verdicts):
+    verdicts("again", "again", "discard")
+    runs = Runs()
+    seeded.night("--experiments", 2, replies=[edit(1, "one"), edit(2, "two")], run=runs)
+    assert [(number, seed) for number, seed, _ in runs.made] == [
+        (0, 0), (0, 0), (1, 0), (0, 1), (1, 1), (0, 2), (1, 2), (2, 0), (2, 1), (2, 2),
     ]  # fmt: skip
-    baseline, log = seeded.rows()[0], seeded.git("log", "--first-parent", "--reverse", "--format=%s").splitlines()
-    assert runs_of(baseline) == [1.015625, 1.016625, 1.017625] and baseline["val_bpb"] == "1.015625" and baseline["change"] == ""
-    assert log[3:] == ["keep: baseline", "repeat: baseline, 1.016625", "repeat: baseline, 1.017625", "discard: one", "discard: two"]
-    assert seeded.status() == ""
+    baseline = seeded.rows()[0]
+    assert runs_of(baseline) == [1.015625, 1.016625, 1.017625]
+    assert baseline["val_bpb"] == "1.015625" and baseline["change"] == ""
+    log = seeded.git("log", "--first-parent", "--reverse", "--format=%s", "autoresearch/t").splitlines()
+    assert log[-3:] == ["keep: baseline", "discard: one", "discard: two"] and seeded.status() == ""
 
 
-def test_a_metric_is_the_parents_plus_the_change_whatever_seeds_they_ran_on(seeded, server):
-    seeded.verdicts("again", "keep")
-    for before, after in ((64, 65), (65, 80)):
-        server.replies += [block(f"WIDTH = {before}", f"WIDTH = {after}", "wider")]
-        seeded.online(server, "--experiments", 1)
-    seeded.verdicts("discard")
-    server.replies += [block("WIDTH = 80", "WIDTH = 16", "narrow")]
-    seeded.online(server, "--experiments", 1)
+def test_with_several_devices_run_k_has_seed_k_too_and_no_run_is_made_twice(seeded, verdicts):
+    verdicts("again", "again", "discard")
+    runs = Runs()
+    replies = [edit(number) for number in range(1, 5)]
+    seeded.night("--experiments", 4, replies=replies, run=runs, devices=3)
+    assert len({*runs.made}) == len(runs.made)
+    assert [len(runs_of(row)) for row in seeded.rows()] == [3] * 5
+    assert runs_of(seeded.rows()[0]) == [1.015625, 1.016625, 1.017625]
+
+
+def test_a_metric_is_the_parents_plus_the_change_whatever_seeds_they_ran_on(seeded, verdicts):
+    verdicts("again", "keep")
+    one_by_one(seeded, wider(65), wider(80, 65))
+    verdicts("discard")
+    seeded.night("--experiments", 1, replies=[block("width = 80", "width = 16")])
     rows = seeded.rows()
     assert [len(runs_of(row)) for row in rows] == [2, 2, 2, 1]
-    true = [1 + 1 / width for width in (64, 65, 80, 16)]
-    assert [float(row["val_bpb"]) for row in rows] == pytest.approx(true, abs=2e-6)
+    assert [float(row["val_bpb"]) for row in rows] == pytest.approx(
+        [1 + 1 / width for width in (64, 65, 80, 16)], abs=2e-6
+    )
     assert [row["change"].partition("+-")[0] for row in rows] == ["", "-0.0002", "-0.0029", "+0.0500"]
 
 
-def test_an_experiment_is_compared_with_the_last_kept_row_also_where_an_earlier_one_was_lower(seeded, server):
-    seeded.verdicts("keep")
-    for before, after in ((64, 32), (32, 40)):
-        server.replies += [block(f"WIDTH = {before}", f"WIDTH = {after}")]
-        seeded.online(server, "--experiments", 1)
-    assert seeded.rows()[2]["change"] == "-0.0063+-0.0007" and "WIDTH = 40" in seeded.read("train.py")
+def test_an_experiment_is_compared_with_the_last_kept_row_also_where_an_earlier_one_was_lower(
+    seeded, verdicts
+):
+    verdicts("keep")
+    one_by_one(seeded, wider(32), wider(40, 32))
+    assert seeded.rows()[2]["change"].startswith("-0.006") and "width = 40" in seeded.read("train.py")
 
 
-GATED = """\
-import os
-import pathlib
-import prepare
-import time
-STRANGE = 0
-if __name__ == "__main__":
-    seed = int(os.environ["AUTORESEARCH_SEED"])
-    print("SEED", seed, os.environ["AUTORESEARCH_SPLIT"], flush=True)
-    while seed == 1 and not pathlib.Path(FOLDER, f"open-{STRANGE}").exists():
-        time.sleep(0.01)
-    prepare.finish(1.1 - STRANGE / 100 + seed / 1000)
-"""
+@pytest.mark.parametrize("stopped_in", [(0, 0), (0, 1), (1, 1)])
+def test_stopped_within_the_parents_run_or_its_own_nothing_is_lost(seeded, verdicts, stopped_in):
+    """The run in which the night is stopped ends as it may, before the night or after it."""
+
+    def stop(number, seed, split):
+        if (number, seed) == stopped_in and split == "val":
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    verdicts("again", "keep")
+    sessions = []
+    for run in (Runs(stop), Runs()):
+        sessions.append(seeded.night("--experiments", 1, replies=[wider(128)], run=run))
+        if len(sessions[-1].ledger.rows) == 2:
+            break
+    rows = seeded.rows()
+    assert [row["runs"] for row in rows] == ["1.015625,1.016625", "1.007812,1.008812"]
+    assert rows[1]["status"] == "keep" and rows[1]["description"] == "width 128" and seeded.status() == ""
+    assert stopped_in[0] == 0 or sum(len(session.model.chats) for session in sessions) == 1
 
 
-@pytest.mark.parametrize("opened, killed_in", [((), "0000-1-*"), ((0,), "0001-1-*")])
-def test_killed_within_the_parents_run_or_between_it_and_its_own_nothing_is_lost(project, server, opened, killed_in):
-    folder = project.folder.parent
-    project.write("train.py", GATED.replace("FOLDER", repr(str(folder))))
-    project.verdicts("again", "keep")
-    for strange in opened:
-        (folder / f"open-{strange}").touch()
-    server.replies += [edit(1, "better")]
-    process = project.start("--budget", "20", "--tag", "t", "--experiments", "1", OPENAI_BASE_URL=server.url)
-    project.wait_for(lambda: "SEED 1" in next(project.folder.glob(f"runs/{killed_in}/run.log")).read_text())
-    process.kill()
-    process.communicate()
-    assert "Runs: 1.090000" in project.git("show", "-s", "--format=%B", "refs/autoresearch/t/running")
-    for strange in (0, 1):
-        (folder / f"open-{strange}").touch()
-    out = project.online(server, "--experiments", 1)
-    baseline, row = project.rows()
-    assert baseline["runs"] == "1.100000,1.101000" and row["runs"] == "1.090000,1.091000" and row["status"] == "keep"
-    assert len(server.requests) == 1 and "  #1 better" not in out and out.count("for comparison") == 1 - len(opened)
-    assert sorted(seed for seed, _ in seeds(project).values()) == ["0", "0", "1", "1"] and project.status() == ""
+UNLUCKY = SEEDED.replace("prepare.finish", "assert (seed, strange) != (1, 0), 'unlucky'\nprepare.finish")
 
 
-def test_where_the_parent_fails_on_a_seed_what_is_in_doubt_is_not_kept_and_it_is_not_asked_again(seeded, server):
-    unlucky = "STRANGE = 0\nassert os.environ['AUTORESEARCH_SEED'] != '1', 'unlucky'"
-    seeded.write("train.py", SEEDED.replace("STRANGE = 0", unlucky))
-    seeded.verdicts("again", "keep")
-    server.replies += [edit(1), edit(2)]
-    out = seeded.online(server, "--experiments", 2)
-    assert out.count("the best so far fails on seed 1: AssertionError: unlucky; what is in doubt isn't kept") == 1
-    assert out.count("for comparison") == 1 and [row["status"] for row in seeded.rows()] == ["keep", "discard", "discard"]
-    assert [len(runs_of(row)) for row in seeded.rows()] == [1, 1, 1]
+def test_where_the_parent_fails_on_a_seed_what_is_in_doubt_is_not_kept_and_it_is_not_run_again(
+    project, verdicts
+):
+    verdicts("again", "keep")
+    runs = Runs()
+    with_train(project, UNLUCKY).night("--experiments", 2, replies=[edit(1), edit(2)], run=runs)
+    rows = project.rows()
+    assert [row["status"] for row in rows] == ["keep", "discard", "discard"]
+    assert "the file that it edited fails on the next seed" in rows[1]["description"]
+    assert [len(runs_of(row)) for row in rows] == [1, 1, 1] and runs.made.count((0, 1, "val")) == 1
 
 
-def test_an_edit_that_crashes_on_its_second_seed_is_a_crash(seeded, server):
-    seeded.verdicts("again", "keep")
-    server.replies += [block("STRANGE = 0", "STRANGE = 0\nassert os.environ['AUTORESEARCH_SEED'] != '1', 'unlucky'", "brittle")]
-    seeded.online(server, "--experiments", 1)
+def test_where_the_parent_fails_on_a_seed_what_is_clear_on_the_first_is_judged_by_it(project):
+    """Else nothing could be kept any more for the rest of the night."""
+    replies = [block("width = 64", "width = 65", "in doubt"), block("width = 64", "width = 1000", "clear")]
+    session = with_train(project, UNLUCKY).night("--experiments", 2, replies=replies)
+    assert session.ledger.results[session.ledger.full(session.ledger.rows[0]), 1, "val"]["cause"]
+    assert [row["status"] for row in project.rows()] == ["keep", "discard", "keep"]
+    assert project.rows()[2]["change"].startswith("-0.0146")
+
+
+def test_an_edit_that_crashes_on_its_second_seed_is_a_crash(seeded, verdicts):
+    verdicts("again", "keep")
+    brittle = block("prepare.finish", "assert seed != 1, 'unlucky'\nprepare.finish", "brittle")
+    brittle = brittle.replace("prepare.finish\n=", "prepare.finish(1 + 1 / width + seed % 7 / 1000)\n=")
+    brittle = brittle.replace("prepare.finish\n>", "prepare.finish(1 + 1 / width + seed % 7 / 1000)\n>")
+    seeded.night("--experiments", 1, replies=[brittle])
     baseline, row = seeded.rows()
     assert row["status"] == "crash" and row["runs"] == row["change"] == "" and row["val_bpb"] == "nan"
     assert "AssertionError: unlucky" in row["description"] and len(runs_of(baseline)) == 2
 
 
-def test_what_the_model_wrote_about_runs_is_left_as_it_was(seeded, server):
-    seeded.verdicts("again", "keep")
-    server.replies += [block("WIDTH = 64", "WIDTH = 1000", "wide").replace("Because.", "Because.\nRuns: faster.")]
-    seeded.online(server, "--experiments", 1)
+def test_what_the_model_wrote_is_no_part_of_what_the_loop_notes(seeded):
+    reply = wider(1000).replace("Because.", "Because.\n\nWork: faster\nNumber: 9\nParent: none")
+    session = seeded.night("--experiments", 1, replies=[reply])
     message = seeded.git("show", "-s", "--format=%B", seeded.rows()[1]["commit"])
-    assert "\nRuns: faster.\n" in message and any(line.startswith("Runs: 1.001") for line in message.rstrip().splitlines()[-3:])
+    assert "\nWork: faster\n" in message and message.index("Work: faster") < message.index(
+        "Model: local-model"
+    )
+    (experiment,) = [one for one in session.ledger.ended.values() if one.number == 1]
+    assert experiment.parent == session.ledger.full(session.ledger.rows[0])
 
 
 # ---- the noise
 
 
-def test_the_prior_of_the_noise_is_the_rulers_and_is_noted_on_the_branch(seeded):
-    facts = seeded.read("prepare.py").replace("0.0007", "float((Path.home() / 'noise').read_text())")
-    seeded.write("prepare.py", facts)
-    seeded.verdicts("discard")
-    for noise in ("0.002", "0.5"):
-        (seeded.folder.parent / "noise").write_text(noise)
-        seeded.offline("--experiments", 1)
+def test_the_prior_of_the_noise_is_the_rulers_and_is_noted_on_the_branch(seeded, verdicts, monkeypatch):
+    verdicts("discard")
+    for number, noise in enumerate((0.002, 0.5), 1):
+        monkeypatch.setitem(conftest.FACTS, "noise", noise)
+        seeded.night("--experiments", 1, replies=[edit(number)])
     assert [row["change"].partition("+-")[2] for row in seeded.rows()] == ["", "0.0020", "0.0020"]
-    assert "Noise: 0.002\n" in seeded.git("show", "-s", "--format=%B", seeded.rows()[0]["commit"])
+    ruler = re.search(
+        "^Ruler: (.*)", seeded.git("show", "-s", "--format=%B", seeded.rows()[0]["commit"]), re.M
+    )[1]
+    assert json.loads(ruler)["noise"] == 0.002
 
 
-def test_the_model_and_the_person_are_told_changes_with_their_errors_and_the_noise(seeded, server):
-    seeded.verdicts("discard")
-    server.replies += [block("WIDTH = 64", "WIDTH = 32", "narrow"), "no edit", "no edit", "no edit"]
-    seeded.online(server, "--experiments", 2)
-    seeded.verdicts("keep")
-    server.replies += [block("WIDTH = 64", "WIDTH = 128", "wide")]
-    out = seeded.online(server, "--experiments", 1)
-    assert "keep     1.0078    -0.0078+-0.0007  wide" in out and "noise of a difference 0.0007" in out
-    server.replies += [edit(1)]
-    seeded.online(server, "--experiments", 1)
-    told = server.requests[-1]["messages"][1]["content"]
+def test_the_model_and_the_person_are_told_changes_with_their_errors_and_the_noise(seeded, verdicts):
+    verdicts("discard")
+    seeded.night("--experiments", 2, replies=[block("width = 64", "width = 32", "narrow"), *["no edit"] * 3])
+    verdicts("keep")
+    session = seeded.night("--experiments", 1, replies=[block("width = 64", "width = 128", "wide")])
+    assert re.search(r"keep +1\.0078 +-0\.0078\+-0\.0007  wide", session.output.getvalue())
+    assert "noise of a difference 0.0007" in " ".join(session.view.totals())
+    session = seeded.night("--experiments", 1, replies=[edit(1)])
+    told = session.model.chats[-1][1]["content"]
     for line in (
-        "On one seed a change is off by about 0.0007", "  1.015625          baseline\n", "  -0.0078 +-0.0007  wide\n",
-        "  +0.0156 +-0.0007  narrow\n", "  crash             no edit [refused: ",
+        "On one seed a change is off by about 0.0007", "  1.015625          baseline\n",
+        "  -0.0078 +-0.0007  wide\n", "  +0.0156 +-0.0007  narrow\n", "  crash             no edit",
     ):  # fmt: skip
         assert line in told, line
 
 
 @pytest.mark.parametrize("value", ["1" + " + 1" * 400, "[]" + ".copy()" * 190])
-def test_an_edit_nested_deeper_than_python_likes_is_judged(project, server, value):
-    server.replies += [block("WIDTH = 64", f"WIDTH = 128\nDEEP = {value}", "deep")]
-    project.online(server, "--experiments", 1)
-    row = project.rows()[1]  # as Python can stand it or not
-    assert row["description"] == "deep" or row["status"] == "crash" and "the loop fails" not in row["description"]
+def test_an_edit_nested_deeper_than_python_likes_is_judged(seeded, value):
+    replies = [block("width = 64", f"width = 128\ndeep = {value}", "deep"), *["no edit"] * 2]
+    seeded.night("--experiments", 1, replies=replies)
+    row = seeded.rows()[1]  # as Python can stand it or not
+    assert (
+        row["description"] == "deep"
+        or row["status"] == "crash"
+        and "the loop fails" not in row["description"]
+    )
 
 
-def test_the_judge_is_told_by_how_much_an_edit_makes_the_file_larger(project, server):
-    tells = "def judge(differences, noise, size):\n    print('SIZE', size)\n    return 'discard'\n\n\ndef not_asked("
-    project.write("loop.py", project.read("loop.py").replace("def judge(", tells))
-    project.commit("a judge that tells")
-    server.replies += [block("DEPTH = 4", "DEPTH = 5"), block("SECONDS = 0.0", "SECONDS = 0.0\nMORE = 1"), block("WIDTH = 64\n", "")]
-    out = project.online(server, "--experiments", 3)
-    sizes = [float(size) for size in re.findall(r"^SIZE (\S+)", out, re.MULTILINE)]
-    assert sizes[0] == 0 < sizes[1] < 0.1 and len(sizes) == 2  # the third crashes: nothing to judge
+def test_the_judge_is_told_by_how_much_an_edit_makes_the_file_larger(seeded, monkeypatch):
+    sizes = []
+
+    def judge(differences, noise, size):
+        sizes.append(size)
+        return "discard"
+
+    monkeypatch.setattr(loop, "judge", judge)
+    replies = [edit(5), block("strange = 0", "strange = 0\nmore = 1")]
+    replies += [block("width = 64\nstrange = 0", left) for left in ("width = 64", "strange = 0")]
+    seeded.night("--experiments", 4, replies=replies)
+    assert sizes[0] == 0 < sizes[1] < 0.1 and -0.1 < sizes[2] < 0  # the fourth crashes: nothing to judge
+    assert len(sizes) == 3
 
 
-# ---- the machine's share: a clock that counts work
+def test_where_higher_is_better_a_rise_is_kept_and_told_as_one(seeded, monkeypatch):
+    monkeypatch.setitem(conftest.FACTS, "better", "higher")
+    monkeypatch.setitem(conftest.FACTS, "metric", "accuracy")
+    session = one_by_one(seeded, wider(32), wider(128, 32))
+    header, *lines = seeded.git("show", "autoresearch/t:results.tsv").splitlines()
+    assert header.split("\t")[1] == "accuracy"
+    assert [line.split("\t")[3] for line in lines] == ["keep", "keep", "discard"]
+    assert [line.split("\t")[5].partition("+-")[0] for line in lines] == ["", "+0.0156", "-0.0234"]
+    assert "accuracy (higher is better)" in session.model.chats[0][0]["content"]
+    assert "gain 0.0156" in session.view.totals()[0]
 
 
-def short_once(project, trained=83.0, seed=0, times=1):
-    """train.py whose first runs on a seed that edits STRANGE say that they got less than their training."""
-    count = project.folder.parent / "short"
-    code = f"""\
-import os
-import pathlib
-import prepare
-STRANGE = 0
-if __name__ == "__main__":
-    print("SEED", os.environ["AUTORESEARCH_SEED"], os.environ["AUTORESEARCH_SPLIT"])
-    count = pathlib.Path({str(count)!r})
-    tried = len(count.read_text()) if count.exists() else 0
-    short = WHEN and os.environ["AUTORESEARCH_SEED"] == "{seed}" and tried < {times}
-    if short:
-        count.write_text("x" * (tried + 1))
-    prepare.finish(0.5 if short else 1.1 - STRANGE / 100, trained={trained} if short else 98.0)
-"""
-    project.write("train.py", code.replace("WHEN", "STRANGE"))
-    project.constants(WAITS="(0.01, 0.02)")
-    return code
+# ---- a machine that fails, or is too busy, says nothing of the code
 
 
-def test_a_run_that_got_less_than_its_training_is_not_judged_and_runs_again(project, server):
-    short_once(project)
-    server.replies += [edit(1, "better")]
-    out = project.online(server, "--experiments", 1)
-    assert out.count("the machine was busy: the run got 83 % of its training") == 1 and out.count("  #1 better") == 2
-    assert [(row["status"], row["runs"]) for row in project.rows()] == [("keep", "1.100000"), ("keep", "1.090000")]
+@pytest.fixture
+def no_waits(monkeypatch):
+    monkeypatch.setattr(loop, "WAITS", (0, 0))
 
 
-def test_a_short_run_of_the_parents_is_made_again_too(project, server):
-    code = short_once(project, seed=1)
-    project.write("train.py", code.replace("WHEN", "not STRANGE"))
-    project.verdicts("again", "keep")
-    server.replies += [edit(1, "better")]
-    out = project.online(server, "--experiments", 1)
-    assert out.count("for comparison") == 2 and project.rows()[0]["runs"] == "1.100000,1.100000"
-    assert project.rows()[1]["status"] == "keep" and project.rows()[1]["runs"] == "1.090000,1.090000"
+BUSY = {"cause": "the machine was busy: the run got 83% of its training", "machine": True}
 
 
-def test_a_short_run_of_the_baseline_is_waited_for_and_the_line_says_what_helps(project, server):
-    code = short_once(project, times=4)
-    project.write("train.py", code.replace("WHEN", "True"))
-    project.commit("a baseline that is short")
-    server.replies += [edit(1, "better")]
-    out = project.online(server, "--experiments", 1)
-    assert out.count("the baseline runs again; a quieter machine helps, or a larger --budget") == 4
-    assert [row["runs"] for row in project.rows()] == ["1.100000", "1.090000"] and project.status() == ""
+def busy(key, times):
+    """Runs of which the first ones of a (number, seed) get too little of the machine."""
+    left = [times]
+
+    def instead(number, seed, split):
+        if (number, seed) == key and split != "warm" and left[0]:
+            left[0] -= 1
+            return dict(BUSY)
+
+    return Runs(instead)
 
 
-def test_what_is_always_short_while_the_best_so_far_is_not_becomes_a_row(project, server):
-    short_once(project, times=99)
-    server.replies += [edit(1, "slow to compile")]
-    project.online(server, "--experiments", 1)
-    row = project.rows()[1]
-    assert row["status"] == "crash" and "[the machine was busy: the run got 83 % of its training]" in row["description"]
+def test_a_run_that_got_less_than_its_training_is_not_judged_and_runs_again(seeded, no_waits):
+    runs = busy((1, 0), 1)
+    session = seeded.night("--experiments", 1, replies=[wider(128)], run=runs)
+    assert runs.made.count((1, 0, "val")) == 2 and len(runs.made) == 4
+    assert "the run got 83% of its training; going on in" in session.output.getvalue()
+    assert [(row["status"], row["runs"]) for row in seeded.rows()] == [
+        ("keep", "1.015625"),
+        ("keep", "1.007812"),
+    ]
 
 
-@pytest.mark.parametrize("times, code", [(2, 0), (99, 1)])
-def test_a_short_run_of_the_audit_is_made_again_a_few_times(project, server, times, code):
-    source = short_once(project, seed=loop.AUDIT_SEED, times=times)
-    project.write("train.py", source.replace("WHEN", "STRANGE"))
-    server.replies += [edit(1, "better")]
-    project.online(server, "--experiments", 1)
-    project.constants(**{"AUDIT_PAIRS, AUDIT_SEED": f"2, {loop.AUDIT_SEED}"})
-    out = project.run("--audit", code=code)
-    assert out.count("audit 1 of 2: better") == 3
-    assert ("audited gain 0.0100" in out) == (times == 2) == ("failed: the machine was busy" not in out)
+def test_a_short_run_of_the_parents_is_made_again_too(seeded, verdicts, no_waits):
+    verdicts("again", "keep")
+    runs = busy((0, 1), 1)
+    seeded.night("--experiments", 1, replies=[wider(128)], run=runs)
+    assert runs.made.count((0, 1, "val")) == 2 and seeded.rows()[0]["runs"] == "1.015625,1.016625"
+    assert seeded.rows()[1]["status"] == "keep"
 
 
-WORDS = "' '.join([name + '=' + os.environ.get(name, 'none') for name in ('AUTORESEARCH_PACE', 'OMP_NUM_THREADS', 'MKL_NUM_THREADS')])"
+def test_a_short_run_of_the_baseline_is_waited_for_however_often(seeded, no_waits):
+    runs = busy((0, 0), 3 * loop.MAX_SPELLS)
+    seeded.night("--experiments", 1, replies=[wider(128)], run=runs)
+    assert runs.made.count((0, 0, "val")) == 3 * loop.MAX_SPELLS + 1
+    assert [row["status"] for row in seeded.rows()] == ["keep", "keep"] and seeded.status() == ""
 
 
-def told(project):
-    """What each run printed of its environment."""
-    return [re.search("^TOLD (.*)", log.read_text(), re.MULTILINE)[1] for log in sorted(project.folder.glob("runs/*/run.log"))]
+def test_around_which_the_machine_fails_always_is_to_blame_and_becomes_a_row(seeded, no_waits):
+    runs = busy((1, 0), math.inf)
+    seeded.night("--experiments", 2, replies=[edit(1, "slow to compile"), wider(128)], run=runs)
+    rows = seeded.rows()
+    assert runs.made.count((1, 0, "val")) == loop.MAX_SPELLS
+    assert [row["status"] for row in rows] == ["keep", "crash", "keep"]
+    assert "slow to compile [the machine was busy: the run got 83% of its training]" in rows[1]["description"]
 
 
-def telling(project, expression):
-    tells = f"def main():\n    import os\n    print('TOLD', {expression})"
-    project.write("train.py", project.read("train.py").replace("def main():", tells))
-    project.commit("telling")
+@pytest.mark.parametrize("times, measured", [(2, True), (math.inf, False)])
+def test_a_short_run_of_the_audit_is_made_again_a_few_times(seeded, no_waits, times, measured):
+    seeded.night("--experiments", 1, replies=[wider(1000)])
+    runs = busy((1, loop.AUDIT_SEEDS[0]), times)
+    report = seeded.night("--audit", run=runs).audited
+    assert runs.made.count((1, loop.AUDIT_SEEDS[0], "test")) == 3
+    assert f", {5 if measured else 4} " in report[0] and "audited gain 0.0146" in report[2]
 
 
-def test_a_run_on_a_cpu_has_one_thread_and_the_pace_that_the_branch_began_with(project):
-    telling(project, WORDS)
-    project.write("prepare.py", project.read("prepare.py").replace("0.0101", "float((Path.home() / 'pace').read_text())"))
-    project.commit("a pace that changes")
-    for pace in ("0.0125", "0.5"):
-        (project.folder.parent / "pace").write_text(pace)
-        project.offline("--experiments", 1)
-    assert len(told(project)) == 3
-    assert set(told(project)) == {"AUTORESEARCH_PACE=0.0125 OMP_NUM_THREADS=1 MKL_NUM_THREADS=1"}
+# ---- what a run is told
 
 
-TOKENED = """\
-import os
-import prepare
-WIDTH = 1000
-if __name__ == "__main__":
-    seed = int(os.environ["AUTORESEARCH_SEED"])
-    print("TOLD", WIDTH, seed, os.environ["AUTORESEARCH_SPLIT"], os.environ.get("AUTORESEARCH_TOKENS"))
-    prepare.finish(1 - WIDTH / 10000, tokens=WIDTH + seed)
-"""
+WORKING = SEEDED.replace("1000)", "1000, work=10 * width + seed)")
 
 
-def test_a_run_is_told_how_many_tokens_the_file_that_it_edited_trained_on_with_its_seed(project, server):
-    project.write("train.py", TOKENED)
-    project.verdicts("again", "keep")
-    for before, after in ((1000, 2000), (2000, 3000)):  # each a session of its own: what was trained on is on the branch
-        server.replies += [block(f"WIDTH = {before}", f"WIDTH = {after}", "wider")]
-        project.online(server, "--experiments", 1)
-    project.constants(**{"AUDIT_PAIRS, AUDIT_SEED": f"2, {loop.AUDIT_SEED}"})
-    project.run("--audit")
-    # The baseline's are what the clock gave it in a first run, on seed 0.
-    assert sorted(line for line in told(project) if " val " in line) == [
-        "1000 0 val 1000", "1000 1 val 1000", "2000 0 val 1000", "2000 1 val 1001", "3000 0 val 2000", "3000 1 val 2001",
+def work_told(runs):
+    return [
+        (*made, job["told"]["WORK"])
+        for made, job in zip(runs.made, runs.jobs, strict=True)
+        if made[2] != "test"
+    ]
+
+
+def test_a_run_is_told_how_much_work_the_file_that_it_edited_did_on_its_seed(project, verdicts):
+    with_train(project, WORKING)
+    verdicts("again", "keep")
+    runs = Runs()
+    for replies in ([block("width = 64", "width = 65")], [block("width = 65", "width = 66")]):
+        project.night("--experiments", 1, replies=replies, run=runs)  # what was done is on the branch
+    # The baseline's is what the clock gave it in a first run, on seed 0.
+    assert work_told(runs) == [
+        (0, 0, "warm", ""), (0, 0, "val", "640"), (1, 0, "val", "640"), (0, 1, "val", "640"),
+        (1, 1, "val", "641"), (2, 0, "val", "650"), (2, 1, "val", "651"),
     ]  # fmt: skip
-    assert {line.split()[-1] for line in told(project) if " test " in line} == {"None"}
+    project.night("--audit", run=runs)
+    assert {job["told"]["WORK"] for job in runs.jobs if job["told"]["SPLIT"] == "test"} == {""}
 
 
-def test_where_its_parent_lacks_the_seed_a_run_is_told_what_the_file_itself_trained_on(project, server):
-    project.write("train.py", TOKENED)
-    project.verdicts("keep")
-    server.replies += [block("WIDTH = 1000", "WIDTH = 2000", "wider"), block("WIDTH = 2000", "WIDTH = 3000", "wider")]
-    project.online(server, "--experiments", 1)
-    project.verdicts("again", "keep")
-    project.online(server, "--experiments", 1)
-    assert "2000 1 val 2000" in {line.strip() for line in told(project)}
+def test_where_its_parent_lacks_the_seed_a_run_is_told_what_the_file_itself_did(project, verdicts):
+    with_train(project, WORKING)
+    runs = Runs()
+    verdicts("keep")
+    project.night("--experiments", 1, replies=[block("width = 64", "width = 65")], run=runs)
+    verdicts("again", "keep")
+    project.night("--experiments", 1, replies=[block("width = 65", "width = 66")], run=runs)
+    assert (1, 1, "val", "650") in work_told(runs)
 
 
-def test_a_run_on_a_gpu_has_no_pace_and_all_threads(project):
-    telling(project, WORDS)
-    project.write("prepare.py", project.read("prepare.py").replace("cpu, stand-in", "NVIDIA H100").replace("0.0101", "None"))
-    project.commit("a GPU")
-    project.offline("--experiments", 1)
-    assert set(told(project)) == {"AUTORESEARCH_PACE=none OMP_NUM_THREADS=none MKL_NUM_THREADS=none"}
-    assert "Pace" not in project.git("show", "-s", "--format=%B", project.rows()[0]["commit"])
+def test_a_run_has_the_settings_with_which_the_branch_began(seeded, monkeypatch):
+    runs = Runs()
+    for number, pace in enumerate(("0.0125", "0.5"), 1):
+        monkeypatch.setitem(conftest.FACTS, "settings", {"PACE": pace})
+        seeded.night("--experiments", 1, replies=[edit(number)], run=runs)
+    assert len(runs.jobs) == 4 and {job["told"]["PACE"] for job in runs.jobs} == {"0.0125"}
 
 
-@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="needs Linux")
-def test_a_run_and_the_rulers_facts_have_the_last_core_and_the_loop_keeps_its_own(project):
-    telling(project, "os.sched_getaffinity(0)")
-    seen = f"open({str(project.folder.parent / 'core')!r}, 'w').write(repr(os.sched_getaffinity(0)))"
-    project.write("prepare.py", project.read("prepare.py").replace("def facts():", f"def facts():\n    {seen}"))
-    project.commit("telling facts")
-    project.offline("--experiments", 1)
-    before = os.sched_getaffinity(0)
-    assert set(told(project)) == {repr({max(before)})} == {(project.folder.parent / "core").read_text()}
-    with loop.one_core():
-        assert os.sched_getaffinity(0) == {max(before)}
-    assert os.sched_getaffinity(0) == before
-
-
-def test_a_summary_is_signed_for_the_pace_too(project, server):
-    server.replies += [block("def main():", "def main():\n    prepare.os.environ['AUTORESEARCH_PACE'] = '9'", "a slower machine")]
-    project.online(server, "--experiments", 1)
-    assert "not signed by the ruler for this seed, budget, data, pace and tokens" in project.rows()[1]["description"]
+@pytest.mark.parametrize("name", ["metric", "better", "device", "software", "data"])
+def test_a_branch_does_not_go_on_with_another_ruler_or_on_another_machine(seeded, monkeypatch, name):
+    seeded.night("--hours", 1e-9, replies=[])
+    monkeypatch.setitem(conftest.FACTS, name, "higher" if name == "better" else "another one")
+    with pytest.raises(loop.Stop, match=f"measured with another ruler .{name} was .* and is ") as stop:
+        seeded.night("--experiments", 1, replies=[edit(1)])
+    assert stop.value.code == 2 and "--tag" in str(stop.value)
 
 
 # ---- the audit
 
 
 @pytest.fixture
-def improved(seeded, server):
-    server.replies += [block("WIDTH = 64", "WIDTH = 1000", "very wide")]
-    seeded.online(server, "--experiments", 1)
+def improved(seeded):
+    seeded.night("--experiments", 1, replies=[block("width = 64", "width = 1000", "very wide")])
     return seeded
 
 
 def test_the_audit_runs_baseline_and_best_on_fresh_seeds_and_the_test_split(improved):
-    before = improved.git("rev-parse", "autoresearch/t")
-    used = set(seeds(improved).values())
-    out = improved.run("--audit")
-    audit = {name: seed for name, seed in seeds(improved).items() if seed[1] == "test"}
-    assert len(audit) == 2 * loop.AUDIT_PAIRS and len(set(audit.values())) == loop.AUDIT_PAIRS
-    assert not {seed for seed, _ in used} & {seed for seed, _ in audit.values()}
-    assert "audited gain 0.0146, 95 % interval 0.0146 to 0.0146" in out and "the night's own figures: 0.0" in out
+    before, runs = improved.git("rev-parse", "autoresearch/t"), Runs()
+    report = improved.night("--audit", run=runs).audited
+    assert runs.made == [(number, seed, "test") for seed in loop.AUDIT_SEEDS for number in (0, 1)]
+    assert len(loop.AUDIT_SEEDS) == 5 and min(loop.AUDIT_SEEDS) > loop.MAX_RUNS
+    assert "audited gain 0.0146, 95 % interval 0.0146 to 0.0146" in report[2]
+    assert "(very wide), 5 " in report[0] and "own figures: 0.0146 by its rows" in report[3]
     assert improved.git("rev-parse", "autoresearch/t") == before and improved.status() == ""
 
 
 def test_an_audit_that_was_stopped_goes_on(improved):
-    process = improved.start("--audit")
-    improved.wait_for(lambda: len(list(improved.folder.glob("runs/*-9*/run.log"))) >= 3)
-    process.send_signal(signal.SIGTERM)
-    first = process.communicate()[0]
-    out = improved.run("--audit")
-    assert 10 - 3 <= out.count("  audit ") + first.count("  audit ") <= 11 and "audited gain" in out
-    assert out.count("  audit ") < 10
-    again = improved.run("--audit")
-    assert again.count("  audit ") == 0 and "audited gain 0.0146" in again
+    def stop(number, seed, split):
+        if (number, seed) == (1, loop.AUDIT_SEEDS[3]):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    first, rest, nothing = Runs(stop), Runs(), Runs()
+    assert improved.night("--audit", run=first).interrupted
+    report = improved.night("--audit", run=rest).audited
+    assert "audited gain 0.0146" in report[2]
+    assert len(first.made) in (8, 9)  # before the loop heard of it, one more may have begun
+    assert not {*first.made[:7]} & {*rest.made} and len({*first.made, *rest.made}) == 10
+    assert improved.night("--audit", run=nothing).audited == report and nothing.made == []
 
 
 def test_an_audit_before_anything_is_kept_says_so(seeded):
-    assert "holds no kept experiment yet" in seeded.run("--audit", code=2)
-    seeded.offline("--hours", "0.00001")
-    assert "holds no kept experiment yet" in seeded.run("--audit", code=2)
+    with pytest.raises(loop.Stop, match="holds no kept experiment, so there is nothing to audit"):
+        seeded.night("--audit")
+    seeded.night("--hours", 1e-9, replies=[])
+    with pytest.raises(loop.Stop, match="holds no kept experiment, so there is nothing to audit"):
+        seeded.night("--audit")
 
 
-def test_an_audit_of_a_deleted_branch_of_this_name_is_not_counted(improved, server):
-    improved.run("--audit")
-    improved.git("checkout", "--quiet", "main")
-    improved.git("branch", "-D", "autoresearch/t")
-    server.replies += [block("WIDTH = 64", "WIDTH = 500", "wide")]
-    improved.online(server, "--experiments", 1)
-    out = improved.run("--audit")
-    assert out.count("  audit ") == 2 * loop.AUDIT_PAIRS and "audited gain 0.0136" in out
+ONLY = "seed = int(os.environ['AUTORESEARCH_SEED'])\nwidth = 1000\nassert {}, 'unlucky'\n"
 
 
-def test_a_run_of_the_audit_that_fails_names_its_log(seeded, server):
-    fails = "STRANGE = 0\nassert os.environ['AUTORESEARCH_SPLIT'] == 'val', 'only val'\nWIDTH = 1000"
-    server.replies += [block("STRANGE = 0", fails, "brittle")]
-    seeded.online(server, "--experiments", 1)
-    out = seeded.run("--audit", code=1)
-    assert "failed: AssertionError: only val" in out and "run.log" in out and "the same command tries them again" in out
+def brittle(condition):
+    return block('seed = int(os.environ["AUTORESEARCH_SEED"])', ONLY.format(condition), "brittle")
 
 
-def test_an_audit_with_a_failed_run_reports_the_other_pairs(seeded, server):
-    unlucky = f"STRANGE = 0\nassert os.environ['AUTORESEARCH_SEED'] != '{loop.AUDIT_SEED + 1}', 'unlucky'\nWIDTH = 1000"
-    server.replies += [block("STRANGE = 0", unlucky, "brittle")]
-    seeded.online(server, "--experiments", 1)
-    out = seeded.run("--audit")
-    assert "failed: AssertionError: unlucky" in out and "the same 4 fresh seeds" in out and "audited gain 0.0146" in out
+def test_an_audit_in_which_most_runs_fail_says_so(seeded):
+    seeded.night("--experiments", 1, replies=[brittle("os.environ['AUTORESEARCH_SPLIT'] == 'val'")])
+    with pytest.raises(loop.Stop, match="too many runs of the audit failed") as stop:
+        seeded.night("--audit")
+    assert stop.value.code == 1
+
+
+def test_an_audit_with_a_failed_run_reports_the_other_pairs(seeded):
+    seeded.night("--experiments", 1, replies=[brittle(f"seed != {loop.AUDIT_SEEDS[1]}")])
+    session = seeded.night("--audit")
+    assert "AssertionError: unlucky" in session.output.getvalue()
+    assert ", 4 " in session.audited[0] and "audited gain 0.0146" in session.audited[2]
 
 
 def test_the_interval_of_the_audit_is_students():
-    pairs = [(1.0, 0.99), (1.1, 1.07), (1.0, 0.98), (1.2, 1.18), (1.1, 1.08)]  # gains 0.01, 0.03, 0.02, 0.02, 0.02
-    report = " ".join(loop.audit_report(pairs, 1.05, 1.02, 0.025, 0.002))
-    assert "baseline 1.0800, best 1.0600" in report
-    assert "audited gain 0.0200, 95 % interval 0.0112 to 0.0288" in report  # 2.78 x 0.00707 / sqrt(5)
-    assert "0.0300 by its rows, 0.0250 +- 0.0020 with luck taken off" in report
-    assert "it is worse" in " ".join(loop.audit_report([(a, b + 0.1) for a, b in pairs], 1, 1, 0, 0))
-    assert "no gain at all" in " ".join(loop.audit_report([(1.0, 1.1), (1.1, 1.0), (1, 1), (1, 1), (1, 1)], 1, 1, 0, 0))
+    pairs = [(1.0, 0.99), (1.1, 1.07), (1.0, 0.98), (1.2, 1.18), (1.1, 1.08)]  # gains 0.01, 0.03, 0.02, ...
+    rows = [
+        loop.Row("1", 1.05, 1.0, "keep", "baseline", runs=[1.05]),
+        loop.Row("2", 1.02, 1.0, "keep", "better", -0.03, 0.002, [1.02]),
+    ]
+
+    def report(pairs, sign=1):
+        return " ".join(loop.audit_report(pairs, *rows, rows, sign))
+
+    assert "baseline 1.0800, best 1.0600" in report(pairs)
+    assert "audited gain 0.0200, 95 % interval 0.0112 to 0.0288" in report(pairs)  # 2.78 x 0.00707 / sqrt(5)
+    assert "0.0300 by its rows, 0.0300 +- 0.0020 with luck taken off" in report(pairs)
+    assert "it is worse" in report([(a, b + 0.1) for a, b in pairs])
+    assert "no gain at all" in report([(1.0, 1.1), (1.1, 1.0), (1, 1), (1, 1), (1, 1)])
+    assert "audited gain 0.0200" in report([(b, a) for a, b in pairs], sign=-1)
+    assert fmean(a - b for a, b in pairs) == pytest.approx(0.02)

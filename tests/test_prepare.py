@@ -67,7 +67,9 @@ def spawn(source, root, **more):
     """prepare.py as a process of its own, with the sizes of a machine without a GPU."""
     environment = {**os.environ, "AUTORESEARCH_DATA": str(root), "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, str(SCRIPT), "--source", str(source)]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **more)
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **more
+    )
 
 
 def decode(folder, split):
@@ -95,7 +97,9 @@ def test_meta_json_says_what_was_written(tiny, source, tmp_path):
     meta = json.loads((folder / "meta.json").read_text())
     assert list(meta) == ["source", "fingerprint", *SIZES, "unigram_bpb", "splits", "key"]
     assert folder.name == f"{meta['source']}-{meta['fingerprint']}"
-    assert sum(facts["bytes"] for facts in meta["splits"].values()) == sum(len(text.encode()) for text in documents())
+    assert sum(facts["bytes"] for facts in meta["splits"].values()) == sum(
+        len(text.encode()) for text in documents()
+    )
     assert meta["splits"]["val"]["tokens"] * 2 == (folder / "val.bin").stat().st_size
     assert 1 < meta["unigram_bpb"] < 8
     assert not any(path.stat().st_mode & 0o222 for path in folder.iterdir())  # read-only
@@ -128,14 +132,19 @@ def test_the_vocabulary_never_sees_val_or_test(monkeypatch, source):
 def test_a_document_that_comes_twice_counts_once(tiny, tmp_path):
     source = write_jsonl(tmp_path / "text.jsonl", documents() * 2)
     folder, _ = prepare.prepare(str(source), tmp_path / "data")
-    assert sum(facts["documents"] for facts in prepare.read_meta(folder)["splits"].values()) == len(documents())
+    assert sum(facts["documents"] for facts in prepare.read_meta(folder)["splits"].values()) == len(
+        documents()
+    )
 
 
 def test_the_same_text_gives_the_same_fingerprint_whatever_the_file_is_called(tiny, tmp_path):
     plain = write_jsonl(tmp_path / "a.jsonl", documents())
     with gzip.open(tmp_path / "b.jsonl.gz", "wt") as file:
         file.write(plain.read_text())
-    fingerprints = [prepare.read_meta(prepare.prepare(str(path), tmp_path / "data")[0])["fingerprint"] for path in (plain, file.name)]
+    fingerprints = [
+        prepare.read_meta(prepare.prepare(str(path), tmp_path / "data")[0])["fingerprint"]
+        for path in (plain, file.name)
+    ]
     assert fingerprints[0] == fingerprints[1]
     assert len(list((tmp_path / "data").glob("*/meta.json"))) == 2
 
@@ -215,7 +224,9 @@ def test_preparing_anything_never_rewrites_the_files_of_another_data_set(tiny, s
     prepare.prepare(str(write_jsonl(tmp_path / "other.jsonl", documents(300))), root)
     os.utime(source, (1, 1))  # the same text, but by its date it may be another
     assert prepare.prepare(str(source), root) == (folder, False)
-    assert before == {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in folder.glob("*.bin")}
+    assert before == {
+        path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in folder.glob("*.bin")
+    }
     assert prepare.prepare(str(source), root) == (folder, True)
 
 
@@ -334,7 +345,10 @@ def test_a_killed_run_leaves_what_was_there_and_the_next_one_cleans_up(stuck, en
 def test_a_stopped_run_cleans_up_after_itself(stuck, tmp_path, sent):
     root = tmp_path / "data"
     process = spawn(stuck, root)
-    with contextlib.suppress(BrokenPipeError), open(stuck, "w") as source:  # opens when prepare.py starts to read
+    with (
+        contextlib.suppress(BrokenPipeError),
+        open(stuck, "w") as source,
+    ):  # opens when prepare.py starts to read
         process.send_signal(sent)
         for text in itertools.cycle(documents()):
             source.write(json.dumps({"text": text}) + "\n")
@@ -361,14 +375,19 @@ def test_a_prepare_that_waits_can_be_stopped(stuck, tmp_path):
         second = spawn(stuck, tmp_path / "data")
         assert "waiting" in second.stderr.readline()
         second.send_signal(signal.SIGINT)
-        assert second.communicate(timeout=30)[1] == "prepare.py: stopped; nothing is half-written\n" and second.returncode == 130
+        assert (
+            second.communicate(timeout=30)[1] == "prepare.py: stopped; nothing is half-written\n"
+            and second.returncode == 130
+        )
         first.kill()
         first.communicate()
 
 
 def test_a_full_disk_is_one_sentence_and_leaves_nothing(enough, tmp_path):
     root = tmp_path / "data"
-    limited = f'ulimit -f 64; exec "{sys.executable}" "{SCRIPT}" --source "{enough}"'  # files of 64 KiB at the most
+    limited = (
+        f'ulimit -f 64; exec "{sys.executable}" "{SCRIPT}" --source "{enough}"'  # files of 64 KiB at the most
+    )
     environment = {**os.environ, "AUTORESEARCH_DATA": str(root), "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(["bash", "-c", limited], env=environment, capture_output=True, text=True)
     assert done.returncode == 2 and "make room" in done.stderr and done.stderr.count("\n") == 1
@@ -377,6 +396,8 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(enough, tmp_path):
 
 def test_tokens_keep_their_raw_bytes(tmp_path):
     ranks = {bytes([i]): i for i in range(256)} | {b"\xc3\xa9": 256, b"\xf0\x9f": 257}
-    (tmp_path / "t").write_bytes(b"".join(b"%s %d\n" % (base64.b64encode(token), rank) for token, rank in ranks.items()))
+    (tmp_path / "t").write_bytes(
+        b"".join(b"%s %d\n" % (base64.b64encode(token), rank) for token, rank in ranks.items())
+    )
     lengths = prepare.byte_lengths(prepare.read_tokenizer(tmp_path / "t"))
     assert lengths[0xC3] == 1 and lengths[256] == 2 and lengths[257] == 2 and lengths[258] == 0  # 258 is BOS

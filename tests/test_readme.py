@@ -8,9 +8,9 @@ import sys
 from functools import cache
 
 import pytest
-from conftest import ROOT
-from test_loop import BETTER
+from conftest import ROOT, block
 
+BETTER = block("WIDTH = 64", "WIDTH = 128", "twice the width")
 TEXTS = {name: (ROOT / name).read_text() for name in ("README.md", "MANUAL.md")}
 QUICK = {  # what a test can't do (installing: .ci/run does), and what would take all night
     r"python3 -m venv \S+": "true",
@@ -40,18 +40,31 @@ def test_the_blocks_of_the_readme_run_from_top_to_bottom(project, server):
             script = re.sub(pattern, quick, script)
         path = os.pathsep.join([f"{project.folder}/.venv/bin", project.environment["PATH"]])
         environment = project.environment | {"PATH": path, "OPENAI_BASE_URL": server.url}
-        done = subprocess.run(["bash", "-euc", script], cwd=project.folder, env=environment, capture_output=True, text=True, timeout=100)
+        done = subprocess.run(
+            ["bash", "-euc", script],
+            cwd=project.folder,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=100,
+        )
         assert done.returncode == 0, f"{script}\n{done.stdout}\n{done.stderr}"
         output += done.stdout
     assert server.requests[-1]["model"] == "gpt-5" and "kept, in order" in output and "audited gain" in output
     branches = project.git("branch", "--list", "--format=%(refname:short)", "autoresearch/*").split()
-    assert len(branches) == 3 and all(len(project.rows(branch)) == 2 for branch in branches) and project.status() == ""
+    assert (
+        len(branches) == 3
+        and all(len(project.rows(branch)) == 2 for branch in branches)
+        and project.status() == ""
+    )
 
 
 @cache
 def help_of(*command):
     environment = os.environ | {"COLUMNS": "200"}
-    return subprocess.run([sys.executable, *command, "--help"], cwd=ROOT, env=environment, capture_output=True, text=True).stdout
+    return subprocess.run(
+        [sys.executable, *command, "--help"], cwd=ROOT, env=environment, capture_output=True, text=True
+    ).stdout
 
 
 @pytest.mark.parametrize("name", TEXTS)
@@ -61,7 +74,11 @@ def test_every_command_in_the_text_exists_with_its_options(name):
     for command in commands:
         file, *rest = shlex.split(command)
         assert (ROOT / file).exists()
-        found = help_of(file, *[word for word in rest[:1] if word.isalpha() and word.islower()]) if rest and rest != ["&"] else ""
+        found = (
+            help_of(file, *[word for word in rest[:1] if word.isalpha() and word.islower()])
+            if rest and rest != ["&"]
+            else ""
+        )
         assert all(re.search(rf"{word}\b", found) for word in rest if word.startswith("--")), command
 
 
@@ -69,13 +86,14 @@ SMALL = {  # the benchmarks that the README names: what makes them quick, and wh
     "judge": ("--nights 1", [rf"^0\.00{noise} +{rule}" for noise in ("03", "07", "15") for rule in ("strict", "0.20 fresh", "unpaired")]),
     "kills": ("--kills 4", ["^4 kills, [0-9]+ rows, 0 with problems"]),
     "speed": (
-        "--budget 20 --runs 1 --cycles 2 --think 0.1 --run 0.5 --thoughts 2",
+        "--budget 20 --runs 1 --cycles 2 --devices 2 --run 0.5 --experiments 4",
         ["^spawn to the end of the first step +[0-9.]+ s", "^training steps", "^the loader alone", "^training seconds, cycle over cycle",
-         "^the loop between two runs, at 10,000 rows +[0-9.]+ s", "^between runs of 0.5 s, thoughts of 0.1 s +[0-9.]+ s"],
+         "^the loop between two runs, at 10,000 rows +[0-9.]+ s", "^2 devices, runs of 0.5 s, thoughts of 0.1 s +[0-9]+ % of the time busy"],
     ),
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SMALL)
 def test_the_benchmarks_that_the_readme_names_give_their_figures(name, data):
     options, wanted = SMALL[name]

@@ -1,15 +1,17 @@
 """The morning after: --report and progress.png, of a branch, of a running loop and of other people's logs."""
 
-import contextlib
+import io
+import math
 import os
 import re
 import signal
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import block
 from rich.console import Console
-from test_loop import BETTER, CRASHING, WORSE, running, slow
 
 import loop
 
@@ -24,61 +26,68 @@ d70987b\t3.215849\t60.2\tdiscard\tweight tying
 """
 
 
+def read(text, name="a log"):
+    return loop.Report(name, *loop.read_rows(text, name))
+
+
 def night(*rows_of):
-    """A Report of (status, val_bpb of each run, finished), in which a change on one seed is off by 0.001."""
-    rows, nan = [], loop.math.nan
+    """A Report of (status, value of each run, finished), in which a change on one seed is off by 0.001."""
+    rows, nan = [], math.nan
     for number, (status, runs, finished) in enumerate(rows_of):
-        bpb, parent = sum(runs) / len(runs) if runs else nan, loop.parents(rows)[-1]
-        change, error = (bpb - parent.val_bpb, 0.001 / len(runs) ** 0.5) if parent and runs else (nan, nan)
-        rows.append(loop.Row(f"{number:07}", bpb, 1.0, status, f"idea {number}", change, error, list(runs), 1000, finished))
-    return loop.Report("a night", rows)
+        value, parent = sum(runs) / len(runs) if runs else nan, loop.kept_before(rows)[-1]
+        change, error = (nan, nan)
+        if parent and runs:
+            change, error = value - parent.value, 0.001 / len(runs) ** 0.5
+        about = f"{number:07}", value, 1.0, status, f"idea {number}"
+        rows.append(loop.Row(*about, change, error, list(runs), 1000, finished))
+    return loop.Report("a night", "val_bpb", rows)
 
 
 def screen(report, width=80):
     console = Console(width=width, no_color=True)
     with console.capture() as capture:
-        console.print(loop.render_report(report))
+        console.print(report.render())
     return capture.get()
 
 
-def without_matplotlib(folder):
-    """A PYTHONPATH on which matplotlib can't be imported, whether it is installed or not."""
-    return stand_in_for_matplotlib(folder, "raise ImportError('not here')")
+ROW = re.compile(r"^ *(\d+) +(\S+) +(clear)? *(keep|discard) +([\d.]+)(?: x(\d))? +(\S+-\S+)?", re.MULTILINE)
 
 
-def stand_in_for_matplotlib(folder, code):
-    (folder / "matplotlib").mkdir()
-    (folder / "matplotlib" / "__init__.py").write_text(f"{code}\n")
-    return str(folder)
+def table(report):
+    """The rows that a report shows, in its order: (number, whether it is clear, metric, runs, change)."""
+    found = ROW.findall(screen(report, 120))
+    return [
+        (int(n), bool(clear), value, int(runs or 1), change) for n, _, clear, _, value, runs, change in found
+    ]
+
+
+def numbers(report):
+    return [number for number, *_ in table(report)]
+
+
+def clear(report):
+    return [number for number, clear, *_ in table(report) if clear]
 
 
 # ---- other people's logs
 
 
-def test_a_log_of_the_first_five_columns_is_reported(project):
-    project.write("five.tsv", FIVE)
-    out = project.run("--report", "five.tsv")
+def test_a_log_of_the_first_five_columns_is_reported():
+    out = screen(read(FIVE), 100)
     assert "5 experiments, 2 kept, 1 crashed" in out and "best 0.9859, baseline 0.9979" in out
-    assert "gains kept: 2, one for 2.5 experiments" in out and "gains clear of the noise: 1, one for 5.0 experiments" in out
-    assert "the noise is assumed" in out and "hours" not in out and "tokens" not in out  # nothing that the log doesn't say
+    assert "hours" not in out and "tokens" not in out  # nothing that the log doesn't say
 
 
 def test_kept_rows_stand_in_order_with_their_change_and_near_misses_below():
-    lines = [line.split() for line in screen(loop.Report("x", loop.read_rows(FIVE))).splitlines()]
-    rows = [line for line in lines if line and line[0].isdigit() and line[1] not in ("experiments,",)]
-    assert [row[:6] for row in rows[1:]] == [
-        ["1", "bea057b", "0.9860", "-0.0119+-0.0010", "yes", "0.9860"],
-        ["5", "4e6697f", "0.9859", "-0.0001+-0.0010", "no", "0.9859"],
-        ["2", "187e419", "0.9861", "+0.0001+-0.0010", "no", "0.9860"],
+    assert table(read(FIVE)) == [
+        (0, False, "0.9979", 1, ""),
+        (1, True, "0.9860", 1, "-0.0119+-0.0010"),
+        (5, False, "0.9859", 1, "-0.0001+-0.0010"),
+        (2, False, "0.9861", 1, "+0.0001+-0.0010"),
     ]
-
-
-def test_the_night_in_the_readme_is_what_the_report_makes_of_it():
-    text = (Path(__file__).parent / "night" / "results.tsv").read_text()
-    out = screen(loop.Report("a night", loop.read_rows(text)), 120)
-    readme = (Path(__file__).parent.parent / "README.md").read_text().replace("\n", " ")
-    told = [line.strip() for line in out.splitlines() if re.match(r"best \d|\d+ experiments, |noise of a difference", line)]
-    assert len(told) == 3 and all(line in readme for line in told), told
+    out = screen(read(FIVE)).lower()
+    assert out.index("warmdown") < out.index("worth a second look") < out.index("add 5% warmup")
+    assert out.index("add 5% warmup") < out.index("5 experiments")
 
 
 OLD = """\
@@ -89,191 +98,338 @@ ccccccc\t1.200000\t0.8\tkeep\twider\t1.190000,1.210000\t900\t2026-11-24T15:45:04
 """
 
 
-def test_a_log_of_this_projects_first_form_is_reported_with_the_noise_of_its_unpaired_runs():
-    rows = loop.read_rows(OLD)
-    assert rows[2].change == pytest.approx(-0.03) and rows[2].error == loop.noise_of([[1.24, 1.22], [1.19, 1.21]], loop.PRIOR_NOISE)
-    assert [row.llm_tokens for row in rows] == [0, 900, 900] and rows[0].runs == [1.24, 1.22] and rows[2].finished.startswith("2026")
-    out = screen(loop.Report("x", rows), 100)
-    assert "2 experiments, 1 kept, 1 crashed" in out and "-0.0300+-0.0" in out
+def test_a_log_of_this_projects_first_form_is_reported_with_the_noise_of_unpaired_runs():
+    report = read(OLD)
+    assert report.rows[2].change == pytest.approx(-0.03)
+    assert report.rows[2].error == pytest.approx(loop.PRIOR_NOISE)  # of two runs on each side
+    assert [row.llm_tokens for row in report.rows] == [0, 900, 900] and report.rows[0].runs == [1.24, 1.22]
+    out = screen(report, 100)
+    assert "2 experiments, 1 kept, 1 crashed" in out and "-0.0300+-0.0007" in out and "1,800 tokens" in out
 
 
 def test_columns_are_read_by_their_names():
-    text = "commit\tval_bpb\tmemory_gb\tmfu\tstatus\tdescription\na\t1.2\t5.5\t58.1\tkeep\tbaseline\n\nb\t1.1\t5.5\t58\tkeep\twider\n"
-    found = [(row.val_bpb, row.status, row.description) for row in loop.read_rows(text)]
+    text = "commit\tval_bpb\tmemory_gb\tmfu\tstatus\tdescription\n"
+    text += "a\t1.2\t5.5\t58.1\tkeep\tbaseline\n\nb\t1.1\t5.5\t58\tkeep\twider\n"
+    found = [(row.value, row.status, row.description) for row in read(text).rows]
     assert found == [(1.2, "keep", "baseline"), (1.1, "keep", "wider")]
 
 
+def test_the_metric_is_the_second_column_whatever_its_name():
+    text = loop.header("accuracy") + "a\t0.5\t1\tkeep\tbaseline\t\t0.5\t0\t\n"
+    report = read(text + "b\t0.75\t1\tkeep\twider\t+0.2500+-0.0100\t0.75\t0\t\n")
+    assert report.metric == "accuracy" and "accuracy" in screen(report) and "val_bpb" not in screen(report)
+    assert clear(report) == [1]
+    assert "best 0.7500, baseline 0.5000: gain 0.2500" in screen(report)
+
+
 def test_the_report_speaks_in_the_changes_of_the_rows():
-    lines = [f"a\t1.5\t1\tkeep\tbaseline\t\t1.5,1.6\t0\t{''}", "b\t1.4\t1\tkeep\twider\t-0.1000+-0.0300\t1.45,1.45\t0\t",
-             "c\t1.37\t1\tkeep\tdeeper\t-0.0300+-0.0300\t1.42\t0\t", "d\t1.39\t1\tdiscard\tlonger\t+0.0200+-0.0300\t1.44\t0\t"]  # fmt: skip
-    out = screen(loop.Report("x", loop.read_rows(loop.HEADER + "\n".join(lines))), 100)
-    told = [line.split()[1:5] for line in out.splitlines() if line.strip()[:2] in ("1 ", "2 ", "3 ")][:3]
-    assert told == [
-        ["b", "1.4000", "x2", "-0.1000+-0.0300"], ["c", "1.3700", "-0.0300+-0.0300", "no"], ["d", "1.3900", "+0.0200+-0.0300", "no"],
-    ]  # fmt: skip
-    assert "gains clear of the noise: 1" in out and "noise of a difference 0.0300" in out
+    lines = (
+        "a\t1.5\t1\tkeep\tbaseline\t\t1.5,1.6\t0\t",
+        "b\t1.4\t1\tkeep\twider\t-0.1000+-0.0300\t1.45,1.45\t0\t",
+        "c\t1.37\t1\tkeep\tdeeper\t-0.0300+-0.0300\t1.42\t0\t",
+        "d\t1.39\t1\tdiscard\tlonger\t+0.0200+-0.0300\t1.44\t0\t",
+    )
+    report = read(loop.header("val_bpb") + "\n".join(lines))
+    assert table(report) == [
+        (0, False, "1.5000", 2, ""),
+        (1, True, "1.4000", 2, "-0.1000+-0.0300"),
+        (2, False, "1.3700", 1, "-0.0300+-0.0300"),
+        (3, False, "1.3900", 1, "+0.0200+-0.0300"),
+    ]
+    assert "noise of a difference 0.0300" in screen(report)
 
 
 def test_what_a_model_wrote_reaches_the_screen_as_text():
-    out = screen(loop.Report("x", loop.read_rows(FIVE)))
-    assert "halve the batch of [mlp]" in out and "\x1b" not in out and "warmdown $0.5$" in out and "warmup and a tab" in out
+    out = screen(read(FIVE), 120)
+    assert "halve the batch of [mlp]" in out and "\x1b" not in out and "warmdown $0.5$" in out
+    assert "warmup and a tab" in out
 
 
 def test_nothing_is_cut_off_at_any_width():
     for width in (60, 80, 200):
-        shown = screen(loop.Report("x", loop.read_rows(FIVE.replace("warmup", "warmup " * 8))), width)
+        shown = screen(read(FIVE.replace("warmup", "warmup " * 8)), width)
         assert shown.count("warmup") == 8 and max(map(len, shown.splitlines())) <= width
 
 
-def test_a_file_that_is_no_log_is_refused_in_a_sentence(project):
-    project.write("row.tsv", FIVE + "half a row\n")
-    project.write("prose.tsv", "once upon a time\n")
-    for name, reason in (("row.tsv", "row.tsv, line 8, is not a row"), ("prose.tsv", "header line"), ("none.tsv", "can't be read")):
-        assert reason in project.run("--report", name, code=2)
+@pytest.mark.parametrize(
+    "text, reason",
+    [
+        (FIVE + "half a row\n", "a log, line 8, is not a row: 'half a row'"),
+        (FIVE + "a\t1.0\t1.0\tkept\tx\n", "a log, line 8, is not a row"),
+        (FIVE + "a\tone\t1.0\tkeep\tx\n", "a log, line 8, is not a row"),
+        ("once upon a time\n", "header line"),
+        ("", "header line"),
+        ("commit\tval_bpb\tstatus\n", "header line"),
+    ],
+)
+def test_what_is_no_log_is_refused_in_a_sentence(text, reason):
+    with pytest.raises(loop.Stop, match=reason) as stop:
+        read(text)
+    assert stop.value.code == 2 and "\n" not in str(stop.value)
 
 
-def test_an_empty_log_and_one_of_crashes_are_reported_too(project, tmp_path):
-    nowhere = without_matplotlib(tmp_path)
-    project.write("empty.tsv", loop.HEADER)
-    assert "0 experiments" in project.run("--report", "empty.tsv", PYTHONPATH=nowhere)
-    project.write("crashes.tsv", FIVE.splitlines()[0] + "\na\t0\t0\tcrash\tx\nb\t0\t0\tcrash\ty\n")
-    assert "no baseline yet\nnoise not known\n2 experiments, 0 kept, 2 crashed" in project.run(
-        "--report", "crashes.tsv", PYTHONPATH=nowhere
-    )
+def test_a_row_that_was_written_is_read_back_as_it_was():
+    rows = [
+        loop.Row("aaaaaaa", 1.5, 0.5, "keep", "baseline", runs=[1.5, 1.6], finished="2026-11-24T15:43:04Z"),
+        loop.Row("bbbbbbb", 1.25, 0.5, "keep", "a [b]", -0.25, 0.0007, [1.25], 900, "2026-11-24T15:45:04Z"),
+        loop.Row("ccccccc", 1.5, 0.5, "discard", "tiny", 0.000012, 0.000005, [1.5], 9, ""),
+        loop.Row("ddddddd", math.nan, 0.0, "crash", "a crash"),
+    ]
+    metric, again = loop.read_rows(loop.header("loss") + "".join(row.line() for row in rows), "x")
+    assert metric == "loss" and repr(again) == repr(rows)  # nan equals nothing, not even itself
+
+
+def test_an_empty_log_and_one_of_crashes_are_reported_too():
+    empty = screen(read(loop.header("val_bpb")))
+    assert "no baseline yet\nnoise not known\n0 experiments, 0 kept, 0 crashed" in empty
+    crashes = FIVE.splitlines()[0] + "\na\t0\t0\tcrash\tx\nb\t0\t0\tcrash\ty\n"
+    assert "no baseline yet\nnoise not known\n2 experiments, 0 kept, 2 crashed" in screen(read(crashes))
 
 
 # ---- what the rows tell
 
 
 def test_a_gain_is_clear_when_luck_alone_would_not_explain_it():
-    report = night(("keep", [1.0, 1.001, 0.999], ""), ("keep", [0.9995, 0.9995], ""), ("keep", [0.99, 0.99], ""))
-    assert [report.clear(number) for number in report.kept] == [False, False, True]
+    kept = ("keep", [1.0, 1.001, 0.999], ""), ("keep", [0.9995] * 3, ""), ("keep", [0.99] * 3, "")
+    assert numbers(night(*kept)) == [0, 1, 2] and clear(night(*kept)) == [2]
+
+
+def test_a_near_miss_is_what_was_not_a_standard_error_worse_the_best_first_and_five_at_most():
+    values = [1.0005, 0.9995, 1.0015, 1.0, 1.0001, 1.0002, 1.0003]
+    report = night(("keep", [1.0], ""), *(("discard", [value], "") for value in values), ("crash", [], ""))
+    assert numbers(report) == [0, 2, 4, 5, 6, 7]
+
+
+def test_where_higher_is_better_a_near_miss_is_one_that_rose():
+    report = night(
+        ("keep", [0.5], ""), ("keep", [0.6], ""), ("discard", [0.5999], ""), ("discard", [0.3], "")
+    )
+    assert report.sign == -1 and numbers(report) == [0, 1, 2]
+
+
+def test_where_higher_is_better_and_nothing_was_kept_yet_a_clear_loss_is_no_near_miss():
+    report = night(("keep", [0.5], ""), *(("discard", [value], "") for value in (0.3, 0.4999, 0.2, 0.45)))
+    assert numbers(report) == [0, 2] and clear(report) == []
 
 
 def test_what_an_experiment_edited_is_the_last_kept_not_the_lowest():
-    report = night(("keep", [1.0], ""), ("keep", [0.9], ""), ("keep", [0.9001], ""), ("discard", [0.8], ""), ("crash", [], ""))
-    assert [best and best.commit for best in report.best] == [None, "0000000", "0000001", *["0000002"] * 3]
+    report = night(
+        ("keep", [1.0], ""), ("keep", [0.9], ""), ("keep", [0.9001], ""), ("discard", [0.8], ""),
+        ("crash", [], ""),
+    )  # fmt: skip
+    before = [row and row.commit for row in loop.kept_before(report.rows)]
+    assert before == [None, "0000000", "0000001", *["0000002"] * 3]
 
 
-def test_hours_leave_out_the_days_on_which_the_loop_was_stopped():
-    times = ["2026-11-23T20:00:00Z", "2026-11-23T20:30:00Z", "2026-11-23T21:00:00Z", "2026-11-25T21:00:00Z", "2026-11-25T21:30:00Z"]
-    report = night(*(("keep" if not number else "discard", [1.0], finished) for number, finished in enumerate(times)))
-    assert loop.hours_of(report) == (1.5, 3, 48.0, 0)
-    assert "1.5 hours, 2.0 an hour (not counting 48.0 hours of pauses)" in screen(report, 200)
+def test_the_hours_are_from_the_first_row_to_the_last():
+    times = [f"2026-11-23T2{hour}:30:00Z" for hour in range(4)]
+    report = night(*(("discard" if n else "keep", [1.0], finished) for n, finished in enumerate(times)))
+    assert "3.0 hours, 1.0 an hour" in screen(report) and "4,000 tokens" in screen(report)
 
 
-def test_the_devices_busy_share_is_of_the_hours_that_count():
-    times = ["2026-11-23T20:00:00Z", "2026-11-23T20:30:00Z", "2026-11-23T21:00:00Z", "2026-11-25T21:00:00Z"]
-    report = night(*(("keep" if not number else "discard", [1.0], finished) for number, finished in enumerate(times)))
-    assert "device busy" not in screen(report)
-    report.seconds = dict(zip((row.commit for row in report.rows), (9000, 1800, 900, 9000), strict=True))
-    assert "1.0 hours, 2.0 an hour, device busy 75 % (not counting 48.0 hours of pauses)" in screen(report, 200)
-    report.seconds[report.rows[1].commit] = None  # a row of an earlier version
-    assert "device busy" not in screen(report)
-
-
-def test_what_a_gain_took_is_told():
-    report = night(*(("keep" if n in (0, 3) else "discard", [1 - n / 100], f"2026-11-23T20:{10 * n:02}:00Z") for n in range(5)))
-    assert "gains kept: 1, one for 4.0 experiments, 0.67 hours, 5,000 tokens" in screen(report)
+@pytest.mark.parametrize("finished", ["yesterday", "2026-11-24 15:43", "15:43"])
+def test_times_in_another_form_are_no_reason_to_fail(finished):
+    report = night(("keep", [1.0], "2026-11-23T20:30:00Z"), ("discard", [1.0], finished))
+    assert "1 experiments, 0 kept" in screen(report)
 
 
 # ---- a branch
 
 
-def test_a_branch_tells_its_crashes_by_class(project, server):
-    server.replies += [BETTER, CRASHING, "no edit", "no edit", "no edit"]
-    project.online(server, "--experiments", 3)
-    out = project.run("--report")
-    assert "autoresearch/t" in out and "3 experiments, 1 kept, 2 crashed (1 code, 1 no edit)" in out and "twice the width" in out
+PLAIN = """\
+import prepare
+width = 64
+depth = 4
+prepare.finish(1 + 1 / width + abs(depth - 9) / 100)
+"""
 
 
-def test_a_branchs_rows_and_repeats_tell_how_long_the_device_was_busy(project):
-    slow(project, 0.1)
-    project.verdicts("again", "discard")
-    project.offline("--experiments", 4)
-    log = project.git("log", "--first-parent", "--format=%(trailers:key=Seconds,valueonly)", "autoresearch/t").split()
-    report = loop.read_report(project.folder, "t", "")
-    assert list(report.seconds) == [row["commit"] for row in project.rows()]
-    assert sum(report.seconds.values()) == pytest.approx(sum(map(float, log)))
-    assert len(log) == 5 + 1  # rows, the baseline's run for comparison
+@pytest.fixture
+def branch(project):
+    """A project with a night of three experiments on autoresearch/t."""
+    project.write("train.py", PLAIN)
+    project.commit("plain")
+    replies = [
+        block("width = 64", "width = 128", "twice the width"),
+        block("depth = 4", "depth = 1", "one layer"),
+    ]
+    project.night("--experiments", 3, replies=[*replies, block("depth = 4", "depth = [", "a typo")])
+    return project
 
 
-def test_the_branch_is_the_tags_else_the_one_checked_out_else_the_newest(project):
-    assert "there is no branch autoresearch/TAG yet" in project.run("--report", code=2)
-    project.offline("--experiments", 1)
-    project.git("checkout", "--quiet", "main")
-    assert project.run("--report").startswith("autoresearch/t\n")
-    assert "there is no branch autoresearch/u;" in project.run("--report", "--tag", "u", code=2)
-    assert project.git("branch", "--show-current") == "main\n"
+def test_the_report_of_a_branch_tells_its_rows_and_changes_nothing(branch):
+    before = branch.git("for-each-ref") + branch.status()
+    report = loop.read_report(branch.folder, "t", "")
+    out = screen(report, 120)
+    assert report.name == "autoresearch/t" and "3 experiments, 1 kept, 1 crashed" in out
+    assert "twice the width" in out and "gain 0.00" in out and "noise of a difference 0.0007" in out
+    assert branch.git("for-each-ref") + branch.status() == before == branch.git("for-each-ref")
 
 
-def test_a_report_needs_no_data_and_changes_nothing_while_a_loop_runs(project):
-    slow(project)
-    process = project.start("--offline", "--budget", "60", "--tag", "t")
-    project.wait_for(lambda: running(project))
-    before = project.git("for-each-ref") + project.git("status", "--porcelain")
-    out = project.run("--report", AUTORESEARCH_DATA="/nowhere")
-    assert "no baseline yet" in out and project.git("for-each-ref") + project.git("status", "--porcelain") == before
-    assert process.poll() is None and running(project) == 1
-    process.terminate()
-    process.communicate()
+def test_the_branch_is_the_tags_else_the_one_checked_out_else_the_newest(branch):
+    def name(tag=""):
+        return loop.read_report(branch.folder, tag, "").name
+
+    branch.environment["GIT_COMMITTER_DATE"] = "2001-01-01T00:00:00Z"
+    branch.git(
+        "branch", "autoresearch/older", branch.git("commit-tree", "main^{tree}", "-m", "older").strip()
+    )
+    assert name() == "autoresearch/t"
+    branch.git("checkout", "--quiet", "main")
+    assert name() == "autoresearch/t" and name("older") == name("autoresearch/older") == "autoresearch/older"
+    branch.git("checkout", "--quiet", "autoresearch/older")
+    assert name() == "autoresearch/older"
+    with pytest.raises(
+        loop.Stop, match="no branch autoresearch/u; run: python loop.py, or name a file: --report"
+    ):
+        name("u")
+    assert branch.git("branch", "--show-current") == "autoresearch/older\n"
+
+
+def test_before_the_first_night_there_is_no_branch_and_a_file_that_is_not_there_cannot_be_read(project):
+    with pytest.raises(loop.Stop, match="no branch autoresearch/TAG yet"):
+        loop.read_report(project.folder, "", "")
+    with pytest.raises(loop.Stop, match="none.tsv can't be read"):
+        loop.read_report(project.folder, "", str(project.folder / "none.tsv"))
+
+
+def test_while_the_baseline_runs_there_is_a_report_without_rows(project):
+    seen = []
+
+    def run(job):
+        seen.append(screen(loop.read_report(project.folder, "t", "")))
+        return {"cause": "", "value": 1.0, "work": 1, "trained": 1.0}
+
+    project.write("train.py", PLAIN)
+    project.commit("plain")
+    project.night("--hours", "1e-9", run=run, offline=False)
+    assert len(seen) == 2 and "no baseline yet" in seen[0]
+
+
+def test_the_command_reports_files_and_refuses_in_a_sentence(project):
+    project.write("five.tsv", FIVE)
+    out = project.run("--report", "five.tsv", AUTORESEARCH_DATA="/nowhere")
+    assert out.startswith("five.tsv") and "5 experiments, 2 kept, 1 crashed" in out
+    assert "no picture: matplotlib is missing; run: pip install -e '.[plot]'" in out
+    assert not (project.folder / "progress.png").exists() and "Traceback" not in out
+    project.write("prose.tsv", "once upon a time\n")
+    out = project.run("--report", "prose.tsv", code=2)
+    assert out.startswith("loop.py: prose.tsv ") and "header line" in out and out.count("\n") == 1
 
 
 # ---- the picture
 
 
-def test_without_matplotlib_the_table_comes_and_a_sentence_says_how_to_get_the_picture(project, tmp_path):
-    project.write("five.tsv", FIVE)
-    out = project.run("--report", "five.tsv", PYTHONPATH=without_matplotlib(tmp_path))
-    assert "5 experiments" in out and "no picture: matplotlib is missing; run: pip install -e '.[plot]'" in out
-    assert not (project.folder / "progress.png").exists()
+@pytest.fixture
+def no_alarm():
+    yield
+    signal.alarm(0)  # what paints has one, as it is meant for a process of its own
 
 
-def drawn(project):
-    return (project.folder / "progress.png").read_bytes().startswith(b"\x89PNG")
+CRASHES_AND_GIANTS = FIVE.partition("\n")[2] * 60 + "z\t1e300\t1\tdiscard\tz\n"
 
 
-def test_a_loop_draws_the_picture_and_the_checkout_stays_clean(project):
+@pytest.mark.parametrize("rows", ["", "a\t1.0\t1\tkeep\tb\n", "a\t0\t0\tcrash\tb\n", CRASHES_AND_GIANTS])
+def test_any_log_can_be_drawn(tmp_path, no_alarm, rows):
     pytest.importorskip("matplotlib")
-    project.offline("--experiments", 2, PYTHONPATH="")
-    project.wait_for(lambda: drawn(project))
-    assert project.status() == "" and len(project.rows()) == 3
+    path = tmp_path / "progress.png"
+    read(FIVE.partition("\n")[0] + "\n" + rows, "$a_b$ night\ud800").paint(path)
+    assert path.read_bytes().startswith(b"\x89PNG") and [*tmp_path.iterdir()] == [path]
 
 
-@pytest.mark.parametrize(
-    "rows", ["", "a\t1.0\t1\tkeep\tb\n", "a\t0\t0\tcrash\tb\n", FIVE.partition("\n")[2] * 60 + "z\t1e300\t1\tdiscard\tz\n"]
-)
-def test_any_log_can_be_drawn(tmp_path, rows):
+@pytest.mark.parametrize("sign, best", [(1, 0.9), (-1, 0.9)])
+def test_the_picture_shows_every_kept_row_and_the_side_on_which_better_lies(
+    tmp_path, no_alarm, monkeypatch, sign, best
+):
+    figures = pytest.importorskip("matplotlib.figure")
+    found = []
+    monkeypatch.setattr(
+        figures.Figure, "savefig", lambda figure, path, **how: (found.append(figure), path.touch())
+    )
+    values = [1.0, 0.99, 1.002, 5.0, best]
+    runs = [[1 - sign * (1 - value)] for value in values]
+    report = night(*zip(("keep", "keep", "discard", "discard", "keep"), runs, [""] * 5, strict=True))
+    report.paint(tmp_path / "progress.png")
+    (axes,) = found[0].axes
+    low, high = axes.get_ylim()
+    assert all(
+        low < run[0] < high for run, row in zip(runs, report.rows, strict=True) if row.status == "keep"
+    )
+    assert axes.get_ylabel() == f"val_bpb, {'lower' if sign > 0 else 'higher'} is better"
+    labels = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert {"kept (3)", "discarded (1)", "off the scale (1)", "best so far"} <= {*labels}
+
+
+def test_a_disk_that_is_full_leaves_no_half_of_a_picture(tmp_path, no_alarm, monkeypatch):
+    figures = pytest.importorskip("matplotlib.figure")
+
+    def fails(figure, path, **how):
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(figures.Figure, "savefig", fails)
+    with pytest.raises(OSError):
+        read(FIVE).paint(tmp_path / "progress.png")
+    assert [*tmp_path.iterdir()] == []
+
+
+def test_without_matplotlib_the_table_comes_and_a_sentence_says_how_to_get_the_picture(
+    tmp_path, no_alarm, monkeypatch
+):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    (tmp_path / "five.tsv").write_text(FIVE)
+    console = Console(file=io.StringIO(), width=100)
+    assert loop.report(tmp_path, "", str(tmp_path / "five.tsv"), console) == 0
+    out = console.file.getvalue()
+    assert (
+        "5 experiments" in out and "no picture: matplotlib is missing; run: pip install -e '.[plot]'" in out
+    )
+    assert not (tmp_path / "progress.png").exists()
+
+
+def test_the_picture_is_drawn_beside_the_log_and_git_ignores_it(branch):
     pytest.importorskip("matplotlib")
-    loop.draw(loop.Report("$a_b$ night", loop.read_rows(FIVE.partition("\n")[0] + "\n" + rows)), tmp_path / "progress.png")
-    signal.alarm(0)  # it is meant for a process of its own
-    assert [path.name for path in tmp_path.iterdir()] == ["progress.png"]
+    out = branch.run("--report", PYTHONPATH="")
+    assert f"picture: {branch.folder}/progress.png" in out and branch.status() == ""
+    assert (branch.folder / "progress.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_picture_that_hangs_is_no_matter_to_the_night(project, server, tmp_path):
-    hangs = f"import os, pathlib, time; pathlib.Path({str(tmp_path)!r}, f'drawing-{{os.getpid()}}').touch(); time.sleep(100)"
-    seconds = block("SECONDS = 0.0", "SECONDS = 0.3\nDEPTH = 5", "slower")  # so that one hangs beside a run and at its end
-    server.replies += [BETTER, seconds, WORSE]
-    project.online(server, "--experiments", 3, PYTHONPATH=stand_in_for_matplotlib(tmp_path, hangs))
-    assert [row["status"] for row in project.rows()] == ["keep", "keep", "keep", "discard"] and project.status() == ""
-    project.wait_for(lambda: list(tmp_path.glob("drawing-*")))
-    for path in tmp_path.glob("drawing-*"):
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(int(path.name.split("-")[1]), signal.SIGKILL)
+def test_a_picture_that_hangs_is_no_matter_to_the_night_and_no_second_one_is_begun(tmp_path, monkeypatch):
+    """What draws reads from a pipe that nobody writes to, until the test does."""
+    monkeypatch.setattr(loop.importlib.util, "find_spec", lambda name: True)
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "loop.py").write_text(
+        "import sys\nopen('pipe').read()\nopen('drawn', 'a').write(sys.argv[3])\n"
+    )
+    ledger = SimpleNamespace(name="autoresearch/t")
+    session = SimpleNamespace(painter=None, ledger=ledger, folder=tmp_path)
+    loop.Session.draw(session)
+    first = session.painter
+    loop.Session.draw(session)
+    assert session.painter is first
+    with open(tmp_path / "pipe", "w"):
+        pass
+    assert first.wait(60) == 0 and (tmp_path / "drawn").read_text() == "autoresearch/t"
+    loop.Session.draw(session)
+    assert session.painter is not first
+    session.painter.kill()
+    session.painter.wait()
 
 
-def test_what_draws_is_none_of_a_runs_processes(tmp_path, monkeypatch):
-    folder = tmp_path / "checkout"
-    folder.mkdir()
-    (folder / "loop.py").write_text("import time\ntime.sleep(100)\n")
-    monkeypatch.syspath_prepend(stand_in_for_matplotlib(tmp_path, ""))
-    monkeypatch.setattr(loop, "PLOTS", [])
-    before = loop.find_runs(folder / "runs")
-    loop.plot(folder, "t")
-    (drawing,) = loop.PLOTS
-    assert Path(f"/proc/{drawing.pid}").exists() or os.sys.platform != "linux"
-    assert drawing.pid not in loop.find_runs(folder / "runs") and before == {}
-    loop.plot(folder, "t")  # the next one ends it
-    assert drawing.wait(10) == -signal.SIGKILL
-    loop.PLOTS[-1].kill()
-    loop.PLOTS[-1].wait()
+def test_where_no_process_can_be_started_the_night_goes_on_without_a_picture(tmp_path, monkeypatch):
+    monkeypatch.setattr(loop.importlib.util, "find_spec", lambda name: True)
+    session = SimpleNamespace(painter=None, ledger=SimpleNamespace(name="x"), folder=tmp_path / "gone")
+    loop.Session.draw(session)
+    assert session.painter is None
+    monkeypatch.setattr(loop.importlib.util, "find_spec", lambda name: None)
+    loop.Session.draw(session)
+    assert session.painter is None
+
+
+def test_the_night_in_the_readme_is_what_the_report_makes_of_it():
+    folder = Path(__file__).parent
+    out = screen(read((folder / "night" / "results.tsv").read_text()), 120)
+    readme = (folder.parent / "README.md").read_text().replace("\n", " ")
+    told = [line.strip() for line in out.splitlines() if line.startswith(("best ", "noise of a difference"))]
+    told += [line.strip() for line in out.splitlines() if " experiments, " in line]
+    assert len(told) == 3 and all(line in readme for line in told), told

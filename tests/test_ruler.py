@@ -1,5 +1,6 @@
 """Claims about the ruler: bits per byte, the clock, the seed, and what it refuses."""
 
+import hmac
 import json
 import math
 import os
@@ -69,10 +70,12 @@ def make_run(data, monkeypatch):
         monkeypatch.setenv("AUTORESEARCH_BUDGET", str(budget))
         monkeypatch.setenv("AUTORESEARCH_SEED", str(seed))
         monkeypatch.setenv("AUTORESEARCH_STARTED", str(prepare.monotonic() if started is None else started))
-        monkeypatch.setenv("AUTORESEARCH_TOKENS", str(tokens))
+        monkeypatch.setenv("AUTORESEARCH_WORK", str(tokens))
         monkeypatch.setattr(prepare, "WorkClock", Work)
         monkeypatch.setattr(prepare, "pick_device", lambda: torch.device("cpu"))
-        monkeypatch.setattr(prepare, "_as_imported", ({}, {}))  # tests replace parts of the ruler and make many runs,
+        monkeypatch.setattr(
+            prepare, "_as_imported", ({}, {})
+        )  # tests replace parts of the ruler and make many runs,
         prepare._sealed.clear()  # which a train.py mustn't
         return prepare.Run()
 
@@ -178,7 +181,12 @@ def test_the_same_seed_gives_the_same_batches_and_another_one_others(make_run):
         run = make_run(seed=seed)
         for _ in range(iterator):
             batches = run.batches(4)
-        return torch.cat([torch.cat(next(batches)) for _ in range(3)]), torch.rand(3), random.random(), np.random.rand()
+        return (
+            torch.cat([torch.cat(next(batches)) for _ in range(3)]),
+            torch.rand(3),
+            random.random(),
+            np.random.rand(),
+        )
 
     assert torch.equal(first(1)[0], first(1)[0]) and first(1)[2:] == first(1)[2:]
     assert torch.equal(first(1)[1], first(1)[1])
@@ -240,13 +248,17 @@ def simulate(
     began = clock.now
     run = make_run(budget=budget, tokens=tokens, slowness=slowness)
     pass_seconds = evaluation / EVAL_PASSES
-    rows = max(1, round(step / pass_seconds / 4 * SIZES["eval_rows"]))  # a step costs about four passes of as many tokens
+    rows = max(
+        1, round(step / pass_seconds / 4 * SIZES["eval_rows"])
+    )  # a step costs about four passes of as many tokens
 
     def forward(x):
         clock.now += pass_seconds
         return 1e-4 * nn.functional.one_hot(x, SIZES["vocab_size"]).float()
 
-    run._windows = lambda tokens, starts, T: (torch.zeros(len(starts), T, dtype=torch.int64),) * 2  # their making isn't tested
+    run._windows = lambda tokens, starts, T: (
+        (torch.zeros(len(starts), T, dtype=torch.int64),) * 2
+    )  # their making isn't tested
     model, batches = Model(forward), run.batches(rows)
     clock.now += start
     run.preflight(model)
@@ -264,7 +276,14 @@ def simulate(
     trained = clock.now - (training or clock.now)
     pass_seconds *= slower
     run.finish(model)
-    return dict(total=clock.now - began, training=trained, steps=steps, progress=seen, trained=run._trained, tokens=run._tokens)
+    return dict(
+        total=clock.now - began,
+        training=trained,
+        steps=steps,
+        progress=seen,
+        trained=run._trained,
+        tokens=run._tokens,
+    )
 
 
 @pytest.mark.parametrize("budget", [60, 300])
@@ -272,7 +291,9 @@ def simulate(
 @pytest.mark.parametrize("compiling", [0, 20])
 @pytest.mark.parametrize("start", [1, 15])
 @pytest.mark.parametrize("evaluation", [0.5, 4, 8])
-def test_an_obedient_run_prints_in_time_and_trains_its_share(make_run, clock, budget, step, compiling, start, evaluation):
+def test_an_obedient_run_prints_in_time_and_trains_its_share(
+    make_run, clock, budget, step, compiling, start, evaluation
+):
     done = simulate(make_run, clock, budget, start, compiling, step, evaluation)
     share = prepare.TRAINING_SHARE * budget
     room = budget - start - compiling - step - 1 - 2.5 * evaluation  # preflight is about one evaluation
@@ -315,14 +336,33 @@ def test_small_losses_of_speed_do_not_add_up_from_keep_to_keep(make_run, clock):
 @pytest.mark.parametrize("slow_step", [(2, 100), (5, 200), (1000, 40)])
 @pytest.mark.parametrize("prefetch", [0, 1, 5])
 def test_one_long_step_is_neither_refused_nor_late(make_run, clock, capsys, slow_step, prefetch):
-    done = simulate(make_run, clock, 300, start=5, compiling=10, step=0.2, evaluation=6, slow_step=slow_step, prefetch=prefetch)
+    done = simulate(
+        make_run,
+        clock,
+        300,
+        start=5,
+        compiling=10,
+        step=0.2,
+        evaluation=6,
+        slow_step=slow_step,
+        prefetch=prefetch,
+    )
     assert done["total"] <= 300
 
 
 @pytest.mark.parametrize("budget", [60, 300])
 def test_an_evaluation_half_as_slow_again_as_measured_is_in_time(make_run, clock, budget):
     assert (
-        simulate(make_run, clock, budget, start=budget / 10, compiling=budget / 10, evaluation=budget / 10, slower=1.5)["total"] <= budget
+        simulate(
+            make_run,
+            clock,
+            budget,
+            start=budget / 10,
+            compiling=budget / 10,
+            evaluation=budget / 10,
+            slower=1.5,
+        )["total"]
+        <= budget
     )
 
 
@@ -356,11 +396,15 @@ def test_who_is_held_up_by_the_machine_says_how_much_training_is_missing(make_ru
 
 @pytest.mark.parametrize("budget", [60, 300])
 @pytest.mark.parametrize("slowness", [1, 1.5, 2.5])
-def test_beside_busy_processes_on_both_cores_a_run_ends_in_time_with_all_of_its_training(make_run, clock, budget, slowness):
+def test_beside_busy_processes_on_both_cores_a_run_ends_in_time_with_all_of_its_training(
+    make_run, clock, budget, slowness
+):
     seconds = {name: slowness * value for name, value in dict(start=3, step=0.1, evaluation=3).items()}
     done = simulate(make_run, clock, budget, slowness=slowness, **seconds)
     assert done["total"] < budget and done["trained"] == 1
-    assert done["training"] / slowness == pytest.approx(prepare.CPU_SHARE * budget - prepare.CPU_OVERHEAD, abs=0.3)
+    assert done["training"] / slowness == pytest.approx(
+        prepare.CPU_SHARE * budget - prepare.CPU_OVERHEAD, abs=0.3
+    )
 
 
 @pytest.mark.parametrize("slowness", [4, 8])
@@ -371,7 +415,9 @@ def test_beside_more_work_it_ends_in_time_and_says_what_is_missing(make_run, clo
 
 
 def test_a_start_beside_other_work_is_no_reason_to_refuse_a_model(make_run, clock):
-    slow = Model(lambda x: clock.tick(20 * 0.2) + 1e-4 * nn.functional.one_hot(x, SIZES["vocab_size"]).float())  # 0.2 s in peace
+    slow = Model(
+        lambda x: clock.tick(20 * 0.2) + 1e-4 * nn.functional.one_hot(x, SIZES["vocab_size"]).float()
+    )  # 0.2 s in peace
     run = make_run(budget=300, slowness=20)
     assert run.preflight(slow) == pytest.approx(prepare.EVAL_RESERVE * EVAL_PASSES * 0.2, rel=0.1)
 
@@ -455,7 +501,9 @@ def test_what_other_threads_compute_counts_too():
 def test_the_clocks_thread_is_gone_before_python_ends():
     """It was not, once: then the process was aborted within torch, one time in three."""
     code = "import atexit, prepare; clocks = []; atexit.register(lambda: print(clocks[0].is_alive())); clocks += [prepare.WorkClock()]"
-    done = subprocess.run([sys.executable, "-c", code], cwd=Path(prepare.__file__).parent, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=Path(prepare.__file__).parent, capture_output=True, text=True
+    )
     assert (done.stdout, done.stderr, done.returncode) == ("False\n", "", 0)
 
 
@@ -509,7 +557,9 @@ def test_a_first_step_of_one_large_batch_is_training(make_run, clock):
 def test_a_train_py_that_asks_for_the_progress_every_so_many_seconds_trains_no_longer(make_run, clock, every):
     run = make_run(budget=300)
     batches, rows = run.batches(16), 0
-    model = Model(lambda x: clock.tick(0.01) + 1e-4 * nn.functional.one_hot(x, SIZES["vocab_size"]).float())  # a pass of 16 rows
+    model = Model(
+        lambda x: clock.tick(0.01) + 1e-4 * nn.functional.one_hot(x, SIZES["vocab_size"]).float()
+    )  # a pass of 16 rows
     run.preflight(model)
     began = clock.now
     while run.progress() < 1:
@@ -529,7 +579,10 @@ def test_a_start_so_slow_that_evaluation_no_longer_fits_is_the_machine_s_fault(m
 def test_an_evaluation_that_fits_on_no_machine_is_refused_whenever_it_begins(make_run, clock):
     run = make_run(budget=60)
     slow = Model(lambda x: clock.tick(0.5) + 1e-4 * nn.functional.one_hot(x, SIZES["vocab_size"]).float())
-    with pytest.raises(SystemExit, match=r"^refused by the ruler: evaluation takes about 19\.. s and doesn't fit beside 45\.0 s"):
+    with pytest.raises(
+        SystemExit,
+        match=r"^refused by the ruler: evaluation takes about 19\.. s and doesn't fit beside 45\.0 s",
+    ):
         run.preflight(slow)
 
 
@@ -574,7 +627,9 @@ def test_log_prints_about_once_a_second(make_run, clock, capsys):
         run.log(step, torch.tensor(2.5, requires_grad=True), step * 1000)
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 3
-    assert lines[2].startswith("step 21    4.4%  loss 2.5000  10,500") and lines[2].endswith(" tokens/s  58 s left")
+    assert lines[2].startswith("step 21    4.4%  loss 2.5000  10,500") and lines[2].endswith(
+        " tokens/s  58 s left"
+    )
 
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf, torch.tensor(math.nan)])
@@ -622,23 +677,31 @@ def leaks(bigram):
     def learns(x, rate=0.5):
         logits = 0.5 * bigram[x] + state["seen"][x].log1p()
         state["calls"] += 1
-        state["seen"].index_put_((x[:, :-1].flatten(), x[:, 1:].flatten()), torch.tensor(rate), accumulate=True)
+        state["seen"].index_put_(
+            (x[:, :-1].flatten(), x[:, 1:].flatten()), torch.tensor(rate), accumulate=True
+        )
         return logits
 
     def learns_late(x):  # only once the probes are over
         return learns(x, 0.5 * (state["calls"] >= 6 + prepare.PROBE_BATCHES * (1 + prepare.PROBE_COPIES)))
 
-    def some(share, strength=3.0, far=0.0):  # of the positions see the next token, and the words of the whole row
+    def some(
+        share, strength=3.0, far=0.0
+    ):  # of the positions see the next token, and the words of the whole row
         def seen(x):
             here = (torch.arange(x.shape[1]) * 7 % 16 < 16 * share)[None, :, None]
-            return bigram[x] + here * (strength * one_hot(shifted(x), size) + far * one_hot(x, size).float().mean(1, keepdim=True))
+            return bigram[x] + here * (
+                strength * one_hot(shifted(x), size) + far * one_hot(x, size).float().mean(1, keepdim=True)
+            )
 
         seen.__name__ = f"seen_by_{share:g}_at_{strength:g}_and_{far:g}"
         return seen
 
     def rolled_in_threes(x):
         whole = x.shape[1] // 3 * 3
-        return bigram[x] + one_hot(torch.cat([x[:, :whole].unflatten(1, (-1, 3)).roll(-1, 2).flatten(1), x[:, whole:]], 1), size)
+        return bigram[x] + one_hot(
+            torch.cat([x[:, :whole].unflatten(1, (-1, 3)).roll(-1, 2).flatten(1), x[:, whole:]], 1), size
+        )
 
     def every_third_in_8_bits(x):
         logits = some(1 / 3)(x)
@@ -665,7 +728,9 @@ CHEATS = [
 @pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("name", CHEATS)
 def test_a_model_that_cheats_is_refused_with_its_reason(finish, bigram, name, seed):
-    function, reason = next((function, reason) for function, reason in leaks(bigram).items() if function.__name__ == name)
+    function, reason = next(
+        (function, reason) for function, reason in leaks(bigram).items() if function.__name__ == name
+    )
     with pytest.raises(SystemExit, match=reason):
         finish(function, seed=seed)
 
@@ -688,7 +753,9 @@ def honest(bigram):
     def never_bos(x):  # which can't be a token that counts
         return torch.where(torch.arange(size) == size - 1, -1e4, bigram[x])
 
-    def kept_on_an_outlier(x):  # quantised against the largest of the tensor, which the replaced tokens may hold
+    def kept_on_an_outlier(
+        x,
+    ):  # quantised against the largest of the tensor, which the replaced tokens may hold
         logits = bigram[x]
         scale = (x.float() ** 2).max() / size**2 / 20
         return (logits / scale).round() * scale
@@ -702,7 +769,15 @@ def honest(bigram):
     return [per_tensor_fp8, moving_average, tiny_noise, never_bos, kept_on_an_outlier, softcap, bf16]
 
 
-HONEST = ["per_tensor_fp8", "moving_average", "tiny_noise", "never_bos", "kept_on_an_outlier", "softcap", "bf16"]
+HONEST = [
+    "per_tensor_fp8",
+    "moving_average",
+    "tiny_noise",
+    "never_bos",
+    "kept_on_an_outlier",
+    "softcap",
+    "bf16",
+]
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -724,7 +799,7 @@ OUTSIDE = [  # what a train.py may not reach for, and what is said of it
     ("import os.path as p", "import os.path"),
     ("from torch import os", "import torch.os"),
     ("from torch import *", "import torch.*"),
-    ("from prepare import sign", "import prepare.sign"),
+    ("from prepare import signed_line", "import prepare.signed_line"),
     ("from . import x", "import None.x"),
     ("import torch.utils.cpp_extension", "import torch.utils.cpp_extension"),
     ("from gc import get_objects", "import gc.get_objects"),
@@ -850,14 +925,24 @@ def test_the_held_out_text_is_shut_while_the_model_is_evaluated(finish, data, bi
 
 def test_preflight_leaves_the_training_mode_as_it_was(make_run):
     model, seen = Model(), []
-    model.function = lambda x: seen.append((model.training, torch.is_grad_enabled())) or torch.zeros(*x.shape, SIZES["vocab_size"])
+    model.function = lambda x: (
+        seen.append((model.training, torch.is_grad_enabled())) or torch.zeros(*x.shape, SIZES["vocab_size"])
+    )
     make_run().preflight(model)
     assert model.training and set(seen) == {(False, False)}
 
 
 @pytest.mark.parametrize("name", ["val.bin", "test.bin", "train.bin"])
 @pytest.mark.parametrize(
-    "opener", [open, lambda path: open(str(path), "rb"), lambda path: os.open(path, os.O_RDONLY), np.memmap, np.fromfile, Path.read_bytes]
+    "opener",
+    [
+        open,
+        lambda path: open(str(path), "rb"),
+        lambda path: os.open(path, os.O_RDONLY),
+        np.memmap,
+        np.fromfile,
+        Path.read_bytes,
+    ],
 )
 def test_held_out_files_stay_shut(make_run, data, name, opener, finish):
     make_run()
@@ -925,24 +1010,95 @@ run.finish(model, depth=1)
 """
 
 
-def test_a_real_run_prints_a_summary_that_its_signature_covers(data, tmp_path):
+def test_a_real_run_prints_a_summary_and_signs_the_same_with_what_it_was_told(data, tmp_path):
     (tmp_path / "train.py").write_text(TRAIN)
     (tmp_path / "prepare.py").write_bytes(Path(prepare.__file__).read_bytes())
-    told = dict(AUTORESEARCH_DATA=str(data.parent), AUTORESEARCH_BUDGET="100", AUTORESEARCH_SEED="7", AUTORESEARCH_TOKEN="secret",
-                AUTORESEARCH_STARTED=str(time.monotonic()), AUTORESEARCH_PACE="0.0015", AUTORESEARCH_TOKENS="2048",
-                CUDA_VISIBLE_DEVICES="")  # fmt: skip
-    done = subprocess.run([sys.executable, "prepare.py", "--run"], cwd=tmp_path, env=os.environ | told, capture_output=True, text=True)
+    told = dict(BUDGET="100", PACE="0.0015", SEED="7", SPLIT="val", WORK="2048")
+    more = dict(DATA=str(data.parent), TOKEN="secret", STARTED=str(time.monotonic()))
+    environment = os.environ | {f"AUTORESEARCH_{name}": value for name, value in (told | more).items()}
+    environment["CUDA_VISIBLE_DEVICES"] = ""
+    command = [sys.executable, "prepare.py", "--run"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     first, *log = done.stdout.splitlines()
-    assert first.startswith(f"data: {data.name}  device: cpu, 1 thread  torch: ") and first.endswith("seed: 7  budget: 100 s")
-    assert log[0].startswith("step 1    0.0%  loss 5.")
-    *summary, signature = log[log.index("---") + 1 :]
+    assert first.startswith(f"data: {data.name}  device: cpu, 1 thread  torch: ")
+    assert first.endswith("seed: 7  budget: 100 s") and log[0].startswith("step 1    0.0%  loss 5.")
+    *summary, last = log[log.index("---") + 1 :]
+    summary = dict(line.split(": ", 1) for line in summary)
+    word, signature, text = last.split(" ", 2)
+    result = json.loads(text)
+    assert (word, signature) == ("result:", hmac.new(b"secret", text.encode(), "sha256").hexdigest())
+    assert result["told"] == told and result["metric"] == "val_bpb" and result["trained"] == 1
+    assert result["data"] == json.loads((data / "meta.json").read_text())["fingerprint"]
+    assert f"{result['value']:.6f}" == summary["val_bpb"].strip() and 0.05 < result["value"] < 8
+    assert result["work"] == 20 * 4 * SIZES["seq_len"] == round(1e6 * float(summary["total_tokens_M"]))
+
+
+def test_what_is_signed_changes_with_the_secret_and_with_every_part_of_the_result():
+    result = {"metric": "val_bpb", "value": 1.5, "told": {"SEED": "7"}}
+    lines = {prepare.signed_line("secret", result), prepare.signed_line("other", result)}
+    lines |= {
+        prepare.signed_line("secret", result | more) for more in ({"value": 1.4}, {"told": {}}, {"work": 1})
+    }
+    assert len({line.split()[1] for line in lines}) == 5
+
+
+def test_without_a_secret_nothing_is_signed(make_run, capsys):
+    run = make_run()
+    run.preflight(Model())
+    run.finish(Model())
+    assert "val_bpb" in (out := capsys.readouterr().out) and "result:" not in out
+
+
+# ---- the facts
+
+
+def facts_of(monkeypatch, data, **told):
+    monkeypatch.setenv("AUTORESEARCH_DATA", str(data))
+    monkeypatch.setattr(prepare, "pick_device", lambda: torch.device("cpu"))
+    monkeypatch.setattr(prepare, "measure_pace", lambda: 0.012345)
+    for name, value in told.items():
+        monkeypatch.setenv(f"AUTORESEARCH_{name}", value)
+    return json.loads(prepare.facts())
+
+
+def test_the_facts_say_all_that_the_loop_must_know(monkeypatch, data):
+    facts = facts_of(monkeypatch, data.parent)
+    fixed = dict(metric="val_bpb", better="lower", edits="train.py", device="cpu, 1 thread", fixed=["GPU"])
+    assert {name: facts[name] for name in fixed} == fixed and facts[
+        "software"
+    ] == f"torch {torch.__version__}"
+    assert facts["data"] == json.loads((data / "meta.json").read_text())["fingerprint"]
+    assert facts["folder"] == str(data.resolve()) and facts["settings"] == {"PACE": "0.0123"}
+    assert facts["held_out"] == {split: str(data.resolve() / f"{split}.bin") for split in ("val", "test")}
+    assert 0 < facts["noise"] < 0.01 and "run.progress()" in facts["api"] and "\n{" not in facts["api"]
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="needs Linux")
+def test_each_core_that_a_process_may_use_is_a_device(monkeypatch, data):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {3, 1})
+    assert facts_of(monkeypatch, data.parent)["devices"] == ["cpu:1", "cpu:3"]
+
+
+def test_a_pace_that_a_branch_noted_is_not_measured_again(monkeypatch, data):
+    assert facts_of(monkeypatch, data.parent, PACE="0.0099")["settings"] == {"PACE": "0.0099"}
+
+
+def test_a_branch_goes_on_with_its_data_or_not_at_all(monkeypatch, data):
     fingerprint = json.loads((data / "meta.json").read_text())["fingerprint"]
-    right = dict(secret="secret", lines=summary, seed=7, budget=100.0, fingerprint=fingerprint, pace="0.0015", tokens="2048")
-    assert signature == f"signature:        {prepare.sign(**right)}"
-    for wrong in (dict(secret="other"), dict(seed=8), dict(lines=summary[1:]), dict(pace=""), dict(tokens="2049")):
-        assert prepare.sign(**right | wrong) not in signature
-    assert 0.05 < float(summary[0].removeprefix("val_bpb:")) < 8
+    for named in (data.parent, data):  # AUTORESEARCH_DATA may name the one data set itself
+        assert facts_of(monkeypatch, named, FINGERPRINT=fingerprint)["folder"] == str(data.resolve())
+    with pytest.raises(SystemExit, match="measured on the data set 0000, not in .*--tag"):
+        facts_of(monkeypatch, data.parent, FINGERPRINT="0000")
+
+
+def test_a_machine_that_does_not_compute_has_no_facts(monkeypatch, data):
+    def fails(*args, **kwargs):
+        raise RuntimeError("CUDA error: busy")
+
+    monkeypatch.setattr(torch, "ones", fails)
+    with pytest.raises(RuntimeError, match="busy"):
+        facts_of(monkeypatch, data.parent)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

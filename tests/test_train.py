@@ -46,8 +46,8 @@ def test_the_loop_measures_the_shipped_baseline_with_the_real_ruler(project, dat
     (row,) = project.rows()
     assert row["status"] == "keep"
     assert float(row["val_bpb"]) < json.loads((data / "meta.json").read_text())["unigram_bpb"]
-    log = next(project.folder.glob("runs/0000-*/run.log")).read_text()
-    assert log.startswith("data: ") and "\nsignature: " in log and project.status() == ""
+    log = next(project.folder.glob("runs/0000-*/0/run.log")).read_text()
+    assert log.startswith("data: ") and "\nresult: " in log and project.status() == ""
 
 
 def test_training_learns():
@@ -106,7 +106,7 @@ def test_another_seed_gives_another_start_and_no_two_matrices_share_one():
 
 
 def knobs(other_device):
-    return [label for label, _ in loop.numbers((ROOT / "train.py").read_text(), other_device)]
+    return [label for label, _ in loop.constants((ROOT / "train.py").read_text(), [other_device])]
 
 
 @pytest.mark.parametrize("factor", [0.5, 2])

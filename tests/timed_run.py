@@ -19,7 +19,11 @@ class Clock:
     """Seconds by part, each from the end of the one before; and the sums of what happens within the steps."""
 
     def __init__(self):
-        self.last, self.parts, self.within = float(os.environ["AUTORESEARCH_STARTED"]), {}, {"batches": 0.0, "log": 0.0}
+        self.last, self.parts, self.within = (
+            float(os.environ["AUTORESEARCH_STARTED"]),
+            {},
+            {"batches": 0.0, "log": 0.0},
+        )
         self.calls, self.tokens, self.batch_size, self.run = 0, 0, None, None
 
     def mark(self, part, wait=lambda: None):
@@ -101,7 +105,9 @@ def main():
     clock.mark("the other imports")
     wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
     run, train.GPT = timed(prepare, train, clock, wait)
-    train.prepare = SimpleNamespace(**vars(prepare) | {"Run": run})  # the ruler itself stays as it is, else it refuses the result
+    train.prepare = SimpleNamespace(
+        **vars(prepare) | {"Run": run}
+    )  # the ruler itself stays as it is, else it refuses the result
     train.main()
     found = dict(parts=clock.parts, within=clock.within, steps=clock.calls - 1, tokens=clock.tokens)
     found["ended"] = time.monotonic()
