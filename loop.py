@@ -60,6 +60,8 @@ from rich.text import Text
 
 BUDGET = 300  # seconds of wall clock for one run, start-up, compiling and evaluation included
 KILL_GRACE = 5  # seconds after the budget, for a clean exit
+# for the ruler's facts: it may have to prepare the text; a driver that hangs must not hang the loop
+FACTS_SECONDS = 900
 LEAVE_SECONDS = 7  # after a run's end, for what it started: torch's loaders look for their parent every 5 s
 MAX_PROCESSES = 512  # of one run: a fork bomb ends the run, not the night; torch's compiler starts up to 32
 MEMORY_SHARE = 0.85  # of the machine's memory, for all runs together
@@ -71,15 +73,12 @@ MIN_FREE = 3e8  # bytes of disk: with less, old folders go and the loop waits; w
 MAX_SPELLS = 3  # of a failing machine around one experiment; then it is to blame
 MAX_DEATHS = 2  # of the loop while one experiment ran; then it gets its row instead of another run
 MIN_TRAINED = 0.98  # share of its training that a run must have got: with less it says nothing of its code
-WAITS = (
-    5,
-    600,
-)  # seconds: the first wait after a failure of the provider or the machine, doubled up to the last
+# seconds: the first wait after a failure of the provider or the machine, doubled up to the last
+WAITS = 5, 600
 LOCK_SECONDS = 10  # after which git's lock was left by a git that was killed: it needs milliseconds
 
-DEFAULT_MODEL = (
-    "gpt-5"  # where --model says nothing; a server of your own is asked for its first model instead
-)
+# where --model says nothing; a server of your own is asked for its first model instead
+DEFAULT_MODEL = "gpt-5"
 REPLY_SECONDS = 900  # for one reply of the model: reasoning models think for minutes
 REPLY_TOKENS = 16_384  # asked for after a reply was cut off with fewer: some servers stop at 512 unless told
 STREAM = {"stream": True, "stream_options": {"include_usage": True}}
@@ -105,9 +104,8 @@ STUDENT = (
 )  # half a 95 % interval in standard errors, with 1, 2, ... degrees of freedom
 CLEAR = 2  # standard errors by which a change is clear of the noise
 
-FIRST_STEP = (
-    0.4  # of the search: a constant moves by e ** 0.4, half as much again; halved when both ways lost
-)
+# of the search: a constant moves by e ** 0.4, half as much again; halved when both ways lost
+FIRST_STEP = 0.4
 MAX_MOVES = 8  # of one constant that are skipped because they were tried
 HISTORY_KEEPS, HISTORY_OTHERS, NEAR_MISSES, MAX_LESSONS = 40, 20, 5, 20  # lines in the prompt, at most
 LATEST = 4  # runs that the prompt shows with the end of their log
@@ -740,9 +738,8 @@ class Git:
     def __init__(self, folder):
         self.folder, self.place = folder, {}
         try:
-            self.prefix = self(
-                "rev-parse", "--show-prefix"
-            ).strip()  # this may be a folder of a larger repository
+            # this may be a folder of a larger repository
+            self.prefix = self("rev-parse", "--show-prefix").strip()
             # Named from now on, so that git doesn't look further up while a disk is away.
             self.dir, top = self("rev-parse", "--absolute-git-dir", "--show-toplevel").splitlines()
         except FileNotFoundError:
@@ -1081,9 +1078,8 @@ class Ledger:
         if not self.checked_out():
             return
         rows = git.text(self.ref, "results.tsv")
-        if (
-            behind := read_text(folder / "results.tsv") != rows
-        ):  # so at a start after a kill: then the file is, too
+        # so at a start after a kill: then the file is, too
+        if behind := read_text(folder / "results.tsv") != rows:
             ours += tuple(filter(git.find, (f"{self.ref}^", f"{self.ref}^2")))
         if (folder / self.edits).is_file():
             here = git("hash-object", "--", self.edits).strip()
@@ -1093,9 +1089,8 @@ class Ledger:
                 )
         if behind:
             replace_file(folder / "results.tsv", rows)
-        with contextlib.suppress(
-            subprocess.CalledProcessError
-        ):  # somebody holds the index: the next row tries again
+        # somebody holds the index: the next row tries again
+        with contextlib.suppress(subprocess.CalledProcessError):
             git("reset", "--quiet", "--", "results.tsv", self.edits, "program.md")
 
 
@@ -1256,10 +1251,8 @@ def excess(log, most_memory):
     found, taken = descendants(), 0
     if len(found) > MAX_PROCESSES:
         return f"stopped at {len(found)} processes; {MAX_PROCESSES} are the limit"
-    for kind in (
-        "rss",
-        "pss",
-    ):  # pages that processes share are in the resident set of each; fair shares take longer
+    # pages that processes share are in the resident set of each; fair shares take longer
+    for kind in ("rss", "pss"):
         taken = 0
         for process in found:
             with contextlib.suppress(psutil.Error):
@@ -1325,10 +1318,14 @@ def read_result(text, secret, job):
 
 def ask_facts(command, folder, env, stderr=subprocess.PIPE):
     """What the ruler says of this machine: a dictionary, or the sentence with which it fails."""
-    pipes = dict(stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=stderr)
-    done = subprocess.run([*command, "--facts"], cwd=folder, env=env, text=True, errors="replace", **pipes)
+    how = dict(
+        cwd=folder, env=env, text=True, errors="replace", stdin=subprocess.DEVNULL, timeout=FACTS_SECONDS
+    )
     try:
+        done = subprocess.run([*command, "--facts"], stdout=subprocess.PIPE, stderr=stderr, **how)
         return dict(json.loads(done.stdout.splitlines()[-1]))
+    except subprocess.TimeoutExpired:
+        return f"the ruler gave no facts within {FACTS_SECONDS} s"
     except (ValueError, IndexError, TypeError):
         return one_line(cause_of(done.stderr or "", done.returncode))
 
@@ -1558,9 +1555,8 @@ class Model:
         try:
             # Else a server that drops the connection after an error fails the next request, too:
             how = dict(max_retries=0, timeout=REPLY_SECONDS, default_headers={"Connection": "close"})
-            self.client = openai.OpenAI(
-                api_key=key or "none", **how
-            )  # local servers want no key, the client does
+            # local servers want no key, the client does
+            self.client = openai.OpenAI(api_key=key or "none", **how)
             self.name = name or (
                 next((model.id for model in self.client.models.list()), "") if url else DEFAULT_MODEL
             )
@@ -1642,9 +1638,8 @@ class Model:
                     self.say(f"the server refused the request ({reason}); asking again with less of it")
                     continue
                 seconds, failed = backoff(failed), failed + 1
-                with contextlib.suppress(
-                    AttributeError, TypeError, ValueError
-                ):  # no response, no header, a date in it
+                # no response, no header, a date in it
+                with contextlib.suppress(AttributeError, TypeError, ValueError):
                     seconds = min(max(float(error.response.headers.get("retry-after")), 1), WAITS[1])
                 self.say(f"the model's server failed ({reason}); asking again in {seconds:.0f} s")
                 unwanted.wait(seconds)
@@ -1741,9 +1736,8 @@ class View:
         brackets."""
         text = f"{datetime.now():%H:%M:%S}  {text}"
         if not self.live:
-            with contextlib.suppress(
-                OSError, SystemExit
-            ):  # the terminal, or the disk of nohup.out, may be gone
+            # the terminal, or the disk of nohup.out, may be gone
+            with contextlib.suppress(OSError, SystemExit):
                 self.console.print(Text(text), soft_wrap=True)
         if not seen:
             self.said.append(text)
@@ -1814,9 +1808,8 @@ class Report:
     def __post_init__(self):
         self.kept = [number for number, row in enumerate(self.rows) if row.status == "keep" and row.runs]
         changes = [row.change if row.status == "keep" else -row.change for row in self.rows if row.error > 0]
-        self.sign = (
-            -1 if sum(changes) > 0 else 1
-        )  # where what was kept rose, or what was not fell, higher is better
+        # where what was kept rose, or what was not fell, higher is better
+        self.sign = -1 if sum(changes) > 0 else 1
 
     def gain(self, number):
         """How much an experiment won over the file that it edited; the baseline is no gain, but matters
@@ -1902,9 +1895,8 @@ class Report:
         better = "lower" if self.sign > 0 else "higher"
         axes.set(xlabel="experiment", ylabel=f"{self.metric}, {better} is better")
         axes.legend(loc="lower left", bbox_to_anchor=(-0.01, 0.99), ncols=6, frameon=False, fontsize=9)
-        new = path.with_name(
-            f".{path.name}.{os.getpid()}"
-        )  # a name of its own: the loop may draw at the same moment
+        # a name of its own: the loop may draw at the same moment
+        new = path.with_name(f".{path.name}.{os.getpid()}")
         try:
             figure.savefig(new, format="png")
             new.replace(path)
@@ -1976,9 +1968,8 @@ class Session:
     def take_lock(self):
         """One loop a checkout; the lock ends with the process, however it ends."""
         self.runs.mkdir(exist_ok=True)
-        self.lock = open(
-            Path(self.git.dir, "autoresearch.lock"), "a+"
-        )  # not in runs/, which somebody may delete
+        # not in runs/, which somebody may delete
+        self.lock = open(Path(self.git.dir, "autoresearch.lock"), "a+")
         try:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -2089,17 +2080,15 @@ class Session:
             if self.git.text(start, "results.tsv") != ledger.header:
                 start = self.git.commit([start], {"results.tsv": ledger.header}, f"start {ledger.name}\n")
             old = self.git("for-each-ref", "--format=delete %(refname)", ledger.refs).splitlines()
-            self.git.move(
-                *old, f"create {ledger.ref} {start}"
-            )  # old: of a branch of this name that was deleted
+            # old: of a branch of this name that was deleted
+            self.git.move(*old, f"create {ledger.ref} {start}")
             self.git("symbolic-ref", "HEAD", ledger.ref)
         elif not ledger.checked_out():
             self.git("checkout", "--quiet", ledger.name)
         ledger.load()
         ledger.sync_checkout()
-        self.program = (
-            self.git.text(ledger.ref, "program.md") or program
-        )  # a person may have taken it off the branch
+        # a person may have taken it off the branch
+        self.program = self.git.text(ledger.ref, "program.md") or program
 
     def prepare(self):
         """Every precondition, before anything is changed; then the branch."""
@@ -2150,9 +2139,8 @@ class Session:
             seed = len(self.ledger.runs(commit))
             if not parent:  # twice on seed 0: all later runs do as much as the clock gave the first one
                 yield commit, 0, "warm"
-                yield from (
-                    (commit, seed, "val") for seed in range(MAX_RUNS)
-                )  # 1 and 2 where a device is free
+                # 1 and 2 where a device is free
+                yield from ((commit, seed, "val") for seed in range(MAX_RUNS))
             elif (parent, seed, "val") not in self.ledger.results:
                 yield parent, seed, "val"
             elif seed == experiment.judged:  # nothing yet, or in doubt
@@ -2450,9 +2438,8 @@ class Session:
             if verdict != "again":
                 return self.finish(experiment, verdict)
             experiment.judged = len(runs)
-        if ledger.results.get((parent, len(runs), "val"), {}).get(
-            "cause"
-        ):  # in doubt, and nothing to compare
+        # in doubt, and nothing to compare
+        if ledger.results.get((parent, len(runs), "val"), {}).get("cause"):
             self.finish(experiment, "discard", "the file that it edited fails on the next seed")
 
     def settle_or_drop(self, experiment):
