@@ -1376,6 +1376,8 @@ def run_job(job, tell):
     changed = sorted(path for path in {*before, *after} if before.get(path) != after.get(path))
     if changed:
         result |= {"cause": f"changed while it ran: {changed[0]}", "machine": True}
+    elif result["cause"].startswith("held up by the machine"):  # the ruler's word for what is no edit's fault
+        result["machine"] = True
     elif result["cause"] and "refused by the ruler" not in result["cause"]:
         result["facts"] = ask_facts(command, folder, env)
     elif not result["cause"] and result["trained"] < MIN_TRAINED:

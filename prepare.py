@@ -102,6 +102,7 @@ LEAST_SHARE = 1 / 5  # of the budget, for training on a CPU, where the budget is
 PACE_EVERY = 0.03  # seconds between two samples of the core's speed, each of which takes 1 to 2 ms
 PACE_SECONDS = 4.0  # for measuring the pace of a machine: it changes from second to second
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # options of glibc's mallopt
+HELD_UP = "held up by the machine"  # so begins the last line of a run that says nothing of its train.py
 FULL_TRAINING = 0.98  # of the training's allowance: who gets less was held up by the machine, and says so
 # A difference in speed to the file that was edited which the clock can't tell from none at the end of a run;
 # before, it is divided by the square root of the share that is done. Equal runs scatter by 1 % on a quiet
@@ -158,7 +159,7 @@ _sealed = set()  # real paths of the token files, while they may not be opened
 _taken = {}
 
 
-SIGNED = {"SEED", "BUDGET", "SPLIT", "PACE", "WORK"}  # of what the loop tells a run: its result repeats them
+SIGNED = {"SEED", "BUDGET", "SPLIT", "PACE", "WORK", "MACHINE"}  # of what the loop tells a run: its result repeats them
 API = """\
 The file trains a language model; its metric is validation bits per byte after a fixed time of training. It must go on using the
 ruler, prepare.py, which you can't change:
@@ -615,6 +616,7 @@ def read_settings():
         budget=float(told("BUDGET", BUDGET)),
         seed=int(told("SEED", 0)),
         pace=told("PACE"),
+        machine=told("MACHINE"),
         rival=told("WORK"),
         split=told("SPLIT", "val"),
         held_out=told("HELD_OUT"),
@@ -715,7 +717,7 @@ def facts():
 
     noise: the deviation of the difference of two runs on one seed that is assumed before any is
     measured, in bits per byte; settings: what a branch notes and tells each run as AUTORESEARCH_NAME,
-    here PACE, what the sample of WorkClock takes in CPU seconds: as noted, else measured now. fixed:
+    here MACHINE, the device's name, and PACE, what the sample of WorkClock takes in CPU seconds: as noted, else measured now. fixed:
     constants of train.py that a search leaves alone.
     """
     device, noted = pick_device(), os.environ.get("AUTORESEARCH_PACE")
@@ -735,18 +737,19 @@ def facts():
             f"this branch was measured on the data set {wanted}, not in {root}; bring it back, or begin anew with --tag"
         )
     folder = named[wanted] if wanted else newest(root)
+    name = device_name(device)
     devices = {
-        "cuda": [f"cuda:{number}" for number in range(torch.cuda.device_count())],
+        "cuda": [f"cuda:{n}" for n in range(torch.cuda.device_count()) if torch.cuda.get_device_name(n) == name],
         "cpu": [f"cpu:{core}" for core in sorted(os.sched_getaffinity(0))]
         if hasattr(os, "sched_getaffinity")
         else ["cpu"],
     }
     return json.dumps({
         "metric": "val_bpb", "better": "lower", "edits": "train.py", "devices": devices.get(device.type, [device.type]),
-        "device": device_name(device), "software": f"torch {torch.__version__}", "data": read_meta(folder, ("train",))["fingerprint"],
+        "device": name, "software": f"torch {torch.__version__}", "data": read_meta(folder, ("train",))["fingerprint"],
         "noise": NOISE[device.type], "api": API, "folder": str(folder.resolve()),
         "held_out": {split: str((folder / f"{split}.bin").resolve()) for split in ("val", "test")},
-        "settings": {"PACE": noted or f"{measure_pace():.3g}"} if device.type == "cpu" else {},
+        "settings": {"MACHINE": name} | ({"PACE": noted or f"{measure_pace():.3g}"} if device.type == "cpu" else {}),
         "fixed": ["GPU" if device.type in ("cpu", "mps") else "CPU"],
     })  # fmt: skip
 
@@ -866,6 +869,9 @@ class Run:
             self._meta[key] for key in ("seq_len", "vocab_size", "eval_rows")
         )
         self.device = pick_device()
+        name = device_name(self.device)
+        if settings.machine not in ("", name):  # torch falls back to the CPU when a GPU is lost
+            raise SystemExit(f"{HELD_UP}: the device is {name} and was {settings.machine}")
         random.seed(self._seed)
         np.random.seed(self._seed)
         torch.manual_seed(self._seed)
@@ -1193,7 +1199,7 @@ class Run:
                    f"in a budget of {self._budget:g} s: make the model smaller")  # fmt: skip
         if self._left(self._eval_seconds) < 0:
             raise SystemExit(
-                f"held up by the machine: {monotonic() - self._started:.0f} s of {self._budget:g} had passed before training"
+                f"{HELD_UP}: {monotonic() - self._started:.0f} s of {self._budget:g} had passed before training"
             )
         self._start -= self._work()
         return self._eval_seconds
@@ -1289,7 +1295,7 @@ class Run:
         lines = [f"{key + ':':17} {value}" for key, value in summary.items()]
         if self._trained < FULL_TRAINING:
             print(
-                f"held up by the machine: training got {self._trained:.1%} of its time, so the number says little",
+                f"{HELD_UP}: training got {self._trained:.1%} of its time, so the number says little",
                 flush=True,
             )
         print("---", *lines, sep="\n", flush=True)

@@ -362,6 +362,11 @@ EXCESSES = {
 }
 
 
+def test_what_the_ruler_calls_held_up_is_the_machines_fault(place, device):
+    result = device.run(place.job("raise SystemExit('held up by the machine: the device is cpu')"), quiet)
+    assert result["cause"] == "held up by the machine: the device is cpu" and result["machine"]
+
+
 @LINUX
 @pytest.mark.parametrize("name", EXCESSES)
 def test_what_takes_too_much_ends_its_run_and_not_the_worker(place, device, name):

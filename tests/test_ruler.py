@@ -60,7 +60,7 @@ def make_run(data, monkeypatch):
         def __call__(self):
             return self.began + (prepare.monotonic() - self.began) / self.slowness
 
-    def make_run(budget=60, seed=0, started=None, tokens="", slowness=None):
+    def make_run(budget=60, seed=0, started=None, tokens="", slowness=None, machine=""):
         if slowness is None:  # as on a GPU
             monkeypatch.setattr(prepare, "CPU_SHARE", prepare.TRAINING_SHARE)
             monkeypatch.setattr(prepare, "CPU_OVERHEAD", 0)
@@ -71,6 +71,7 @@ def make_run(data, monkeypatch):
         monkeypatch.setenv("AUTORESEARCH_SEED", str(seed))
         monkeypatch.setenv("AUTORESEARCH_STARTED", str(prepare.monotonic() if started is None else started))
         monkeypatch.setenv("AUTORESEARCH_WORK", str(tokens))
+        monkeypatch.setenv("AUTORESEARCH_MACHINE", machine)
         monkeypatch.setattr(prepare, "WorkClock", Work)
         monkeypatch.setattr(prepare, "pick_device", lambda: torch.device("cpu"))
         monkeypatch.setattr(
@@ -576,6 +577,11 @@ def test_a_start_so_slow_that_evaluation_no_longer_fits_is_the_machine_s_fault(m
         run.preflight(Model())
 
 
+def test_a_run_on_another_device_than_the_branch_s_ends_at_once_and_it_is_the_machine_s_fault(make_run):
+    with pytest.raises(SystemExit, match="^held up by the machine: the device is cpu, 1 thread and was NVIDIA H100"):
+        make_run(machine="NVIDIA H100 80GB HBM3")
+
+
 def test_an_evaluation_that_fits_on_no_machine_is_refused_whenever_it_begins(make_run, clock):
     run = make_run(budget=60)
     slow = Model(lambda x: clock.tick(0.5) + 1e-4 * nn.functional.one_hot(x, SIZES["vocab_size"]).float())
@@ -1069,7 +1075,7 @@ def test_the_facts_say_all_that_the_loop_must_know(monkeypatch, data):
         "software"
     ] == f"torch {torch.__version__}"
     assert facts["data"] == json.loads((data / "meta.json").read_text())["fingerprint"]
-    assert facts["folder"] == str(data.resolve()) and facts["settings"] == {"PACE": "0.0123"}
+    assert facts["folder"] == str(data.resolve()) and facts["settings"] == {"MACHINE": "cpu, 1 thread", "PACE": "0.0123"}
     assert facts["held_out"] == {split: str(data.resolve() / f"{split}.bin") for split in ("val", "test")}
     assert 0 < facts["noise"] < 0.01 and "run.progress()" in facts["api"] and "\n{" not in facts["api"]
 
@@ -1081,7 +1087,7 @@ def test_each_core_that_a_process_may_use_is_a_device(monkeypatch, data):
 
 
 def test_a_pace_that_a_branch_noted_is_not_measured_again(monkeypatch, data):
-    assert facts_of(monkeypatch, data.parent, PACE="0.0099")["settings"] == {"PACE": "0.0099"}
+    assert facts_of(monkeypatch, data.parent, PACE="0.0099")["settings"]["PACE"] == "0.0099"
 
 
 def test_a_branch_goes_on_with_its_data_or_not_at_all(monkeypatch, data):
