@@ -1860,7 +1860,10 @@ class Report:
         measured = {n for n, row in enumerate(rows) if row.runs}
         values = sorted(self.sign * rows[n].value for n in measured) or [0.0]  # lower is better
         errors = [row.error for row in rows if row.error > 0] or [PRIOR_NOISE]
-        worst = values[0] + max(5 * (values[3 * len(values) // 4] - values[0]), 6 * median(errors))
+        kept_values = [
+            self.sign * rows[n].value for n in kept
+        ] or values  # they are the story: what is far above is cut
+        worst = max(kept_values) + max(max(kept_values) - values[0], 6 * median(errors)) / 2
         inside = {n for n in measured if self.sign * rows[n].value <= worst or n in kept}
         figure = Figure((12, 6.75), dpi=150)
         axes = figure.add_axes((0.07, 0.08, 0.63, 0.8))
@@ -1877,7 +1880,7 @@ class Report:
             if numbers:
                 label = f"{name} ({len(numbers)})"
                 axes.scatter([*numbers], at, 25, colour, marker=marker, label=label, zorder=3)
-        best = [(number, row.value) for number, row in enumerate(kept_before(rows)) if row]
+        best = [(number, row.value) for number, row in enumerate(kept_before(rows)[1:]) if row]
         axes.step(
             *(zip(*best, strict=True) if best else ((), ())), "#00795a", where="post", label="best so far"
         )
@@ -1890,8 +1893,8 @@ class Report:
         for n in named:
             how = dict(textcoords="offset points", ha="right", va="top", fontsize=7)
             axes.annotate(n, (n, rows[n].value), (-4, -3), **how)
-        names = as_unicode("\n".join(f"{n}{told(rows[n])[:48]}" for n in named))
-        figure.text(0.715, 0.88, names, va="top", fontsize=8, linespacing=1.5, parse_math=False)
+        names = as_unicode("\n".join(f"{n}{told(rows[n])[:64]}" for n in named))
+        figure.text(0.715, 0.88, names, va="top", fontsize=7, linespacing=1.5, parse_math=False)
         title = as_unicode(f"{self.name}:  {'  ·  '.join(outcome(rows, self.sign))}")
         axes.set_title(title, loc="left", pad=28, fontsize=11, parse_math=False)
         better = "lower" if self.sign > 0 else "higher"

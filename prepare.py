@@ -159,7 +159,14 @@ _sealed = set()  # real paths of the token files, while they may not be opened
 _taken = {}
 
 
-SIGNED = {"SEED", "BUDGET", "SPLIT", "PACE", "WORK", "MACHINE"}  # of what the loop tells a run: its result repeats them
+SIGNED = {
+    "SEED",
+    "BUDGET",
+    "SPLIT",
+    "PACE",
+    "WORK",
+    "MACHINE",
+}  # of what the loop tells a run: its result repeats them
 API = """\
 The file trains a language model; its metric is validation bits per byte after a fixed time of training. It must go on using the
 ruler, prepare.py, which you can't change:
@@ -739,7 +746,9 @@ def facts():
     folder = named[wanted] if wanted else newest(root)
     name = device_name(device)
     devices = {
-        "cuda": [f"cuda:{n}" for n in range(torch.cuda.device_count()) if torch.cuda.get_device_name(n) == name],
+        "cuda": [
+            f"cuda:{n}" for n in range(torch.cuda.device_count()) if torch.cuda.get_device_name(n) == name
+        ],
         "cpu": [f"cpu:{core}" for core in sorted(os.sched_getaffinity(0))]
         if hasattr(os, "sched_getaffinity")
         else ["cpu"],

@@ -578,7 +578,9 @@ def test_a_start_so_slow_that_evaluation_no_longer_fits_is_the_machine_s_fault(m
 
 
 def test_a_run_on_another_device_than_the_branch_s_ends_at_once_and_it_is_the_machine_s_fault(make_run):
-    with pytest.raises(SystemExit, match="^held up by the machine: the device is cpu, 1 thread and was NVIDIA H100"):
+    with pytest.raises(
+        SystemExit, match="^held up by the machine: the device is cpu, 1 thread and was NVIDIA H100"
+    ):
         make_run(machine="NVIDIA H100 80GB HBM3")
 
 
@@ -1075,7 +1077,10 @@ def test_the_facts_say_all_that_the_loop_must_know(monkeypatch, data):
         "software"
     ] == f"torch {torch.__version__}"
     assert facts["data"] == json.loads((data / "meta.json").read_text())["fingerprint"]
-    assert facts["folder"] == str(data.resolve()) and facts["settings"] == {"MACHINE": "cpu, 1 thread", "PACE": "0.0123"}
+    assert facts["folder"] == str(data.resolve()) and facts["settings"] == {
+        "MACHINE": "cpu, 1 thread",
+        "PACE": "0.0123",
+    }
     assert facts["held_out"] == {split: str(data.resolve() / f"{split}.bin") for split in ("val", "test")}
     assert 0 < facts["noise"] < 0.01 and "run.progress()" in facts["api"] and "\n{" not in facts["api"]
 
