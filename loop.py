@@ -866,6 +866,7 @@ class Experiment:
         self.description, self.reasoning, self.trailers = read_message(self.message)
         self.number = int(self.trailers.get("Number", 0))
         self.parent = self.trailers.get("Parent", "")  # full hash of the experiment whose file it edits
+        self.folder = f"{self.number:04}-{self.commit[:7]}"  # of its runs
 
 
 class Ledger:
@@ -2153,12 +2154,12 @@ class Session:
 
     def next_key(self):
         """The next run, of an experiment that was begun or begins now; None if there is nothing to run."""
-        busy = {*self.flying, *(key for key, _ in self.finished), *self.ledger.results}
+        results = self.ledger.results
         while True:
             for key in self.wanted():
-                if key not in busy:
+                if key not in self.flying and key not in results:
                     return key
-                if key[2] == "warm" and key not in self.ledger.results:
+                if key[2] == "warm" and key not in results:
                     return None  # until it is known how much the baseline trains
             if self.audits or self.over() or not (experiment := self.begin_next()):
                 return None
@@ -2367,7 +2368,7 @@ class Session:
         commit, seed, split = key
         experiment = self.ledger.owner(commit)
         what = f"#{experiment.number} {experiment.description}" + f" (seed {seed})" * (seed > 0)
-        folder = self.runs / f"{experiment.number:04}-{commit[:7]}"
+        folder = self.runs / experiment.folder
         job = self.job(*key, device, folder / (f"{seed}" if split == "val" else f"{split}-{seed}"))
         self.ledger.note(*key, {"began": True})
         self.flying[key], self.view.runs[device] = device, Run(what, time.monotonic())
@@ -2483,7 +2484,7 @@ class Session:
 
     def finish(self, experiment, status, remark=""):
         """Writes the row of an experiment, and says what came of it."""
-        ledger, commit, all_runs = self.ledger, experiment.commit, self.ledger.runs(experiment.commit)
+        ledger, all_runs = self.ledger, self.ledger.runs(experiment.commit)
         runs = [run for run in all_runs if status != "crash" and not run["cause"]]
         values, change, error = [run["value"] for run in runs], math.nan, math.nan
         value, last = values[0] if values else math.nan, all_runs[-1] if all_runs else {}
@@ -2501,7 +2502,7 @@ class Session:
             body = "\n".join(f"| {line}" for line in last.get("tail", "").splitlines()) or one_line(remark)
         ledger.record(experiment, row, body, {"Work": ",".join(str(run["work"]) for run in runs)})
         self.say(shown(row), seen=True)
-        cache = self.runs / f"{experiment.number:04}-{commit[:7]}" / "cache"
+        cache = self.runs / experiment.folder / "cache"
         with contextlib.suppress(OSError):
             if status == "keep":
                 take_over(cache, self.runs / "cache")
