@@ -306,7 +306,7 @@ REPLIES = {
 
 def outcome(reply):
     """The new text, after all that the loop asks of it, or the refusal."""
-    nothing_tried = SimpleNamespace(ledger=SimpleNamespace(tried={}))
+    nothing_tried = SimpleNamespace(ledger=SimpleNamespace(tried=dict))
     try:
         new = applied(reply)
         loop.Session.check_new(nothing_tried, new, SOURCE)
@@ -377,7 +377,8 @@ def test_code_that_was_tried_is_refused_with_what_came_of_it_but_a_return_to_a_k
     new = applied(WIDER)
 
     def tried(row):
-        session = SimpleNamespace(ledger=SimpleNamespace(tried={loop.code_hash(new): row}))
+        begun = {loop.code_hash(new): SimpleNamespace(row=row)}
+        session = SimpleNamespace(ledger=SimpleNamespace(tried=lambda: begun))
         loop.Session.check_new(session, "# a comment\n" + new, SOURCE)
 
     with pytest.raises(loop.Refused, match=r"tried: discard, wide, \+0.1000\+-0.0010"):

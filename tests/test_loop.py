@@ -643,7 +643,7 @@ def test_while_the_model_thinks_the_search_goes_on_and_its_rows_say_so(project, 
     rows = project.rows()
     assert [row["description"].partition(":")[0] for row in rows] == ["baseline", *["search"] * 3, "an idea"]
     assert [row["llm_tokens"] for row in rows] == ["0", "0", "0", "0", "100"]
-    assert session.ledger.ended[rows[1]["commit"]].trailers["Model"] == "search"
+    assert session.ledger.ended()[1].trailers["Model"] == "search"
     check(project)
 
 
@@ -1057,7 +1057,7 @@ def dies_with(monkeypatch, experiment):
     take = loop.Session.take
 
     def dies(session, key, result):
-        if session.ledger.owner(key[0]).number == experiment:
+        if session.ledger.experiments[key[0]].number == experiment:
             raise Killed
         take(session, key, result)
 
@@ -1538,7 +1538,7 @@ def test_ctrl_c_ends_runs_and_requests_and_the_next_start_goes_on_without_asking
     commit = project.git("rev-parse", "refs/autoresearch/t/open/1").strip()
     session = project.night("--budget", 90, "--experiments", 1)
     assert (
-        described(project)[1] == "slow one" and session.ledger.ended[commit[:7]] and not session.model.chats
+        described(project)[1] == "slow one" and session.ledger.experiments[commit].row and not session.model.chats
     )
 
 

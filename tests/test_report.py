@@ -46,7 +46,7 @@ def night(*rows_of):
 def screen(report, width=80):
     console = Console(width=width, no_color=True)
     with console.capture() as capture:
-        console.print(report.render())
+        console.print(*report.render(), sep="\n")
     return capture.get()
 
 
