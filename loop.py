@@ -819,9 +819,9 @@ class Experiment:
 
     commit: str  # full
     message: str
-    source: str = ""  # the edited file, while it has no row
     row: Row | None = None
     outcome: str = ""  # the message of the commit that holds its row
+    source: str = ""  # the edited file, once it was asked for
     judged: int = 0  # after so many runs it was in doubt
 
     def __post_init__(self):
@@ -871,11 +871,10 @@ class Ledger:
         for row in rows:
             if (commit := full.get(row.commit)) not in messages:
                 raise Stop(f"{place}: {row.commit} is no experiment of this branch")
-            self.experiments[commit] = Experiment(commit, messages[commit], "", row, outcomes[commit])
+            self.experiments[commit] = Experiment(commit, messages[commit], row, outcomes[commit])
         for commit in self.git("for-each-ref", "--format=%(objectname)", self.refs).split():
             message = self.git("cat-file", "commit", commit).partition("\n\n")[2]
-            source = self.git.text(commit, self.edits)
-            self.experiments.setdefault(commit, Experiment(commit, message, source))
+            self.experiments.setdefault(commit, Experiment(commit, message))
         self.rows[:] = rows  # the same list: the screen has it, too
         self.load_runs()
         self.set_best()
@@ -902,7 +901,13 @@ class Ledger:
 
     def set_best(self):
         self.best = next((one for one in reversed(self.ended()) if one.row.status == "keep"), None)
-        self.source = self.git.text(self.best.commit if self.best else self.ref, self.edits)
+        self.source = self.source_of(self.best.commit) if self.best else self.git.text(self.ref, self.edits)
+
+    def source_of(self, commit):
+        """The file as an experiment edited it."""
+        experiment = self.experiments[commit]
+        experiment.source = experiment.source or self.git.text(commit, self.edits)
+        return experiment.source
 
     def ended(self):
         """The experiments that have a row, in the order of the rows."""
@@ -985,7 +990,7 @@ class Ledger:
         self.git.move(f"update {ref} {commit} {again.commit}" if again else f"create {ref} {commit}")
         if again:
             del self.experiments[again.commit]
-        self.experiments[commit] = Experiment(commit, message, source)
+        self.experiments[commit] = Experiment(commit, message, source=source)
         return self.experiments[commit]
 
     def record(self, experiment, row, body, trailers):
@@ -994,12 +999,12 @@ class Ledger:
         row.commit = git("rev-parse", "--short=7", commit).strip()
         parent = self.experiments[experiment.parent].row if experiment.parent else row
         parent.runs = [run["value"] for run in self.runs(experiment.parent or commit) if not run["cause"]]
-        source = experiment.source if row.status == "keep" else self.source
+        source = self.source_of(commit) if row.status == "keep" else self.source
         lines = "".join(other.line() for other in [*self.rows, row])
         files = {"results.tsv": self.header + lines, self.edits: source}
-        program, before, now = (git.text(version, "program.md") for version in (commit, f"{commit}^", tip))
-        if program and now == before:  # else the person committed another one in mid-run
-            files["program.md"] = program
+        ran, before, now = git.blobs("program.md", [commit, f"{commit}^", tip])
+        if now == before != ran:  # else the person committed another one in mid-run
+            files["program.md"] = git.text(commit, "program.md")
         experiment.outcome = write_message(f"{row.status}: {row.description}", body, trailers)
         after = git.commit([tip, commit], files, experiment.outcome)
         git.move(f"update {self.ref} {after} {tip}", f"delete {self.refs}{experiment.number} {commit}")
@@ -2173,9 +2178,9 @@ class Session:
         commit, seed, split = key or ("", 0, "val")
         told = {"SEED": f"{seed}", "SPLIT": "val" if split == "warm" else split, "BUDGET": f"{self.budget:g}"}
         told["WORK"] = f"{self.work_for(commit, seed)}" if key and split == "val" else ""
-        files, edits = {"prepare.py": self.ruler}, self.ledger.edits
+        files = {"prepare.py": self.ruler}
         if key:
-            files[edits] = self.git.text(commit, edits)
+            files[self.ledger.edits] = self.ledger.source_of(commit)
         # What an uncaged run mustn't change: packages, data, git's settings, the loop and the ruler.
         watched = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), site.getusersitepackages()]
         watched += [self.facts["folder"], f"{self.git.dir}/config", f"{self.git.dir}/hooks"]
@@ -2268,7 +2273,7 @@ class Session:
             if not parent:
                 return self.finish(experiment, "keep")
             gains = self.gains(experiment)
-            growth = size_of(experiment.source) / max(size_of(self.git.text(parent, ledger.edits)), 1) - 1
+            growth = size_of(ledger.source_of(commit)) / max(size_of(ledger.source_of(parent)), 1) - 1
             verdict = judge(gains, ledger.noise(self.began["noise"], gains), growth)
             if verdict == "keep" and parent != ledger.best.commit:
                 return self.rebase(experiment)
@@ -2300,7 +2305,7 @@ class Session:
     def rebase(self, experiment):
         """A winner over a file that is no longer the best runs as an edit of that, under the same number."""
         try:
-            source = self.rebased(self.git.text(experiment.parent, self.ledger.edits), experiment.source)
+            source = self.rebased(*map(self.ledger.source_of, (experiment.parent, experiment.commit)))
         except Refused as refusal:
             return self.finish(experiment, "discard", f"won, but not as an edit of the best file: {refusal}")
         told = experiment.trailers

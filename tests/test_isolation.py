@@ -678,12 +678,11 @@ def test_a_machine_that_fails_is_asked_until_it_answers(project, server):
         switch.touch()
         return TWICE
 
-    server.replies += [breaks]
+    server.replies += [breaks, LAYER]
     process = project.start("--budget", "20", "--tag", "t", "--experiments", "2", OPENAI_BASE_URL=server.url)
     project.read_until(process, f"{BUSY}; going on in")
     project.read_until(process, f"{BUSY}; going on in")
     switch.unlink()
-    server.replies += [LAYER]
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0, out + err
     assert "crash" not in [row["status"] for row in project.rows()] and project.status() == ""
