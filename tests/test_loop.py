@@ -1538,7 +1538,9 @@ def test_ctrl_c_ends_runs_and_requests_and_the_next_start_goes_on_without_asking
     commit = project.git("rev-parse", "refs/autoresearch/t/open/1").strip()
     session = project.night("--budget", 90, "--experiments", 1)
     assert (
-        described(project)[1] == "slow one" and session.ledger.experiments[commit].row and not session.model.chats
+        described(project)[1] == "slow one"
+        and session.ledger.experiments[commit].row
+        and not session.model.chats
     )
 
 
