@@ -36,6 +36,7 @@ import resource
 import shutil
 import signal
 import sys
+import sysconfig
 import tempfile
 import threading
 import traceback
@@ -714,9 +715,25 @@ def device_name(device):
 
 
 def pick_device():
-    if torch.cuda.is_available():
-        return torch.device("cuda")
+    """The device to run on. A GPU that torch can't use ends the process: torch only warns, and takes the CPU."""
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+    if said and os.environ.get("CUDA_VISIBLE_DEVICES") != "":
+        reason = f"{said[-1].message}".partition(" (Triggered")[0].strip()
+        raise SystemExit(f"torch, built for CUDA {torch.version.cuda}, can't use the GPU here: {reason} "
+                         "To use the CPU instead: export CUDA_VISIBLE_DEVICES=")  # fmt: skip
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def check_compiler():
+    """Ends the process where Triton, which torch.compile uses on a GPU, couldn't build its launchers."""
+    headers = Path(sysconfig.get_paths("posix_prefix")["include"], "Python.h")
+    if not (shutil.which("gcc") or shutil.which("clang")) or not headers.exists():
+        raise SystemExit(
+            f"compiling for a GPU needs a C compiler and {headers}, as from apt install gcc python3-dev"
+        )
 
 
 def facts():
@@ -728,6 +745,8 @@ def facts():
     constants of train.py that a search leaves alone.
     """
     device, noted = pick_device(), os.environ.get("AUTORESEARCH_PACE")
+    if device.type == "cuda":
+        check_compiler()
     torch.ones(8, 8, device=device).mm(torch.ones(8, 8, device=device)).sum().item()  # does it compute?
     root, wanted = data_root(), os.environ.get("AUTORESEARCH_FINGERPRINT")
     itself = read_meta(root, ("train",))
@@ -889,34 +908,23 @@ class Run:
         _sealed.add(os.path.realpath(folder / "train.bin"))
         self._lengths = torch.from_numpy(byte_lengths(read_tokenizer(folder / "tokenizer.tiktoken")))
         self._iterators = self._tokens = 0  # made by batches(), drawn from them
-        self._work, self._allowance = (
-            monotonic,
-            TRAINING_SHARE * self._budget,
-        )  # training's clock; its seconds for training
+        # Training's clock, and its seconds for training.
+        self._work, self._allowance = monotonic, TRAINING_SHARE * self._budget
         if self.device.type == "cpu":
             torch.set_num_threads(1)
             keep_freed_memory()
             self._work = WorkClock(float(self._pace) if self._pace else None)
             self._allowance = max(CPU_SHARE * self._budget - CPU_OVERHEAD, LEAST_SHARE * self._budget)
-        self._first_batch = self._clock = self._told = (
-            None  # times of training's clock: first batch, its start, progress() said 1
-        )
-        self._done, self._trained = (
-            0.0,
-            1.0,
-        )  # shares of the allowance: told last, and given to training in all
+        # By training's clock: the first batch, the start of training, when progress() said 1.
+        self._first_batch = self._clock = self._told = None
+        # Shares of the allowance: told last, and given to training in all.
+        self._done, self._trained = 0.0, 1.0
         self._calls = self._first_step_tokens = 0  # of progress(); drawn in the first step
-        self._last_call, self._slowest_step, self._event = (
-            0.0,
-            0.0,
-            None,
-        )  # time of the last progress(); seconds of work
-        self._marks = deque(
-            [(monotonic(), self._work())]
-        )  # of the last SLOWNESS_SECONDS: wall clock and work
-        self._pass_seconds = self._eval_seconds = (
-            None  # of work: for one evaluation batch; kept free for evaluation
-        )
+        self._last_call = self._slowest_step = 0.0  # time of the last progress(); seconds of work
+        self._startup = 0.0  # wall clock from the start of the process to the end of the first step
+        self._event = None  # the end of the step before, on CUDA
+        self._marks = deque([(monotonic(), self._work())])  # of the last SLOWNESS_SECONDS: wall clock, work
+        self._pass_seconds = self._eval_seconds = None  # of work: for a batch of evaluation, for all of it
         self._model = None  # from preflight() until training begins
         self._logged = -math.inf
         self._start = -self._work()  # becomes the seconds of work before the first step, without preflight's
@@ -998,25 +1006,22 @@ class Run:
         now, self._calls = self._work(), self._calls + 1
         if self._calls == 1:
             self._start += now
+            if self.device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats()  # of what train.py tried before, and didn't fit
         if self._calls > 1:
             step = now - self._last_call
             if self._calls == 2:
-                # The first step may have compiled: what the next ones take follows from the tokens that it
-                # drew.
+                # The first step may have compiled: what the next ones take follows from the tokens it drew.
                 passes = self._pass_seconds * self._tokens / (self._eval_rows * self.seq_len)
-                early = (
-                    max(self._start - FREE_START, 0) if self.device.type == "cpu" else 0.0
-                )  # nothing compiles there
-                self._clock, self._first_step_tokens = (
-                    now - min(step, USUAL_PASSES * passes) - early,
-                    self._tokens,
-                )
+                # On a CPU nothing compiles: there a long start is training.
+                early = max(self._start - FREE_START, 0) if self.device.type == "cpu" else 0.0
+                self._clock = now - min(step, USUAL_PASSES * passes) - early
+                self._startup, self._first_step_tokens = monotonic() - self._started, self._tokens
                 step = min(step, MOST_PASSES * passes)
             if self._calls == 3 and 3 * self._first_step_tokens > 2 * self._tokens:
                 self._clock = self._first_batch
-            faded = (
-                self._slowest_step - FORGET * step if self._calls != 4 else 0.0
-            )  # two steps are known: nothing is guessed
+            # At the fourth call two steps are known, and nothing is guessed any more.
+            faded = self._slowest_step - FORGET * step if self._calls != 4 else 0.0
             self._slowest_step = max(step, faded)
         self._last_call = now
         done = 0.0
@@ -1290,9 +1295,11 @@ class Run:
             f"{self._split}_bpb": f"{bpb:.6f}",
             "training_seconds": f"{training:.1f}",
             "trained_percent": f"{100 * self._trained:.1f}",
+            "startup_seconds": f"{self._startup:.1f}",
             "total_seconds": f"{monotonic() - self._started:.1f}",
             "peak_vram_mb": f"{memory:.1f}",
             "total_tokens_M": f"{self._tokens / 1e6:.6f}",  # to the token: the next edit's AUTORESEARCH_WORK
+            "epochs": f"{self._tokens / self.train_tokens:.3f}",
             "num_steps": f"{max(self._calls - 1, 0)}",
             "num_params_M": f"{sum(p.numel() for p in model.parameters()) / 1e6:.3f}",
         }
@@ -1303,15 +1310,16 @@ class Run:
             summary["depth"] = str(int(depth))
         lines = [f"{key + ':':17} {value}" for key, value in summary.items()]
         if self._trained < FULL_TRAINING:
-            print(
-                f"{HELD_UP}: training got {self._trained:.1%} of its time, so the number says little",
-                flush=True,
-            )
+            share = f"{self._trained:.1%}"
+            print(f"{HELD_UP}: training got {share} of its time, so the number says little", flush=True)
+        if self._tokens > self.train_tokens:
+            print(f"the text was too short: it was met {summary['epochs']} times; prepare more", flush=True)
         print("---", *lines, sep="\n", flush=True)
         if self._secret:
             result = {"metric": "val_bpb", "value": float(f"{bpb:.6f}"), "memory_mb": round(memory, 1), "trained": self._trained,
                       "work": self._tokens, "data": self._meta["fingerprint"], "told": self._was_told,
-                      "info": f"{summary['num_steps']} steps, {summary['total_tokens_M']} M tokens, {memory / 2**10:.1f} GB"}  # fmt: skip
+                      "info": f"{summary['num_steps']} steps, {summary['total_tokens_M']} M tokens, {memory / 2**10:.1f} GB, "
+                              f"{summary['startup_seconds']} s to the end of the first step"}  # fmt: skip
             print(signed_line(self._secret, result), flush=True)
 
 
