@@ -721,8 +721,8 @@ def pick_device():
         if torch.cuda.is_available():
             return torch.device("cuda")
     if said and os.environ.get("CUDA_VISIBLE_DEVICES") != "":
-        reason = f"{said[-1].message}".partition(" (Triggered")[0].strip()
-        raise SystemExit(f"torch, built for CUDA {torch.version.cuda}, can't use the GPU here: {reason} "
+        reason = f"{said[-1].message}".partition(" (Triggered")[0].rstrip(". ")
+        raise SystemExit(f"torch, built for CUDA {torch.version.cuda}, can't use the GPU here: {reason}. "
                          "To use the CPU instead: export CUDA_VISIBLE_DEVICES=")  # fmt: skip
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
@@ -763,7 +763,10 @@ def facts():
             f"this branch was measured on the data set {wanted}, not in {root}; bring it back, or begin anew with --tag"
         )
     folder = named[wanted] if wanted else newest(root)
-    name = device_name(device)
+    name, meta = device_name(device), read_meta(folder, ("train",))
+    if device.type == "cpu" and meta["seq_len"] == GPU_SIZES["seq_len"]:
+        raise SystemExit(f"{folder} was prepared for a GPU, and torch finds none: does nvidia-smi show it? If there is none, "
+                         "prepare the text again, in its smaller sizes for a CPU: python prepare.py")  # fmt: skip
     devices = {
         "cuda": [
             f"cuda:{n}" for n in range(torch.cuda.device_count()) if torch.cuda.get_device_name(n) == name
@@ -774,7 +777,7 @@ def facts():
     }
     return json.dumps({
         "metric": "val_bpb", "better": "lower", "edits": "train.py", "devices": devices.get(device.type, [device.type]),
-        "device": name, "software": f"torch {torch.__version__}", "data": read_meta(folder, ("train",))["fingerprint"],
+        "device": name, "software": f"torch {torch.__version__}", "data": meta["fingerprint"],
         "noise": NOISE[device.type], "api": API, "folder": str(folder.resolve()),
         "held_out": {split: str((folder / f"{split}.bin").resolve()) for split in ("val", "test")},
         "settings": {"MACHINE": name} | ({"PACE": noted or f"{measure_pace():.3g}"} if device.type == "cpu" else {}),

@@ -1,13 +1,15 @@
 """The GPU's path of train.py, the ruler and the loop, on a build of torch that knows no CUDA.
 
-main() runs as on a GPU, with small tensors of the CPU, and its graphs are counted. At its true sizes the model and a step of the
-optimizers run on fake CUDA tensors, which have shapes, types and devices but no numbers. Mutations that fail here, each tried:
+main() runs as on a GPU, with small tensors of the CPU, and its graphs are counted. At its true sizes the model and
+a step of the optimizers run on fake CUDA tensors, which have shapes, types and devices but no numbers. Mutations that
+fail here, each tried:
 
-    fits() hands the same tensor over twice; main() trains with another number of sequences than was tried; a learning rate is
-    an argument of the compiled iteration; model(x) is compiled apart from model(x, y); the rotary tables, the windows' blocks or
-    Muon's mean are made on the CPU; the rotary tables stay float32; values aren't cast to the activations' type; float32 weights
-    meet bfloat16 activations; the peak of memory isn't reset; a failed start of CUDA falls back to the CPU; the compiler
-    isn't looked for; the last line of a CUDA error is taken for its cause.
+    fits() hands the same tensor over twice; main() trains with another number of sequences than it tried; a learning
+    rate is an argument of the compiled iteration; preflight gets the model before it is compiled; the rotary tables,
+    the windows' blocks, Muon's mean or Adagrad's squares are made on the CPU; Muon's mean is bfloat16; the rotary
+    tables or values stay float32; weights aren't cast; logits stay bfloat16; 128 sequences are accumulated four times;
+    the peak of memory isn't reset; a GPU that torch can't use is replaced by the CPU; the compiler isn't looked for; a
+    text that is met twice isn't told of; the last line of CUDA's error, or one below an earlier traceback, is its cause.
 """
 
 import shutil
@@ -211,6 +213,14 @@ def test_a_gpu_that_torch_cannot_use_is_named_and_not_replaced_by_the_cpu(monkey
         prepare.pick_device()
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # a person who wants the CPU
     assert prepare.pick_device().type != "cuda"
+
+
+def test_a_text_that_was_prepared_for_a_gpu_is_not_measured_on_a_cpu(monkeypatch, data):
+    monkeypatch.setenv("AUTORESEARCH_DATA", str(data))
+    monkeypatch.setattr(prepare, "pick_device", lambda: torch.device("cpu"))
+    monkeypatch.setitem(prepare.GPU_SIZES, "seq_len", SIZES["seq_len"])
+    with pytest.raises(SystemExit, match="prepared for a GPU, and torch finds none: does nvidia-smi show it"):
+        prepare.facts()
 
 
 @pytest.mark.parametrize("compiler, headers", [("", True), ("gcc", False)])
