@@ -92,9 +92,7 @@ BATCH_DOCUMENTS = 64  # tokenized at a time: bounds memory
 PATTERN = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
 
 BUDGET = 300  # seconds of wall clock for the whole process, when the loop doesn't say
-TRAINING_SHARE = (
-    3 / 4
-)  # of the budget, for training on a GPU, by the wall clock; a cold compile fits into the rest
+TRAINING_SHARE = 3 / 4  # of the budget, for training on a GPU: a cold compile fits into the rest
 # A run on a CPU, with its start and evaluation, takes a third of its budget there: so it ends in time, with
 # all of its training, beside a busy process on the same core and one on its neighbour, which together make it
 # almost three times as slow.
@@ -116,33 +114,21 @@ SLOWNESS_SECONDS = 5.0  # wall clock over which it is seen how slow the machine 
 NOISE = {"cpu": 0.0015, "mps": 0.0015, "cuda": 0.0003}
 EXIT_SECONDS = 1.0  # kept free at the end, to print and exit
 EVAL_RESERVE = 1.5  # times the measured evaluation time is kept free
-USUAL_PASSES, MOST_PASSES = (
-    4,
-    6,
-)  # evaluation passes of as many tokens that a training step takes, and that it may take
+USUAL_PASSES, MOST_PASSES = 4, 6  # evaluation passes of as many tokens that a step takes, and may take
 FORGET = 0.02  # seconds by which the memory of a slow step fades in each second of training
-FREE_START = (
-    4.0  # seconds of work on a CPU, beside preflight's, before the first step: more is counted as training
-)
+FREE_START = 4.0  # seconds of work before the first step, on a CPU, beside preflight's; more is training
 OVERRUN = 0.02  # of the training time: more training than that is refused
 OVERRUN_SECONDS = 1.0  # nothing shorter is refused: weights may be swapped between the last step and finish()
 # A round of probes for a leak from the future: so many batches of text, each beside so many copies whose rows
 # change somewhere.
 PROBE_BATCHES, PROBE_COPIES = 3, 7
 MOST_ROUNDS = 5  # of probes, while what they saw is odd, but not certain
-ODD, CERTAIN = (
-    1e-2,
-    1e-6,
-)  # chances that an honest model shows what was seen: below, another round; below, refused
-# places before the change from which on a loss is one that the change can't reach by looking a few tokens
-# ahead
-FAR = 4
-LEAK_NATS, LEAK_SIGMAS = (
-    0.005,
-    4,
-)  # what the loss at a position may change by, when only what it mustn't see changed
-# times the unigram bits per byte: what starts below has learned before; initial biases don't get there
-WARM_START = 0.9
+# Chances that an honest model shows what was seen: below the first there is another round, below the second
+# the model is refused.
+ODD, CERTAIN = 1e-2, 1e-6
+FAR = 4  # places before the change: a loss there isn't reached by looking a few tokens ahead
+LEAK_NATS, LEAK_SIGMAS = 0.005, 4  # by which a loss may change when only what it mustn't see changed
+WARM_START = 0.9  # times the unigram bits per byte: what starts below has learned before
 LOSS_LOGITS = 2**25  # turned into float32 at a time: all of a batch would need more memory than training did
 LN2 = math.log(2)  # here, so that a train.py which replaces math.log moves nothing
 SANE_BPB = (0.05, 20)  # no honest model is outside
@@ -806,11 +792,8 @@ class WorkClock(threading.Thread):
         )
         self.places = torch.randperm(len(self.table), generator=generator).split(256)
         self.pace, self.most, self.stopped = pace, 0.0, False
-        self.samples = (
-            0,
-            0.0,
-            0.0,
-        )  # how many, the sum of their speeds (one over seconds), CPU seconds of this thread
+        # How many, the sum of their speeds (one over seconds), CPU seconds of this thread.
+        self.samples = 0, 0.0, 0.0
         self.began = process_time()
         self.start()
         atexit.register(self.stop)  # a thread that is still within torch when Python ends aborts the process
@@ -889,12 +872,8 @@ class Run:
     def __init__(self):
         settings, folder, self._meta, self._held = _taken.get("hold") or take_hold()
         self._started, self._budget, self._seed = settings.started, settings.budget, settings.seed
-        self._pace, self._rival, self._split, self._secret = (
-            settings.pace,
-            settings.rival,
-            settings.split,
-            settings.secret,
-        )
+        self._pace, self._rival = settings.pace, settings.rival
+        self._split, self._secret = settings.split, settings.secret
         self._folder, self._was_told = folder, settings.told
         self.seq_len, self.vocab_size, self._eval_rows = (
             self._meta[key] for key in ("seq_len", "vocab_size", "eval_rows")
@@ -1052,11 +1031,8 @@ class Run:
         if not self._rival or done <= 0:
             return done
         share = self._tokens / int(self._rival)
-        return (
-            share
-            if done < TOO_EARLY or abs(share / done - 1) < SAME_SPEED[self.device.type] / math.sqrt(done)
-            else done
-        )
+        same = abs(share / done - 1) < SAME_SPEED[self.device.type] / math.sqrt(done)
+        return share if same or done < TOO_EARLY else done
 
     def _left(self, work):
         """Seconds that the budget leaves after so many seconds of work, at the speed of the last
@@ -1246,9 +1222,7 @@ class Run:
         meta = read_meta(self._folder, ("train",))
         lengths = byte_lengths(read_tokenizer(self._folder / "tokenizer.tiktoken")).tolist()
         facts = (
-            meta["seq_len"],
-            meta["vocab_size"],
-            meta["eval_rows"],
+            *(meta[key] for key in ("seq_len", "vocab_size", "eval_rows")),
             meta["splits"]["train"]["tokens"],
             lengths,
         )
