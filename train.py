@@ -38,7 +38,9 @@ GPU = dict(
     logit_cap=15.0,  # logits are bent smoothly into plus or minus this; 0: they aren't
     micro_batch=128,  # sequences in one forward pass; halved until they fit in memory
     accumulation=1,  # forward passes in one optimizer step
+    matrix_init=0.68,  # deviation of the random matrices, times the square root of their input's width
     matrix_lr=0.04,  # Muon: the spectral norm of one update
+    matrix_decay=0.2,  # Muon: share of the weights, times the learning rate, that a step takes away
     embed_lr=0.9,  # AdamW: token and value embeddings
     head_lr=0.005,  # AdamW: output layer
     scalar_lr=0.02,  # AdamW: gates and mixes
@@ -56,7 +58,9 @@ CPU = dict(
     logit_cap=0.0,  # tanh of 2,048 logits a token would cost a fifth of a step
     micro_batch=4,
     accumulation=1,
+    matrix_init=1.0,
     matrix_lr=0.02,
+    matrix_decay=0.0,
     embed_lr=0.3,
     head_lr=0.01,
     ngram_lr=1.0,
@@ -81,11 +85,7 @@ def rotate(x, cos, sin):
 
 def window_mask(window, T, device):
     """flex_attention's blocks, for each position to see itself and the window - 1 before it."""
-
-    def visible(b, h, q, k):
-        return (k <= q) & (q - k < window)
-
-    return create_block_mask(visible, None, None, T, T, device)
+    return create_block_mask(lambda b, h, q, k: (k <= q) & (q - k < window), None, None, T, T, device)
 
 
 def attend(q, k, v, mask):
@@ -170,17 +170,17 @@ class GPT(nn.Module):
         self.windows = [short if i % sizes.long_every else T for i in range(1, sizes.depth + 1)]
         self.windows[-1] = T
         self.masks = [window_mask(window, T, device) if window < T else None for window in self.windows]
-        self.initialize()
+        self.initialize(sizes)
 
     @torch.no_grad()
-    def initialize(self):
+    def initialize(self, sizes):
         """Draws each matrix from a generator of its own, by seed and name: adding one changes no other."""
         for name, module in self.named_modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 generator = torch.Generator().manual_seed(torch.initial_seed() + zlib.crc32(name.encode()))
                 weight = torch.randn(module.weight.shape, generator=generator, device="cpu")
                 if isinstance(module, nn.Linear):
-                    weight *= module.in_features**-0.5
+                    weight *= sizes.matrix_init * module.in_features**-0.5
                 if name.endswith(("out", "down", "head")):
                     weight *= 0  # at first a block adds nothing, and all tokens are equally likely
                 module.weight.copy_(weight)
@@ -230,8 +230,8 @@ class Muon(torch.optim.Optimizer):
     of that width, which are orthogonalised as one batch.
     """
 
-    def __init__(self, matrices, lr, dtype, orthogonalize):
-        super().__init__(matrices, dict(lr=lr))
+    def __init__(self, matrices, lr, decay, dtype, orthogonalize):
+        super().__init__(matrices, dict(lr=lr, decay=decay))
         self.width, self.dtype, self.orthogonalize = min(matrices[0].shape), dtype, orthogonalize
         self.mean = torch.zeros_like(self.squares(matrices))
 
@@ -249,6 +249,7 @@ class Muon(torch.optim.Optimizer):
         self.mean.lerp_(gradient, 1 / (1 + MUON_MEAN))
         update = gradient.lerp(self.mean, 1 - 1 / (1 + MUON_MEAN))  # Nesterov: as if a step ahead
         update = group["lr"] * self.orthogonalize(update.to(self.dtype)).float()
+        torch._foreach_mul_(group["params"], 1 - group["lr"] * group["decay"])
         views = [self.cut(matrix) for matrix in group["params"]]
         for view, part in zip(views, update.split([len(view.flatten(0, 1)) for view in views]), strict=True):
             view -= part.view_as(view)
@@ -288,7 +289,7 @@ def make_optimizers(model, sizes, compiled):
     return [
         torch.optim.AdamW(groups, betas=betas, eps=1e-10, weight_decay=0.0, fused=True),
         RowAdagrad(model.ngrams, sizes.ngram_lr),
-        Muon(matrices, sizes.matrix_lr, model.dtype, compiled(orthogonalize)),
+        Muon(matrices, sizes.matrix_lr, sizes.matrix_decay, model.dtype, compiled(orthogonalize)),
     ]
 
 
@@ -333,8 +334,6 @@ def main():
     sizes = SimpleNamespace(**(GPU if on_gpu else CPU))
     # Without graph breaks on a GPU; on a CPU a cold compile costs more than it brings at these budgets.
     compiled = partial(torch.compile, dynamic=False, fullgraph=True) if on_gpu else lambda code: code
-    if on_gpu:  # on a CPU float32 products stay float32
-        torch.set_float32_matmul_precision("high")
     with torch.device(run.device):
         model = GPT(sizes, run.vocab_size, run.seq_len, run.device)
     optimizers = make_optimizers(model, sizes, compiled)

@@ -77,7 +77,6 @@ def causal(q, k, v, block_mask):
 @pytest.fixture
 def run_main(monkeypatch):
     """run_main(most_rows) -> (a StandIn that main() trained with, the rows of each graph that was compiled, in order)."""
-    precision = torch.get_float32_matmul_precision()
 
     def run_main(most_rows=99):
         run, graphs = StandIn(LikeCuda("cpu"), seq_len=16, vocab_size=300, eval_rows=8), []
@@ -109,7 +108,6 @@ def run_main(monkeypatch):
         return run, graphs
 
     yield run_main
-    torch.set_float32_matmul_precision(precision)
     torch.compiler.reset()
 
 
@@ -165,7 +163,7 @@ def fake_cuda(monkeypatch):
 
     for kind in (torch.nn.Linear, torch.nn.Embedding):
         monkeypatch.setattr(kind, "reset_parameters", lambda self: None)
-    monkeypatch.setattr(train.GPT, "initialize", lambda self: None)  # numbers, which fake tensors don't have
+    monkeypatch.setattr(train.GPT, "initialize", lambda self, sizes: None)  # numbers, which aren't there
     monkeypatch.setattr(torch.Tensor, "__getitem__", getitem)
     monkeypatch.setattr(torch.Tensor, "__setitem__", setitem)
     monkeypatch.setattr(train, "create_block_mask", create_block_mask)
