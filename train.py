@@ -40,7 +40,6 @@ GPU = dict(
     accumulation=1,  # forward passes in one optimizer step
     matrix_init=0.68,  # deviation of the random matrices, times the square root of their input's width
     matrix_lr=0.04,  # Muon: the spectral norm of one update
-    matrix_decay=0.2,  # Muon: share of the weights, times the learning rate, that a step takes away
     embed_lr=0.9,  # AdamW: token and value embeddings
     head_lr=0.005,  # AdamW: output layer
     scalar_lr=0.02,  # AdamW: gates and mixes
@@ -60,7 +59,6 @@ CPU = dict(
     accumulation=1,
     matrix_init=1.0,
     matrix_lr=0.02,
-    matrix_decay=0.0,
     embed_lr=0.3,
     head_lr=0.01,
     ngram_lr=1.0,
@@ -230,8 +228,8 @@ class Muon(torch.optim.Optimizer):
     of that width, which are orthogonalised as one batch.
     """
 
-    def __init__(self, matrices, lr, decay, dtype, orthogonalize):
-        super().__init__(matrices, dict(lr=lr, decay=decay))
+    def __init__(self, matrices, lr, dtype, orthogonalize):
+        super().__init__(matrices, dict(lr=lr))
         self.width, self.dtype, self.orthogonalize = min(matrices[0].shape), dtype, orthogonalize
         self.mean = torch.zeros_like(self.squares(matrices))
 
@@ -249,7 +247,6 @@ class Muon(torch.optim.Optimizer):
         self.mean.lerp_(gradient, 1 / (1 + MUON_MEAN))
         update = gradient.lerp(self.mean, 1 - 1 / (1 + MUON_MEAN))  # Nesterov: as if a step ahead
         update = group["lr"] * self.orthogonalize(update.to(self.dtype)).float()
-        torch._foreach_mul_(group["params"], 1 - group["lr"] * group["decay"])
         views = [self.cut(matrix) for matrix in group["params"]]
         for view, part in zip(views, update.split([len(view.flatten(0, 1)) for view in views]), strict=True):
             view -= part.view_as(view)
@@ -289,7 +286,7 @@ def make_optimizers(model, sizes, compiled):
     return [
         torch.optim.AdamW(groups, betas=betas, eps=1e-10, weight_decay=0.0, fused=True),
         RowAdagrad(model.ngrams, sizes.ngram_lr),
-        Muon(matrices, sizes.matrix_lr, sizes.matrix_decay, model.dtype, compiled(orthogonalize)),
+        Muon(matrices, sizes.matrix_lr, model.dtype, compiled(orthogonalize)),
     ]
 
 
@@ -334,6 +331,8 @@ def main():
     sizes = SimpleNamespace(**(GPU if on_gpu else CPU))
     # Without graph breaks on a GPU; on a CPU a cold compile costs more than it brings at these budgets.
     compiled = partial(torch.compile, dynamic=False, fullgraph=True) if on_gpu else lambda code: code
+    if on_gpu:  # on a CPU float32 products stay float32
+        torch.set_float32_matmul_precision("high")
     with torch.device(run.device):
         model = GPT(sizes, run.vocab_size, run.seq_len, run.device)
     optimizers = make_optimizers(model, sizes, compiled)

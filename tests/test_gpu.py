@@ -77,6 +77,7 @@ def causal(q, k, v, block_mask):
 @pytest.fixture
 def run_main(monkeypatch):
     """run_main(most_rows) -> (a StandIn that main() trained with, the rows of each graph that was compiled, in order)."""
+    precision = torch.get_float32_matmul_precision()
 
     def run_main(most_rows=99):
         run, graphs = StandIn(LikeCuda("cpu"), seq_len=16, vocab_size=300, eval_rows=8), []
@@ -108,6 +109,7 @@ def run_main(monkeypatch):
         return run, graphs
 
     yield run_main
+    torch.set_float32_matmul_precision(precision)
     torch.compiler.reset()
 
 
