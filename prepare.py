@@ -36,6 +36,7 @@ import resource
 import shutil
 import signal
 import sys
+import sysconfig
 import tempfile
 import threading
 import traceback
@@ -91,9 +92,7 @@ BATCH_DOCUMENTS = 64  # tokenized at a time: bounds memory
 PATTERN = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
 
 BUDGET = 300  # seconds of wall clock for the whole process, when the loop doesn't say
-TRAINING_SHARE = (
-    3 / 4
-)  # of the budget, for training on a GPU, by the wall clock; a cold compile fits into the rest
+TRAINING_SHARE = 3 / 4  # of the budget, for training on a GPU: a cold compile fits into the rest
 # A run on a CPU, with its start and evaluation, takes a third of its budget there: so it ends in time, with
 # all of its training, beside a busy process on the same core and one on its neighbour, which together make it
 # almost three times as slow.
@@ -115,33 +114,21 @@ SLOWNESS_SECONDS = 5.0  # wall clock over which it is seen how slow the machine 
 NOISE = {"cpu": 0.0015, "mps": 0.0015, "cuda": 0.0003}
 EXIT_SECONDS = 1.0  # kept free at the end, to print and exit
 EVAL_RESERVE = 1.5  # times the measured evaluation time is kept free
-USUAL_PASSES, MOST_PASSES = (
-    4,
-    6,
-)  # evaluation passes of as many tokens that a training step takes, and that it may take
+USUAL_PASSES, MOST_PASSES = 4, 6  # evaluation passes of as many tokens that a step takes, and may take
 FORGET = 0.02  # seconds by which the memory of a slow step fades in each second of training
-FREE_START = (
-    4.0  # seconds of work on a CPU, beside preflight's, before the first step: more is counted as training
-)
+FREE_START = 4.0  # seconds of work before the first step, on a CPU, beside preflight's; more is training
 OVERRUN = 0.02  # of the training time: more training than that is refused
 OVERRUN_SECONDS = 1.0  # nothing shorter is refused: weights may be swapped between the last step and finish()
 # A round of probes for a leak from the future: so many batches of text, each beside so many copies whose rows
 # change somewhere.
 PROBE_BATCHES, PROBE_COPIES = 3, 7
 MOST_ROUNDS = 5  # of probes, while what they saw is odd, but not certain
-ODD, CERTAIN = (
-    1e-2,
-    1e-6,
-)  # chances that an honest model shows what was seen: below, another round; below, refused
-# places before the change from which on a loss is one that the change can't reach by looking a few tokens
-# ahead
-FAR = 4
-LEAK_NATS, LEAK_SIGMAS = (
-    0.005,
-    4,
-)  # what the loss at a position may change by, when only what it mustn't see changed
-# times the unigram bits per byte: what starts below has learned before; initial biases don't get there
-WARM_START = 0.9
+# Chances that an honest model shows what was seen: below the first there is another round, below the second
+# the model is refused.
+ODD, CERTAIN = 1e-2, 1e-6
+FAR = 4  # places before the change: a loss there isn't reached by looking a few tokens ahead
+LEAK_NATS, LEAK_SIGMAS = 0.005, 4  # by which a loss may change when only what it mustn't see changed
+WARM_START = 0.9  # times the unigram bits per byte: what starts below has learned before
 LOSS_LOGITS = 2**25  # turned into float32 at a time: all of a batch would need more memory than training did
 LN2 = math.log(2)  # here, so that a train.py which replaces math.log moves nothing
 SANE_BPB = (0.05, 20)  # no honest model is outside
@@ -714,9 +701,25 @@ def device_name(device):
 
 
 def pick_device():
-    if torch.cuda.is_available():
-        return torch.device("cuda")
+    """The device to run on. A GPU that torch can't use ends the process: torch only warns, and takes the CPU."""
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+    if said and os.environ.get("CUDA_VISIBLE_DEVICES") != "":
+        reason = f"{said[-1].message}".partition(" (Triggered")[0].rstrip(". ")
+        raise SystemExit(f"torch, built for CUDA {torch.version.cuda}, can't use the GPU here: {reason}. "
+                         "To use the CPU instead: export CUDA_VISIBLE_DEVICES=")  # fmt: skip
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def check_compiler():
+    """Ends the process where Triton, which torch.compile uses on a GPU, couldn't build its launchers."""
+    headers = Path(sysconfig.get_paths("posix_prefix")["include"], "Python.h")
+    if not (shutil.which("gcc") or shutil.which("clang")) or not headers.exists():
+        raise SystemExit(
+            f"compiling for a GPU needs a C compiler and {headers}, as from apt install gcc python3-dev"
+        )
 
 
 def facts():
@@ -728,6 +731,8 @@ def facts():
     constants of train.py that a search leaves alone.
     """
     device, noted = pick_device(), os.environ.get("AUTORESEARCH_PACE")
+    if device.type == "cuda":
+        check_compiler()
     torch.ones(8, 8, device=device).mm(torch.ones(8, 8, device=device)).sum().item()  # does it compute?
     root, wanted = data_root(), os.environ.get("AUTORESEARCH_FINGERPRINT")
     itself = read_meta(root, ("train",))
@@ -744,7 +749,10 @@ def facts():
             f"this branch was measured on the data set {wanted}, not in {root}; bring it back, or begin anew with --tag"
         )
     folder = named[wanted] if wanted else newest(root)
-    name = device_name(device)
+    name, meta = device_name(device), read_meta(folder, ("train",))
+    if device.type == "cpu" and meta["seq_len"] == GPU_SIZES["seq_len"]:
+        raise SystemExit(f"{folder} was prepared for a GPU, and torch finds none: does nvidia-smi show it? If there is none, "
+                         "prepare the text again, in its smaller sizes for a CPU: python prepare.py")  # fmt: skip
     devices = {
         "cuda": [
             f"cuda:{n}" for n in range(torch.cuda.device_count()) if torch.cuda.get_device_name(n) == name
@@ -755,7 +763,7 @@ def facts():
     }
     return json.dumps({
         "metric": "val_bpb", "better": "lower", "edits": "train.py", "devices": devices.get(device.type, [device.type]),
-        "device": name, "software": f"torch {torch.__version__}", "data": read_meta(folder, ("train",))["fingerprint"],
+        "device": name, "software": f"torch {torch.__version__}", "data": meta["fingerprint"],
         "noise": NOISE[device.type], "api": API, "folder": str(folder.resolve()),
         "held_out": {split: str((folder / f"{split}.bin").resolve()) for split in ("val", "test")},
         "settings": {"MACHINE": name} | ({"PACE": noted or f"{measure_pace():.3g}"} if device.type == "cpu" else {}),
@@ -784,11 +792,8 @@ class WorkClock(threading.Thread):
         )
         self.places = torch.randperm(len(self.table), generator=generator).split(256)
         self.pace, self.most, self.stopped = pace, 0.0, False
-        self.samples = (
-            0,
-            0.0,
-            0.0,
-        )  # how many, the sum of their speeds (one over seconds), CPU seconds of this thread
+        # How many, the sum of their speeds (one over seconds), CPU seconds of this thread.
+        self.samples = 0, 0.0, 0.0
         self.began = process_time()
         self.start()
         atexit.register(self.stop)  # a thread that is still within torch when Python ends aborts the process
@@ -867,12 +872,8 @@ class Run:
     def __init__(self):
         settings, folder, self._meta, self._held = _taken.get("hold") or take_hold()
         self._started, self._budget, self._seed = settings.started, settings.budget, settings.seed
-        self._pace, self._rival, self._split, self._secret = (
-            settings.pace,
-            settings.rival,
-            settings.split,
-            settings.secret,
-        )
+        self._pace, self._rival = settings.pace, settings.rival
+        self._split, self._secret = settings.split, settings.secret
         self._folder, self._was_told = folder, settings.told
         self.seq_len, self.vocab_size, self._eval_rows = (
             self._meta[key] for key in ("seq_len", "vocab_size", "eval_rows")
@@ -889,34 +890,23 @@ class Run:
         _sealed.add(os.path.realpath(folder / "train.bin"))
         self._lengths = torch.from_numpy(byte_lengths(read_tokenizer(folder / "tokenizer.tiktoken")))
         self._iterators = self._tokens = 0  # made by batches(), drawn from them
-        self._work, self._allowance = (
-            monotonic,
-            TRAINING_SHARE * self._budget,
-        )  # training's clock; its seconds for training
+        # Training's clock, and its seconds for training.
+        self._work, self._allowance = monotonic, TRAINING_SHARE * self._budget
         if self.device.type == "cpu":
             torch.set_num_threads(1)
             keep_freed_memory()
             self._work = WorkClock(float(self._pace) if self._pace else None)
             self._allowance = max(CPU_SHARE * self._budget - CPU_OVERHEAD, LEAST_SHARE * self._budget)
-        self._first_batch = self._clock = self._told = (
-            None  # times of training's clock: first batch, its start, progress() said 1
-        )
-        self._done, self._trained = (
-            0.0,
-            1.0,
-        )  # shares of the allowance: told last, and given to training in all
+        # By training's clock: the first batch, the start of training, when progress() said 1.
+        self._first_batch = self._clock = self._told = None
+        # Shares of the allowance: told last, and given to training in all.
+        self._done, self._trained = 0.0, 1.0
         self._calls = self._first_step_tokens = 0  # of progress(); drawn in the first step
-        self._last_call, self._slowest_step, self._event = (
-            0.0,
-            0.0,
-            None,
-        )  # time of the last progress(); seconds of work
-        self._marks = deque(
-            [(monotonic(), self._work())]
-        )  # of the last SLOWNESS_SECONDS: wall clock and work
-        self._pass_seconds = self._eval_seconds = (
-            None  # of work: for one evaluation batch; kept free for evaluation
-        )
+        self._last_call = self._slowest_step = 0.0  # time of the last progress(); seconds of work
+        self._startup = 0.0  # wall clock from the start of the process to the end of the first step
+        self._event = None  # the end of the step before, on CUDA
+        self._marks = deque([(monotonic(), self._work())])  # of the last SLOWNESS_SECONDS: wall clock, work
+        self._pass_seconds = self._eval_seconds = None  # of work: for a batch of evaluation, for all of it
         self._model = None  # from preflight() until training begins
         self._logged = -math.inf
         self._start = -self._work()  # becomes the seconds of work before the first step, without preflight's
@@ -998,25 +988,22 @@ class Run:
         now, self._calls = self._work(), self._calls + 1
         if self._calls == 1:
             self._start += now
+            if self.device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats()  # of what train.py tried before, and didn't fit
         if self._calls > 1:
             step = now - self._last_call
             if self._calls == 2:
-                # The first step may have compiled: what the next ones take follows from the tokens that it
-                # drew.
+                # The first step may have compiled: what the next ones take follows from the tokens it drew.
                 passes = self._pass_seconds * self._tokens / (self._eval_rows * self.seq_len)
-                early = (
-                    max(self._start - FREE_START, 0) if self.device.type == "cpu" else 0.0
-                )  # nothing compiles there
-                self._clock, self._first_step_tokens = (
-                    now - min(step, USUAL_PASSES * passes) - early,
-                    self._tokens,
-                )
+                # On a CPU nothing compiles: there a long start is training.
+                early = max(self._start - FREE_START, 0) if self.device.type == "cpu" else 0.0
+                self._clock = now - min(step, USUAL_PASSES * passes) - early
+                self._startup, self._first_step_tokens = monotonic() - self._started, self._tokens
                 step = min(step, MOST_PASSES * passes)
             if self._calls == 3 and 3 * self._first_step_tokens > 2 * self._tokens:
                 self._clock = self._first_batch
-            faded = (
-                self._slowest_step - FORGET * step if self._calls != 4 else 0.0
-            )  # two steps are known: nothing is guessed
+            # At the fourth call two steps are known, and nothing is guessed any more.
+            faded = self._slowest_step - FORGET * step if self._calls != 4 else 0.0
             self._slowest_step = max(step, faded)
         self._last_call = now
         done = 0.0
@@ -1044,11 +1031,8 @@ class Run:
         if not self._rival or done <= 0:
             return done
         share = self._tokens / int(self._rival)
-        return (
-            share
-            if done < TOO_EARLY or abs(share / done - 1) < SAME_SPEED[self.device.type] / math.sqrt(done)
-            else done
-        )
+        same = abs(share / done - 1) < SAME_SPEED[self.device.type] / math.sqrt(done)
+        return share if same or done < TOO_EARLY else done
 
     def _left(self, work):
         """Seconds that the budget leaves after so many seconds of work, at the speed of the last
@@ -1238,9 +1222,7 @@ class Run:
         meta = read_meta(self._folder, ("train",))
         lengths = byte_lengths(read_tokenizer(self._folder / "tokenizer.tiktoken")).tolist()
         facts = (
-            meta["seq_len"],
-            meta["vocab_size"],
-            meta["eval_rows"],
+            *(meta[key] for key in ("seq_len", "vocab_size", "eval_rows")),
             meta["splits"]["train"]["tokens"],
             lengths,
         )
@@ -1290,9 +1272,11 @@ class Run:
             f"{self._split}_bpb": f"{bpb:.6f}",
             "training_seconds": f"{training:.1f}",
             "trained_percent": f"{100 * self._trained:.1f}",
+            "startup_seconds": f"{self._startup:.1f}",
             "total_seconds": f"{monotonic() - self._started:.1f}",
             "peak_vram_mb": f"{memory:.1f}",
             "total_tokens_M": f"{self._tokens / 1e6:.6f}",  # to the token: the next edit's AUTORESEARCH_WORK
+            "epochs": f"{self._tokens / self.train_tokens:.3f}",
             "num_steps": f"{max(self._calls - 1, 0)}",
             "num_params_M": f"{sum(p.numel() for p in model.parameters()) / 1e6:.3f}",
         }
@@ -1303,15 +1287,16 @@ class Run:
             summary["depth"] = str(int(depth))
         lines = [f"{key + ':':17} {value}" for key, value in summary.items()]
         if self._trained < FULL_TRAINING:
-            print(
-                f"{HELD_UP}: training got {self._trained:.1%} of its time, so the number says little",
-                flush=True,
-            )
+            share = f"{self._trained:.1%}"
+            print(f"{HELD_UP}: training got {share} of its time, so the number says little", flush=True)
+        if self._tokens > self.train_tokens:
+            print(f"the text was too short: it was met {summary['epochs']} times; prepare more", flush=True)
         print("---", *lines, sep="\n", flush=True)
         if self._secret:
             result = {"metric": "val_bpb", "value": float(f"{bpb:.6f}"), "memory_mb": round(memory, 1), "trained": self._trained,
                       "work": self._tokens, "data": self._meta["fingerprint"], "told": self._was_told,
-                      "info": f"{summary['num_steps']} steps, {summary['total_tokens_M']} M tokens, {memory / 2**10:.1f} GB"}  # fmt: skip
+                      "info": f"{summary['num_steps']} steps, {summary['total_tokens_M']} M tokens, {memory / 2**10:.1f} GB, "
+                              f"{summary['startup_seconds']} s to the end of the first step"}  # fmt: skip
             print(signed_line(self._secret, result), flush=True)
 
 

@@ -36,8 +36,9 @@ GPU = dict(
     long_every=5,  # every n-th layer and the last one look back over the whole sequence
     rope_base=200_000.0,  # radians: about the longest rotary wavelength, in tokens
     logit_cap=15.0,  # logits are bent smoothly into plus or minus this; 0: they aren't
-    micro_batch=32,  # sequences in one forward pass
-    accumulation=4,  # forward passes in one optimizer step
+    micro_batch=128,  # sequences in one forward pass; halved until they fit in memory
+    accumulation=1,  # forward passes in one optimizer step
+    matrix_init=0.68,  # deviation of the random matrices, times the square root of their input's width
     matrix_lr=0.04,  # Muon: the spectral norm of one update
     embed_lr=0.9,  # AdamW: token and value embeddings
     head_lr=0.005,  # AdamW: output layer
@@ -56,6 +57,7 @@ CPU = dict(
     logit_cap=0.0,  # tanh of 2,048 logits a token would cost a fifth of a step
     micro_batch=4,
     accumulation=1,
+    matrix_init=1.0,
     matrix_lr=0.02,
     embed_lr=0.3,
     head_lr=0.01,
@@ -75,18 +77,13 @@ def earlier(x, by=1):
 
 
 def rotate(x, cos, sin):
-    """Rotary position embedding (Su et al., arXiv 2104.09864) of x (B, heads, T, head_dim)."""
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
+    """Rotary position embedding (Su et al., arXiv 2104.09864) of x (B, T, heads, head_dim)."""
+    return x * cos + x.roll(x.size(-1) // 2, dims=-1) * sin  # half of the signs are in sin
 
 
 def window_mask(window, T, device):
     """flex_attention's blocks, for each position to see itself and the window - 1 before it."""
-
-    def visible(b, h, q, k):
-        return (k <= q) & (q - k < window)
-
-    return create_block_mask(visible, None, None, T, T, device)
+    return create_block_mask(lambda b, h, q, k: (k <= q) & (q - k < window), None, None, T, T, device)
 
 
 def attend(q, k, v, mask):
@@ -118,10 +115,10 @@ class Attention(nn.Module):
         v = v + self.value_gate * self.values(ids).to(x.dtype).view_as(v)
         # Half of the heads look for what came before a token and read the token: "what followed, last time?"
         # Usually that takes two layers (induction heads, Olsson et al., arXiv 2209.11895); here one.
-        half = self.heads // 2
+        q, k, half = norm(q), norm(k), self.heads // 2
         k = torch.cat((earlier(k[:, :, :half]), k[:, :, half:]), dim=2)
-        q, k = (rotate(norm(z).transpose(1, 2), *rotary) for z in (q, k))  # (B, heads, T, head_dim)
-        y = attend(q, k, v.transpose(1, 2), mask)
+        q, k = rotate(q, *rotary), rotate(k, *rotary)
+        y = attend(*(z.transpose(1, 2) for z in (q, k, v)), mask)  # (B, heads, T, head_dim)
         return self.out(y.transpose(1, 2).reshape(B, T, C))
 
 
@@ -164,23 +161,24 @@ class GPT(nn.Module):
         self.head = Linear(width, vocab_size, bias=False)
         self.logit_cap = sizes.logit_cap
         frequency = sizes.rope_base ** -torch.linspace(0, 1, sizes.head_dim // 2)
-        angle = torch.outer(torch.arange(T), frequency)  # (T, head_dim / 2)
-        self.rotary = angle.cos().to(self.dtype), angle.sin().to(self.dtype)
+        angle = torch.outer(torch.arange(T), frequency)[:, None]  # (T, 1, head_dim / 2)
+        cos, sin = angle.cos().to(self.dtype), angle.sin().to(self.dtype)
+        self.rotary = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)  # each (T, 1, head_dim)
         short = min(sizes.short_window, T) if device.type == "cuda" else T  # elsewhere a window saves nothing
         self.windows = [short if i % sizes.long_every else T for i in range(1, sizes.depth + 1)]
         self.windows[-1] = T
         self.masks = [window_mask(window, T, device) if window < T else None for window in self.windows]
-        self.initialize()
+        self.initialize(sizes)
 
     @torch.no_grad()
-    def initialize(self):
+    def initialize(self, sizes):
         """Draws each matrix from a generator of its own, by seed and name: adding one changes no other."""
         for name, module in self.named_modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 generator = torch.Generator().manual_seed(torch.initial_seed() + zlib.crc32(name.encode()))
                 weight = torch.randn(module.weight.shape, generator=generator, device="cpu")
                 if isinstance(module, nn.Linear):
-                    weight *= module.in_features**-0.5
+                    weight *= sizes.matrix_init * module.in_features**-0.5
                 if name.endswith(("out", "down", "head")):
                     weight *= 0  # at first a block adds nothing, and all tokens are equally likely
                 module.weight.copy_(weight)
@@ -247,9 +245,7 @@ class Muon(torch.optim.Optimizer):
         (group,) = self.param_groups
         gradient = self.squares([matrix.grad for matrix in group["params"]])
         self.mean.lerp_(gradient, 1 / (1 + MUON_MEAN))
-        update = gradient.lerp(
-            self.mean, 1 - 1 / (1 + MUON_MEAN)
-        )  # Nesterov: as if the mean were a step ahead
+        update = gradient.lerp(self.mean, 1 - 1 / (1 + MUON_MEAN))  # Nesterov: as if a step ahead
         update = group["lr"] * self.orthogonalize(update.to(self.dtype)).float()
         views = [self.cut(matrix) for matrix in group["params"]]
         for view, part in zip(views, update.split([len(view.flatten(0, 1)) for view in views]), strict=True):

@@ -77,6 +77,15 @@ def test_no_logit_sees_a_later_token():
     assert difference[:9].max() == 0 and difference[9:].min() > 0
 
 
+def test_what_rotary_embedding_does_to_a_query_and_a_key_depends_on_their_distance_alone():
+    model, _ = make()
+    q, k = torch.randn(2, 8, generator=torch.Generator().manual_seed(1))
+    q, k = (train.rotate(z.expand(1, T, 1, 8), *model.rotary)[0, :, 0] for z in (q, k))
+    products = q @ k.T
+    torch.testing.assert_close(products[1:, 1:], products[:-1, :-1])
+    assert products[:, 0].std() > 0.01
+
+
 def start(seed=0, **changes):
     return dict(make(seed=seed, **changes)[0].named_parameters())
 
