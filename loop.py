@@ -187,25 +187,57 @@ class Refused(Exception):
 
 INVISIBLE = r"\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u202a-\u202e\u2060-\u2069\ud800-\udfff\ufeff"
 CONTROL = re.compile(rf"\x1b\[[0-?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)|[{INVISIBLE}]")
-# From a tag, or from the start if that is missing, to the last end before the next tag; or all of it.
+# Servers leave a model's thinking in its text, each in tags of its own: <think>, [THINK], <|channel>thought,
+# <details type="reasoning">. Harmony's final channel ends it, also where its special tokens were taken out.
+NAME = (
+    r"[\w:.-]*(?:think|thought|reason|reflect|analy[sz]|scratch|monolog|ponder|delib|draft|details)[\w:.-]*"
+)
+LOUD = r"[A-Z_]*(?:THINK|THOUGHT|REASON)[A-Z_]*"
 THINKING = re.compile(
-    r"(?:\A|<think(?:ing)?>)(?:(?!<think).)*</think(?:ing)?>|<think(?:ing)?>.*\Z", re.DOTALL
+    rf"(?i:[<◁][|｜]?(?!/|end){NAME}(?:\s[^<>\n]*)?[|｜]?[>▷])|\[(?!END){LOUD}\]"
+    r"|<\|channel\|?>\s*(?!final)\w+|<unused94>"
+)
+THOUGHT = re.compile(
+    rf"(?i:[<◁][|｜]?(?:/|end){NAME}\s*[|｜]?[>▷])|\[(?:/|END){LOUD}\]|<channel\|>|<unused95>"
+    r"|<\|channel\|>\s*final\b[^\n]*?<\|message\|>|assistantfinal"
+)
+TAG = r"</?[^\s<>]{1,40}>|\[/?[A-Z_]+\]"
+END_OF_TURN = re.compile(
+    r"<[|｜](?:im_end|eo[tm]_id|return|end|end\w*(?:text|turn|sentence)\w*)[|｜]>|</s>|<eos>|<end_of_turn>|<turn\|>",
+    re.I,
 )
 # Each part ends at the next marker line, whichever it is: so a reply of markers alone is read in one go.
-PART = r"((?:(?![ \t]*(?:<{5,9}[ \t]*SEARCH|={5,9}|>{5,9}[ \t]*REPLACE)[ \t]*$).*\n)*)"
+# Behind the last marker may stand what a server appends: special tokens, a fence.
 OPENING, DIVIDER, CLOSING = (
-    rf"[ \t]*{text}[ \t]*" for text in ("<{5,9}[ \t]*SEARCH", "={5,9}", ">{5,9}[ \t]*REPLACE")
+    rf"[ \t]*{text}[ \t]*"
+    for text in ("<{5,9}[ \t]*SEARCH", "={5,9}", rf">{{5,9}}[ \t]*REPLACE(?:{TAG}|[ \t`])*")
 )
+PART = rf"((?:(?!(?:{OPENING}|{DIVIDER}|{CLOSING})$).*\n)*)"
 BLOCK = re.compile(rf"^{OPENING}\n{PART}{DIVIDER}\n{PART}{CLOSING}$", re.M)
 MARKER = re.compile(
-    r"^[ \t>]*(([<>])\2{3}|<\|\w+\|>|[-+<>=]{3,}\s*(SEARCH|REPLACE|ORIGINAL|UPDATED|HEAD)\b).*", re.I | re.M
+    r"^[ \t>]*(([<>])\2{3}|[-+<>=]{3,}\s*(SEARCH|REPLACE|ORIGINAL|UPDATED|HEAD)\b).*", re.I | re.M
 )
-FENCE = re.compile(r"^```[^\n]*\n((?:(?!```).*\n)*)```[ \t]*$", re.MULTILINE)
-FILENAME = re.compile(r"[\s#*`]*([\w./-]+\.\w+)[\s*`:]*")
-NOTE = re.compile(r"[\s#*]*(IDEA|LESSON)[\s*]*:(.+)", re.IGNORECASE)
+FENCE = re.compile(rf"^```[^\n]*\n((?:(?!```).*\n)*)```(?:{TAG}|[ \t])*$", re.MULTILINE)
+# By its suffix: `torch.compile`, `CPU.mlp_ratio` and `0.02` are headings as well.
+FILENAME = re.compile(
+    r"[\s#*`]*([\w./-]+\.(?:py|md|txt|tsv|csv|toml|json|ya?ml|cfg|sh|ipynb|cu|cpp))[\s*`:]*"
+)
+NOTE = re.compile(r"[ \t#*]*(IDEA|LESSON)[ \t*]*:(.+)", re.IGNORECASE)
+# A comment that stands for code left out, in any language: a run of it would be of something else.
 ELISION = re.compile(
-    r"(.*[:#])?\s*(\.\.\.|…)|.*#.*\b(unchanged|no changes?|rest of|as before|the same\W*$|existing code)",
+    r"(.*[:#])?\s*(\.\.\.|…)|.*#.*(\b(un(changed|modified|altered)|omitted|elided|snip|truncated\W*$|brevity"
+    r"|no (other )?changes?|rest\b|as (before|above)\b|everything else|(the )?same\W*$"
+    r"|(keep|leave) (the |all )*(other|rest|remain|every|same|exist|orig|as)"
+    r"|(existing|remaining|previous|original|same|other|more) (code|lines?)"
+    r"|restlich|übrig|unveränder|wie (bisher|oben)|ausgelassen|reste\b|inchang|omis\b|resto\b|restante"
+    r"|sin cambios|igual|invariat|omess|inalterad|overige|ongewijzigd|bez zmian|остальн|без изменен|прежн)"
+    r"|其余|剩余|省略|不变|不變|同上|原有|残り|変更なし|そのまま|既存|나머지|생략|그대로|기존)",
     re.I,
+)
+ABBREVIATED = "The code is abbreviated ('{}'): write it out; what isn't quoted stays."
+UNCLEAR = (
+    "It isn't clear what of this is the answer and what a draft: send one IDEA with its blocks, outside of "
+    "any tag, or one whole file."
 )
 FORM = (
     "Answer with IDEA: and SEARCH/REPLACE blocks as described, or with the whole file in one ```python fence."
@@ -235,11 +267,14 @@ def parse_reply(reply, name="train.py"):
     refused."""
     if len(reply) > MAX_REPLY:
         raise Refused(f"The reply has {len(reply):,} characters: too many for an edit. {FORM}")
-    reply = CONTROL.sub("", THINKING.sub("", re.sub(r"\r\n?", "\n", reply)))
-    blocks, prose, end = [], "", 0
+    reply = without_thoughts(CONTROL.sub("", re.sub(r"\r\n?", "\n", reply)))
+    blocks, prose, end, idea, ideas = [], "", 0, "", set()
     for match in BLOCK.finditer(reply):
         before = reply[end : match.start()]
-        for line in reversed(before.split("\n")[-4:]):
+        if blocks and END_OF_TURN.search(before):
+            break  # a server that didn't stop there: what follows is no reply of the model
+        lines = before.split("\n")
+        for line in reversed(lines[-4:]):
             named = FILENAME.fullmatch(line)
             if named and Path(named[1]).name != name:
                 raise Refused(f"A block is for {named[1]}, and only {name} can be edited.")
@@ -250,37 +285,57 @@ def parse_reply(reply, name="train.py"):
             raise Refused(
                 "A block begins or ends inside another one: write SEARCH, =======, REPLACE, in this order."
             )
-        blocks.append(parts)
+        idea = ([idea] + [note[2].strip("* \t") for note in notes_in(lines) if note[1].upper() == "IDEA"])[-1]
+        if parts not in blocks:
+            ideas.add(idea)
+            if len(ideas) > 1 or blocks and re.search(TAG, before):
+                raise Refused(UNCLEAR)
+            blocks.append(parts)
         prose, end = prose + before, match.end()
-    prose += reply[end:]
+    prose += END_OF_TURN.split(reply[end:])[0] if blocks else reply[end:]
     if marker := MARKER.search(prose):
         raise Refused(
             "The reply seems cut off, or a line looks like a block's marker and there is no block of a "
             f"SEARCH, a ======= and a REPLACE line, in this order: {one_line(marker[0])}"
         )
-    whole = None if blocks else whole_file(prose)
-    lines = [line for line in FENCE.sub("", prose).split("\n") if line.strip()]
+    whole = whole_file(prose, blocks)
+    lines = [line for line in re.sub(TAG, "", FENCE.sub("", prose)).split("\n") if line.strip()]
     lines = [line for line in lines if not FILENAME.fullmatch(line) and not line.strip().startswith("```")]
-    notes = [match.groups() for match in map(NOTE.fullmatch, lines) if match]
-    said = {kind.upper(): text.strip("* \t") for kind, text in reversed(notes)}
+    said = {note[1].upper(): note[2].strip("* \t") for note in reversed(notes_in(lines))}
     reasoning = [line for line in lines if not NOTE.fullmatch(line)]
     idea = said.get("IDEA") or (reasoning or ["no idea given"])[0]
     reasoning = "\n".join(reasoning)[:2000]
     return Edit(one_line(idea, 120), reasoning, one_line(said.get("LESSON", "")), blocks, whole)
 
 
-def whole_file(prose):
-    """The one fenced block that is a whole file: with an import, and no piece of one."""
+def without_thoughts(reply):
+    """A reply without its spans of thinking: each from its tag, or from the start if that is missing, to the
+    last end before the next tag; or to the reply's end."""
+    first, *spans = THINKING.split(reply)
+    answers = [THOUGHT.split(span) for span in spans]
+    return THOUGHT.split(first)[-1] + "".join(parts[-1] for parts in answers if parts[1:])
+
+
+def notes_in(lines):
+    return [note for note in map(NOTE.fullmatch, lines) if note]
+
+
+def whole_file(prose, blocks):
+    """The one fenced block that is a whole file: with an import, and no piece of one. None beside blocks."""
     fences = FENCE.findall(prose)
+    files = {
+        text for text in fences if re.search(r"^(import|from) ", text, re.MULTILINE) and "prepare" in text
+    }
+    if blocks and files:
+        raise Refused(UNCLEAR)
+    if blocks:
+        return None
     if not fences:
         cut = "A ``` fence has no closing ``` line: the reply seems cut off." if "\n```" in prose else ""
         raise Refused(cut or f"There is no edit in this reply. {FORM}")
-    files = [
-        text for text in fences if re.search(r"^(import|from) ", text, re.MULTILINE) and "prepare" in text
-    ]
     if len(files) != 1 or prose.count("```") % 2:
         raise Refused(f"The fenced code isn't one whole file, from its imports to its end. {FORM}")
-    return files[0]
+    return files.pop()
 
 
 def margin(lines):
@@ -291,6 +346,12 @@ def margin(lines):
 def dedented(lines):
     cut = len(margin(lines))
     return [line[cut:].rstrip() for line in lines]
+
+
+def trimmed(lines):
+    """Lines without the blank ones at both edges."""
+    full = [number for number, line in enumerate(lines) if line.strip()]
+    return lines[full[0] : full[-1] + 1] if full else []
 
 
 def find_lines(lines, search):
@@ -326,7 +387,9 @@ def apply_edit(source, edit):
             raise Refused(
                 "A SEARCH part is empty: quote the lines at the place, and repeat them in the REPLACE part."
             )
-        found = find_lines(lines, search)
+        if not (found := find_lines(lines, search)):
+            search, replacement = trimmed(search), trimmed(replacement)
+            found = find_lines(lines, search)
         if not found:
             raise Refused(
                 f"These SEARCH lines are not in the file:\n{shown}\n\nThe nearest lines there are:\n"
@@ -345,11 +408,14 @@ def apply_edit(source, edit):
                 f"The block's indentation doesn't fit the file, where its first line is:\n{lines[found[0]]}"
             )
         lines[here] = [add + line[len(cut) :] if line.strip() else line for line in replacement]
+        last = "".join(trimmed(replacement)[-1:]).strip()
+        if last.startswith("#") and last not in known and trimmed(search)[-1] not in replacement:
+            raise Refused(
+                f"{ABBREVIATED.format(one_line(last))} A comment goes above the code that it is about."
+            )
     for line in lines:
         if ELISION.match(line[:200]) and line.strip() not in known:
-            raise Refused(
-                f"The code is abbreviated ({one_line(line)!r}): write it out; what isn't quoted stays."
-            )
+            raise Refused(ABBREVIATED.format(one_line(line)))
     return "\n".join(lines)
 
 
