@@ -79,6 +79,15 @@ LOCK_SECONDS = 10  # after which git's lock was left by a git that was killed: i
 
 # where --model says nothing; a server of your own is asked for its first model instead
 DEFAULT_MODEL = "gpt-5"
+OPENAI = "https://api.openai.com/v1"  # where OPENAI_BASE_URL says nothing
+FIRST_TRIES = 8  # of a server that loads its model or asks to wait at the first call: ten minutes of WAITS
+DENIED = 401, 402, 403  # asking in another form, or later, won't help
+NOT_NOW = 408, 425, 429, 502, 503, 504, 529
+# What servers call the end of a whole reply, and of one that isn't: anything else is a fault of theirs.
+WHOLE = "stop", "eos", "eos_token", "stop_sequence", "end_turn", "complete", "completed"
+CUT_OFF = "length", "max_tokens", "model_length"
+NO_ANSWER = "content_filter", "safety", "refusal", "sensitive", "tool_calls", "function_call", "tool_use"
+CHARS_A_TOKEN = 5.5  # more than any tokenizer takes together in English and code: fewer tokens tell of a cut
 REPLY_SECONDS = 900  # for one reply of the model: reasoning models think for minutes
 REPLY_TOKENS = 16_384  # asked for after a reply was cut off with fewer: some servers stop at 512 unless told
 STREAM = {"stream": True, "stream_options": {"include_usage": True}}
@@ -1610,7 +1619,10 @@ class Model:
     person."""
 
     def __init__(self, name, say):
-        url, key = os.environ.get("OPENAI_BASE_URL"), os.environ.get("OPENAI_API_KEY", "").strip()
+        # of a file of settings, as docker's, quotes are left around
+        url, key = (
+            os.environ.get(f"OPENAI_{what}", "").strip(" \t\r\n\"'") for what in ("BASE_URL", "API_KEY")
+        )
         if not key and not url:
             raise Stop(
                 "no model to ask: set a key (export OPENAI_API_KEY=...), point at a local server (export "
@@ -1618,30 +1630,57 @@ class Model:
             )
         import openai  # 0.6 s that --offline needn't spend
 
-        self.openai, self.say, self.limit = openai, say, {}
+        self.openai, self.say, self.limit, self.told = openai, say, {}, set()
+        self.key = key or "none"  # local servers want none, the client does
         # The newest models want the second:
         self.limits = iter(({"max_tokens": REPLY_TOKENS}, {"max_completion_tokens": REPLY_TOKENS}))
         try:
             # Else a server that drops the connection after an error fails the next request, too:
             how = dict(max_retries=0, timeout=REPLY_SECONDS, default_headers={"Connection": "close"})
-            # local servers want no key, the client does
-            self.client = openai.OpenAI(api_key=key or "none", **how)
-            self.name = name or (
-                next((model.id for model in self.client.models.list()), "") if url else DEFAULT_MODEL
-            )
-            if not self.name:
-                raise Stop(f"the server at {url} lists no model; load one, or name it with --model")
-            self.agree()
+            self.client = openai.OpenAI(api_key=self.key, base_url=url or OPENAI, **how)
+            self.choose([name] if name else self.listed() if url else [DEFAULT_MODEL])
         except openai.APIConnectionError as error:
             reason = error.__cause__ or error
             raise Stop(f"no answer from {self.client.base_url} ({reason}); is the server running?") from None
-        except Stop:
-            raise
-        except Exception as error:  # whatever goes wrong here is in the settings; the key stays unprinted
-            reason = one_line(str(error).replace(key or "none", "***"))
-            at = f"{self.client.base_url}" if hasattr(self, "client") else f"{url}"
-            advice = "name a model (--model NAME), mend the URL (most end in /v1) or the key, or go --offline"
-            raise Stop(f"{at} failed at the first call: {reason}; {advice}") from None
+        except Exception as error:  # whatever goes wrong here is in the settings
+            mended = re.sub(
+                r"(/chat)?/(completions|models|responses|embeddings)$", "", (url or OPENAI).rstrip("/")
+            )
+            mended += "" if re.search(r"/v\d", mended) else "/v1"
+            known = mended == (url or OPENAI).rstrip("/") or getattr(error, "status_code", None) in DENIED
+            advice = "" if known else f"most URLs end in /v1: try export OPENAI_BASE_URL={mended}; or "
+            advice += (
+                "name a model (--model NAME), mend the URL (most end in /v1) or the key, or go --offline"
+            )
+            raise Stop(f"{url or OPENAI} failed at the first call: {self.words(error)}; {advice}") from None
+
+    def listed(self):
+        """The names of the server's models."""
+        page = self.client.models.list()
+        if not (names := [one_line(str(model.id)) for model in getattr(page, "data", None) or ()]):
+            reason = getattr(page, "error", page)
+            raise ValueError(f"the server lists no model; load one, or name it with --model ({reason})")
+        return names
+
+    def choose(self, names):
+        """Takes the first of these models that can chat: embeddings are listed, too."""
+        faults = []
+        for self.name in names:
+            try:
+                return self.agree()
+            except (self.openai.APIStatusError, ValueError) as error:
+                if getattr(error, "status_code", None) in (*DENIED, *NOT_NOW):
+                    raise
+                faults.append(error)
+                if len(faults) < len(names):
+                    self.say(f"{self.name} can't chat ({self.words(error)}); trying the server's next model")
+        raise faults[0]
+
+    def words(self, error):
+        """What a fault says, in a line, with the server's own words and without the key."""
+        body = getattr(error, "body", None)
+        text = f"{error}" if not body or " - " in f"{error}" else f"{error} - {body}"
+        return one_line(text.replace(self.key, "***"), 400)
 
     def agree(self):
         """Finds the form that the server takes, by short requests: so a refusal later on tells of the
@@ -1649,13 +1688,35 @@ class Model:
         question = {"role": "user", "content": "Answer with the one word: ready"}
         faults = []
         for self.form in itertools.product(({}, STREAM, {"stream": True}), (False, True)):
-            try:
-                return self.call([{"role": "system", "content": "A test."}, question])
-            except self.openai.APIConnectionError:
-                raise  # nobody is there: another form won't help
-            except (self.openai.APIError, ValueError) as error:
-                faults.append(error)
+            for failed in range(FIRST_TRIES):
+                try:
+                    return self.call([{"role": "system", "content": "A test."}, question])
+                except self.openai.APIConnectionError:
+                    raise  # nobody is there: another form won't help
+                except (self.openai.APIError, ValueError) as error:
+                    faults.append(error)
+                    status = getattr(error, "status_code", None)
+                    if status in DENIED or status in NOT_NOW and failed == FIRST_TRIES - 1:
+                        raise
+                    if status not in NOT_NOW:
+                        break
+                    self.put_off(error, failed, time.sleep)
         raise faults[0]
+
+    def put_off(self, error, failed, wait):
+        """Says what failed and waits: as long as the server says, or longer each time."""
+        seconds = backoff(failed)
+        # no response, no header, a date in it
+        with contextlib.suppress(AttributeError, TypeError, ValueError):
+            seconds = min(max(float(error.response.headers.get("retry-after")), 1), WAITS[1])
+        self.say(f"the model's server failed ({self.words(error)}); asking again in {seconds:.0f} s")
+        wait(seconds)
+
+    def say_once(self, text):
+        """Says what is true of each request, the first time."""
+        if (kind := text.partition(",")[0]) not in self.told:
+            self.told.add(kind)
+            self.say(text)
 
     def call(self, chat):
         """One request: (the reply's text, without reasoning; tokens used, 0 where the server doesn't
@@ -1665,29 +1726,44 @@ class Model:
         if folded:  # there are models without a system role
             sent[:2] = [{"role": "user", "content": f"{sent[0]['content']}\n\n{sent[1]['content']}"}]
         answer = self.client.chat.completions.create(model=self.name, messages=sent, **stream, **self.limit)
-        text, ended, usage, end = "", None, None, time.monotonic() + REPLY_SECONDS
+        choice, text, thought, ended, usage, end = None, "", "", None, None, time.monotonic() + REPLY_SECONDS
         for part in itertools.takewhile(lambda _: time.monotonic() < end, answer if stream else [answer]):
             choices = getattr(part, "choices", None)  # of a page of HTML: none
             choice = choices[0] if isinstance(choices, list) and choices else None
-            content = getattr(getattr(choice, "delta" if stream else "message", None), "content", None)
+            message = getattr(choice, "delta" if stream else "message", None)
+            content = getattr(message, "content", None)
             pieces = content if isinstance(content, list) else [{"text": content}]
             text += "".join(str(piece.get("text") or "") for piece in pieces if isinstance(piece, dict))
+            thought = (
+                thought or getattr(message, "reasoning_content", None) or getattr(message, "reasoning", None)
+            )
             ended = getattr(choice, "finish_reason", None) or ended
             usage = getattr(part, "usage", None) or usage
-        if not ended and (stream or not text):
-            raise ValueError(
-                f"no whole reply in its answer: {text or getattr(answer, 'error', None) or answer}"
+        ended = f"{ended}".lower()
+        if ended not in (*WHOLE, *CUT_OFF, *NO_ANSWER):
+            reason = getattr(choice, "error", None) or text or getattr(answer, "error", None) or answer
+            raise ValueError(f"no whole reply in its answer (finish_reason {ended}): {reason}")
+        counts = (getattr(usage, f"{name}_tokens", 0) for name in ("prompt", "completion", "total"))
+        read, own, used = (count if type(count) is int and 0 < count < 10**9 else 0 for count in counts)
+        used, size = used or read + own, sum(len(message["content"]) for message in sent)
+        if 0 < read < size / CHARS_A_TOKEN - 100:
+            self.say_once(
+                f"the server cut the prompt, it read {read:,} tokens of about {size // 4:,}: raise its "
+                "context (Ollama: OLLAMA_CONTEXT_LENGTH=32768, llama.cpp: -c 32768)"
             )
-        counts = (getattr(usage, name, 0) for name in ("completion_tokens", "total_tokens"))
-        own, used = (count if type(count) is int and 0 < count < 10**9 else 0 for count in counts)
-        if ended == "length" and own < REPLY_TOKENS and not self.limit and (limit := next(self.limits, None)):
+        if thought and not text.strip() and ended in WHOLE:
+            self.say_once(
+                "the server puts all of a reply into reasoning_content, where an answer can't be told from a "
+                "draft: start it without its reasoning parser, or take another model"
+            )
+        if ended in CUT_OFF and own < REPLY_TOKENS and not self.limit and (limit := next(self.limits, None)):
             self.limit = limit
             self.say(
                 f"the server cut a reply off after {own} tokens; asking again for up to {REPLY_TOKENS:,}"
             )
             text, more = self.call(chat)
             return text, used + more
-        if ended in ("length", "content_filter"):
+        if ended not in WHOLE:
             text += "\n<<<<<<< SEARCH"  # as what it is: a reply cut off, of which nothing may be applied
         return as_unicode(text), used
 
@@ -1699,19 +1775,16 @@ class Model:
             try:
                 return self.call(chat)
             except (self.openai.APIError, ValueError) as error:  # ValueError: a body that isn't JSON
-                reason = one_line(str(error).replace(self.client.api_key, "***"), 120)
                 refused = getattr(error, "status_code", None) in (400, 413, 422)
                 if refused and not shorten(chat):  # then the limit may be what it refuses
                     refused, self.limit = self.limit, self.limit and next(self.limits, {})
                 if refused:
-                    self.say(f"the server refused the request ({reason}); asking again with less of it")
+                    self.say(
+                        f"the server refused the request ({self.words(error)}); asking again with less of it"
+                    )
                     continue
-                seconds, failed = backoff(failed), failed + 1
-                # no response, no header, a date in it
-                with contextlib.suppress(AttributeError, TypeError, ValueError):
-                    seconds = min(max(float(error.response.headers.get("retry-after")), 1), WAITS[1])
-                self.say(f"the model's server failed ({reason}); asking again in {seconds:.0f} s")
-                unwanted.wait(seconds)
+                self.put_off(error, failed, unwanted.wait)
+                failed += 1
         return "", 0
 
 
