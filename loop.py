@@ -595,46 +595,58 @@ def header(metric):
     return COLUMNS.replace("METRIC", metric).replace(" ", "\t") + "\n"
 
 
+# What the community's logs call `keep` and `crash`; the rest wasn't kept.
+STATUSES = re.compile(
+    r"(keep|kept|base|best|accept|improve|success|ok)|(crash|fail|err|timeout|oom|invalid)", re.I
+)
+
+
+def count_in(text):
+    """A count that a row or a commit names; 0 where it is none, whatever a server or an old branch said."""
+    return int(text) if re.fullmatch("[0-9]{1,15}", text) else 0
+
+
+def numbers_in(text, between):
+    """The numbers that a cell holds; none where something else is in it."""
+    with contextlib.suppress(ValueError):
+        return [float(part) for part in text.split(between)]
+    return []
+
+
 def read_rows(text, name):
-    """(metric's name, rows) of a results.tsv, its columns read by their names; Stop names the first line that
-    isn't a row.
+    """(metric's name, rows, a sentence for each line that isn't one) of a results.tsv, its columns read by
+    their names, whatever lies between; Stop where there is no header.
 
     Logs without a column `change`, the community's, had each run on a seed of its own: their changes are the
     differences to the last kept row before, as sure as the noise of a run allows.
     """
-    head, *lines = text.removeprefix("\ufeff").splitlines() or [""]
-    names, rows = head.split("\t"), []
+    head, *lines = text.removeprefix("\ufeff").replace("\r\n", "\n").split("\n")
+    names, rows, unread = [column.strip() for column in head.split("\t")], [], []
     metric = "val_bpb" if "val_bpb" in names else names[1] if names[1:] else ""
-    if not {"commit", metric, "memory_gb", "status", "description"} <= {*names}:
+    if not {metric, "status"} <= {*names}:
         raise Stop(
             f"{name} begins with no header line that names {COLUMNS[:42]} (tabs between): {one_line(head)!r}"
         )
     for number, line in enumerate(lines, 2):
-        if not line.strip():
+        cells = dict.fromkeys(names, "") | dict(zip(names, line.split("\t", len(names) - 1), strict=False))
+        said = STATUSES.match(cells["status"].strip())
+        status = "crash" if said and said[2] else "keep" if said else "discard"
+        values = [math.nan] if status == "crash" else numbers_in(cells[metric], ",")  # some write 0 there
+        if not cells["status"].strip() or len(values) != 1:
+            unread += [f"line {number} is not a row: {one_line(line)!r}"] if line.strip() else []
             continue
-        try:
-            cells = dict(zip(names, line.split("\t", len(names) - 1), strict=True))
-            status = cells["status"]
-            if status not in STYLES:
-                raise ValueError
-            value = math.nan if status == "crash" else float(cells[metric])  # the community writes 0 there
-            change, error = map(float, (cells.get("change") or "nan+-nan").split("+-"))
-            runs = [float(run) for run in cells.get("runs", "").split(",") if run] or [value] * (
-                0 < value < math.inf
-            )
-            fixed = cells["commit"], value, float(cells["memory_gb"]), status, cells["description"]
-            more = change, error, runs, int(cells.get("llm_tokens", 0)), cells.get("finished", "")
-            rows.append(Row(*fixed, *more))
-        except ValueError:
-            raise Stop(
-                f"{name}, line {number}, is not a row: {one_line(line)!r}; mend and commit it"
-            ) from None
+        runs = numbers_in(cells.get("runs", ""), ",") or values * (0 < values[0] < math.inf)
+        memory = (numbers_in(cells.get("memory_gb", ""), ",") or [0.0])[0]
+        fixed = cells.get("commit", ""), values[0], memory, status, cells.get("description", "")
+        change, error = (numbers_in(cells.get("change", ""), "+-") + [math.nan] * 2)[:2]
+        more = change, error, runs, count_in(cells.get("llm_tokens", "")), cells.get("finished", "")
+        rows.append(Row(*fixed, *more))
     if "change" not in names:
         for row, parent in zip(rows, kept_before(rows), strict=False):
             if parent and row.runs:
                 row.change = row.value - parent.value
                 row.error = PRIOR_NOISE * math.sqrt(1 / len(parent.runs) + 1 / len(row.runs))
-    return metric, rows
+    return metric, rows, unread
 
 
 def lags(line, row):
@@ -808,7 +820,13 @@ class Git:
     """The checkout that holds this file. Commits are made beside the person's index, hooks and identity."""
 
     SETTINGS = ("core.hooksPath=/dev/null", "core.fsmonitor=false", "core.quotePath=false", "gc.auto=0")
-    SETTINGS += ("color.ui=false", "log.showSignature=false", "i18n.logOutputEncoding=UTF-8")
+    SETTINGS += ("color.ui=false", "log.showSignature=false", "diff.autoRefreshIndex=true")
+    SETTINGS += (
+        "core.safecrlf=false",
+        "core.fileMode=false",
+        "i18n.commitEncoding=UTF-8",
+        "i18n.logOutputEncoding=UTF-8",
+    )
 
     def __init__(self, folder):
         self.folder, self.place = folder, {}
@@ -827,6 +845,11 @@ class Git:
                 )
             raise Stop(reason) from None
         self.place = {"GIT_DIR": self.dir, "GIT_WORK_TREE": top}
+        if self.prefix and not self("ls-files", "--", "."):  # somebody's dotfiles are no place for a night
+            raise Stop(
+                f"{folder} lies in another repository, {top}, which holds nothing of it; make it one of its "
+                "own: git init && git add -A && git commit -m start"
+            )
         if not self.find("HEAD"):
             raise Stop("this repository has no commit yet; run: git add -A && git commit -m start")
 
@@ -869,9 +892,10 @@ class Git:
         head, _, text = self("cat-file", "--batch", stdin=f"{commit}:{self.prefix}{name}\n").partition("\n")
         return text[:-1] if " blob " in head else None
 
-    def blob(self, commit, name):
-        """The hash of a file in a commit; empty where there is none."""
-        return self.ask("rev-parse", "--verify", "--quiet", f"{commit}:{self.prefix}{name}")
+    def differs(self, commit, name):
+        """Whether a file in the checkout is another than in a commit, as git sees it: line ends, filters and
+        modes are no change."""
+        return bool(self("diff", "--name-only", "--no-ext-diff", commit, "--", name))
 
     def branch(self):
         return self.ask("symbolic-ref", "--quiet", "HEAD").removeprefix("refs/heads/")
@@ -900,8 +924,9 @@ class Git:
 
 def compose(subject, body, trailers):
     """A commit message; `trailers` is {name: value}, and always its last paragraph."""
-    parts = [subject, body.strip(), "\n".join(f"{name}: {value}" for name, value in trailers.items())]
-    return "\n\n".join(part for part in parts if part) + "\n"
+    lines = (f"{name}: {value}".replace("\n", " ") for name, value in trailers.items())
+    parts = [subject, body.strip(), "\n".join(lines)]
+    return CONTROL.sub("", "\n\n".join(part for part in parts if part)) + "\n"
 
 
 def read_message(message):
@@ -939,7 +964,7 @@ class Experiment:
 
     def __post_init__(self):
         self.description, self.reasoning, self.trailers = read_message(self.message)
-        self.number = int(self.trailers.get("Number", 0))
+        self.number = count_in(self.trailers.get("Number", ""))
         self.parent = self.trailers.get("Parent", "")  # full hash of the experiment whose file it edits
         self.folder = f"{self.number:04}-{self.commit[:7]}"  # of its runs
 
@@ -970,12 +995,14 @@ class Ledger:
         """Reads the branch, the open refs and the runs; nothing is written."""
         tip = self.tip()
         text = self.git.text(tip, "results.tsv") or self.header
-        metric, rows = read_rows(text, f"results.tsv on {self.name}")
+        metric, rows, unread = read_rows(text, f"results.tsv on {self.name}")
         self.header = header(metric)
         if not text.startswith(self.header):
             raise Stop(
                 f"results.tsv on {self.name} has other columns than this loop's; begin anew with --tag"
             )
+        if unread:
+            raise Stop(f"results.tsv on {self.name}, {unread[0]}; mend and commit it")
         if len(rows) < len(self.rows):
             raise OSError(5, "rows are missing", f"results.tsv on {self.name}")
         self.rows[:] = rows  # the same list: the screen has it, too
@@ -1040,7 +1067,10 @@ class Ledger:
     def began(self):
         """What the branch's first experiment says of its ruler; empty on a new branch."""
         first = [*self.ended.values(), *self.open.values()][:1]
-        return json.loads(first[0].trailers.get("Ruler", "{}")) if first else {}
+        try:
+            return dict(json.loads(first[0].trailers.get("Ruler", "{}"))) if first else {}
+        except (ValueError, TypeError):
+            raise Stop(f"{self.name} doesn't say what it was measured with; begin anew with --tag") from None
 
     def history(self):
         """(description, status) of all experiments in their order, of what is open `running`."""
@@ -1070,20 +1100,19 @@ class Ledger:
         return noise_of(groups, prior)
 
     def checked_out(self):
-        return read_text(Path(self.git.dir, "HEAD")).strip() == f"ref: {self.ref}"
+        return self.git.branch() == self.name
 
     def person_edit(self):
         """The edited file in the checkout, where git says that a person changed it and it compiles; else
         None."""
         if not self.checked_out() or not (self.git.folder / self.edits).is_file():
             return None
-        here = self.git("hash-object", "-w", "--", self.edits).strip()
         ours = [self.full(self.best)]
         for experiment in self.open.values():
             ours += [experiment.commit, experiment.trailers.get("Rebased", experiment.commit)]
-        if here in [self.git.blob(commit, self.edits) for commit in ours]:
+        if not all(self.git.differs(commit, self.edits) for commit in ours):
             return None
-        text = self.git("cat-file", "blob", here)
+        text = self.git("cat-file", "blob", self.git("hash-object", "-w", "--", self.edits).strip())
         with contextlib.suppress(Refused):
             return code_hash(text) and text
 
@@ -1153,18 +1182,13 @@ class Ledger:
         git, folder = self.git, self.git.folder
         if not self.checked_out():
             return
-        rows = git.text(self.ref, "results.tsv")
-        # so at a start after a kill: then the file is, too
-        if behind := read_text(folder / "results.tsv") != rows:
+        names = ["results.tsv"] if git.differs(self.ref, "results.tsv") else []
+        if names:  # so at a start after a kill: then the file is behind, too
             ours += tuple(filter(git.find, (f"{self.ref}^", f"{self.ref}^2")))
-        if (folder / self.edits).is_file():
-            here = git("hash-object", "--", self.edits).strip()
-            if here in [git.blob(commit, self.edits) for commit in ours]:
-                replace_file(
-                    folder / self.edits, git("cat-file", "--filters", f"{self.ref}:{git.prefix}{self.edits}")
-                )
-        if behind:
-            replace_file(folder / "results.tsv", rows)
+        if (folder / self.edits).is_file() and not all(git.differs(commit, self.edits) for commit in ours):
+            names.insert(0, self.edits)
+        for name in names:
+            replace_file(folder / name, git("cat-file", "--filters", f"{self.ref}:{git.prefix}{name}"))
         # somebody holds the index: the next row tries again
         with contextlib.suppress(subprocess.CalledProcessError):
             git("reset", "--quiet", "--", "results.tsv", self.edits, "program.md")
@@ -1594,7 +1618,8 @@ def explain(error):
     if isinstance(error, OSError):
         return f"{error.strerror}: {error.filename}"
     if isinstance(error, subprocess.CalledProcessError):
-        return f"git failed: {one_line((error.stderr or b'').decode('utf-8', 'replace')) or error}"
+        advice = (error.stderr or b"").decode("utf-8", "replace")  # whole: a command to copy may be in it
+        return f"git failed: {one_line(advice, 5000) or error}"
     return "".join(traceback.format_exception(error))
 
 
@@ -1946,6 +1971,7 @@ class Report:
     name: str  # of the branch or the file
     metric: str
     rows: list
+    unread: list = ()  # of lines that are no rows, a sentence each
 
     def __post_init__(self):
         self.kept = [number for number, row in enumerate(self.rows) if row.status == "keep" and row.runs]
@@ -1973,6 +1999,7 @@ class Report:
         near = [n for n, row in enumerate(rows) if row.status == "discard" and self.gain(n) > -row.error]
         near = sorted(near, key=self.gain, reverse=True)[:NEAR_MISSES]
         lines = [*outcome(rows, self.sign), counts(rows)]
+        lines += [f"lines left out: {len(self.unread)}; {self.unread[0]}"] if self.unread else []
         ends = []
         with contextlib.suppress(ValueError):  # a time in another form than ours
             ends += [datetime.strptime(row.finished, "%Y-%m-%dT%H:%M:%SZ") for row in rows if row.finished]
@@ -2053,7 +2080,10 @@ def read_report(folder, tag, file):
     """The Report of a file, or else of a branch: the tag's, the one checked out, or the newest. Nothing is
     written."""
     if file:
-        if not (text := read_text(Path(file))):
+        text = read_text(Path(file))
+        if "\0" in text:  # a redirect of PowerShell's
+            text = Path(file).read_bytes().decode("utf-16", "replace")
+        if not text:
             raise Stop(f"{file} can't be read; --report takes a results.tsv, or nothing for the branch's own")
         return Report(one_line(Path(file).name), *read_rows(text, file))
     git, name = Git(folder), f"autoresearch/{tag.removeprefix('autoresearch/')}" if tag else ""
@@ -2155,7 +2185,8 @@ class Session:
             ledger.load()
             rows = (ledger.header + "".join(map(Row.line, ledger.rows))).splitlines()
             here = read_text(self.folder / "results.tsv").splitlines()
-            if ledger.checked_out() and (here[len(rows) :] or not all(map(lags, here, rows))):
+            changed = ledger.checked_out() and self.git.differs(ledger.ref, "results.tsv")
+            if changed and (here[len(rows) :] or not all(map(lags, here, rows))):
                 raise Stop(
                     "results.tsv has uncommitted changes; commit them, or: git checkout -- results.tsv"
                 )
@@ -2633,7 +2664,7 @@ class Session:
             value = ledger.row_of(experiment.parent).value + change
         memory = max((run.get("memory_mb", 0) for run in runs), default=0) / 1024
         description = one_line(experiment.description, 120) + (f" [{one_line(remark)}]" if remark else "")
-        tokens, now = int(experiment.trailers.get("Tokens", 0)), datetime.now(timezone.utc)
+        tokens, now = count_in(experiment.trailers.get("Tokens", "")), datetime.now(timezone.utc)
         effect = change, error, values, tokens, f"{now:%Y-%m-%dT%H:%M:%SZ}"
         row = Row("", value, memory, status, description, *effect)
         body = f"{self.facts['metric']} {value:.6f}, {last.get('info', '')}"

@@ -1241,6 +1241,93 @@ def test_an_executable_train_py_stays_one(plain):
     assert plain.status() == "" and os.access(plain.folder / "train.py", os.X_OK)
 
 
+FILTER = {"filter.spaces.smudge": "sed 's/\\t/    /g'", "filter.spaces.clean": "sed 's/    /\\t/g'"}
+NOTE = {"filter.note.smudge": "cat; echo '# a note'", "filter.note.clean": "grep -v '# a note'"}
+# (.gitattributes, configuration, how lines end in the commit): bytes differ, and nothing was edited
+BYTES = {
+    "autocrlf": ("", {"core.autocrlf": "true"}, "\n"),
+    "autocrlf that is careful": ("", {"core.autocrlf": "true", "core.safecrlf": "true"}, "\n"),
+    "CRLF in the commit, autocrlf": ("", {"core.autocrlf": "true"}, "\r\n"),
+    "CRLF in the commit, autocrlf for input": ("", {"core.autocrlf": "input"}, "\r\n"),
+    "CRLF by attributes": ("* text eol=crlf\n", {}, "\n"),
+    "CRLF by configuration": ("* text=auto\n", {"core.eol": "crlf"}, "\n"),
+    "a filter": ("*.py filter=spaces\n*.tsv filter=spaces\n", FILTER, "\n"),
+    "a smudge that adds a line": ("*.py filter=note\n*.tsv filter=note\n", NOTE, "\n"),
+    "an ident": ("*.py ident\n", {}, "\n"),
+}
+
+
+@pytest.mark.parametrize("attributes, settings, end", BYTES.values(), ids=BYTES)
+def test_a_file_that_git_does_not_call_changed_is_no_edit_of_the_persons(plain, attributes, settings, end):
+    for name, value in settings.items():
+        plain.git("config", name, value)
+    plain.write(".gitattributes", attributes)
+    plain.write("train.py", PLAIN.replace("numbers.", "numbers. $Id$"))
+    (plain.folder / "train.py").write_bytes(plain.read("train.py").replace("\n", end).encode())
+    plain.git(*(f"-c core.autocrlf=false -c core.safecrlf=false add {'-A'}".split()))
+    plain.git("commit", "--quiet", "-m", "bytes")
+    for replies in ([BETTER, WORSE], [LAYER]):
+        for name in ("train.py", "prepare.py", "results.tsv"):  # as a checkout writes them
+            (plain.folder / name).unlink()
+            plain.git("checkout", "--", name)
+        assert plain.status() == ""
+        plain.night("--experiments", len(replies), replies=replies)
+    assert (
+        described(plain) == ["baseline", "twice the width", "one layer", "a layer"] and plain.status() == ""
+    )
+
+
+def test_a_change_of_its_mode_is_no_edit_of_the_persons(plain):
+    plain.night("--experiments", 1, replies=[BETTER])
+    for name in ("train.py", "prepare.py", "results.tsv"):
+        (plain.folder / name).chmod(0o755)
+    plain.night("--experiments", 1, replies=[WORSE])
+    assert described(plain) == ["baseline", "twice the width", "one layer"]
+
+
+CONFIGURATION = """
+[color] ui = always
+[color] status = always
+[color] diff = always
+[column] ui = always
+[core] quotePath = true
+[core] abbrev = 12
+[core] commentChar = %
+[core] splitIndex = true
+[core] pager = false
+[diff] external = false
+[diff] noprefix = true
+[diff] autoRefreshIndex = false
+[diff] renames = copies
+[status] short = true
+[status] branch = true
+[status] showUntrackedFiles = no
+[i18n] commitEncoding = ISO-8859-1
+[i18n] logOutputEncoding = ISO-8859-1
+[log] showSignature = true
+[log] decorate = full
+[format] pretty = oneline
+[commit] gpgSign = true
+[gpg] program = false
+[index] version = 4
+[alias] diff = status
+"""
+
+
+def test_what_a_person_configured_in_git_reaches_nothing_that_is_parsed(plain):
+    (plain.folder / ".git" / "config").write_text(plain.read(".git/config") + CONFIGURATION)
+    idea = block("width = 64", "width = 128", "größer")
+    plain.night("--experiments", 2, replies=[idea, WORSE])
+    plain.night("--experiments", 1, replies=[LAYER])
+    assert described(plain) == ["baseline", "größer", "one layer", "a layer"]
+    assert [row.description for row in loop.read_report(plain.folder, "t", "").rows] == described(plain)
+    rows = [line.split("\t") for line in plain.read("results.tsv").splitlines()[1:]]
+    session = loop.Session(loop.parse_arguments(["--tag", "t"]), plain.folder, Console(quiet=True))
+    session.ledger.load()
+    ideas = [session.ledger.ended[commit].description for commit, *_ in rows]
+    assert ideas == described(plain) and plain.git("status", "--porcelain=v1") == ""
+
+
 def test_staged_changes_failing_hooks_signing_and_no_identity_are_survived(plain, monkeypatch):
     monkeypatch.setenv("GIT_CONFIG_GLOBAL", os.devnull)
     monkeypatch.setenv("GIT_CONFIG_SYSTEM", os.devnull)
@@ -1306,6 +1393,29 @@ def test_outside_a_repository_and_without_a_commit_the_next_step_is_said(project
     assert "is not a git repository; run: git init" in refusal(project)
     project.git("init", "--quiet")
     assert "no commit yet; run: git add -A && git commit" in refusal(project)
+
+
+@pytest.mark.parametrize("commits", [0, 1])
+@pytest.mark.parametrize("ignored", [False, True])
+def test_inside_another_repository_that_one_is_named_and_one_of_its_own_offered(project, commits, ignored):
+    home = project.folder.parent
+    subprocess.run(["rm", "-rf", ".git"], cwd=project.folder, check=True)
+    (home / ".gitignore").write_text("checkout\n" * ignored)
+    dotfiles = ["git", "-c", "user.name=me", "-c", "user.email=me@localhost"]
+    for words in (["init", "--quiet"], ["add", ".gitignore"], ["commit", "--quiet", "-m", "dotfiles"])[
+        : 1 + 2 * commits
+    ]:
+        subprocess.run([*dotfiles, *words], cwd=home, check=True)
+    said = refusal(project)
+    assert f"lies in another repository, {home}" in said and "git init && git add -A && git commit" in said
+
+
+@pytest.mark.parametrize(
+    "words", ["fatal: " + "a long way/" * 90, "fatal: detected\nTo add: git config " + "x" * 500]
+)
+def test_what_git_advises_is_told_whole(words):
+    error = subprocess.CalledProcessError(128, "git", stderr=words.encode())
+    assert loop.explain(error) == f"git failed: {' '.join(words.split())}"
 
 
 @pytest.mark.parametrize("name", ["prepare.py", "loop.py", "results.tsv"])
@@ -1416,7 +1526,59 @@ def test_a_branch_whose_rows_cannot_be_read_is_refused_naming_the_line(plain):
     plain.night("--experiments", 1, replies=[WORSE])
     plain.write("results.tsv", plain.read("results.tsv") + "half a row\n")
     plain.git("commit", "--quiet", "-am", "by hand")
-    assert "results.tsv on autoresearch/t, line 4, is not a row: 'half a row'" in refusal(plain)
+    assert "results.tsv on autoresearch/t, line 4 is not a row: 'half a row'; mend" in refusal(plain)
+
+
+ODD = ["None", "12.5", "1e3", "-3", "many", "9" * 5000, "１２", ""]
+
+
+@pytest.mark.parametrize("name", ["Tokens", "Model", "Lesson"])
+@pytest.mark.parametrize("value", ODD, ids=range(len(ODD)))
+def test_an_experiment_of_an_old_branch_gets_its_row_whatever_its_commit_says(plain, name, value):
+    plain.night("--experiments", 1, replies=[WORSE])
+    first, tip = plain.git("rev-parse", plain.rows()[0]["commit"], "autoresearch/t").split()
+    said = {"Number": "2", "Model": "m", "Tokens": "100", "Parent": first, "Code": "0"} | {name: value}
+    message = "an idea\n\n" + "\n".join(f"{key}: {text}" for key, text in said.items())
+    opened = plain.git("commit-tree", f"{tip}^{{tree}}", "-p", tip, "-m", message).strip()
+    plain.git("update-ref", "refs/autoresearch/t/open/2", opened)
+    for _ in range(2):
+        plain.night("--experiments", 1, replies=[BETTER])
+    assert plain.rows()[2]["description"] == "an idea" and plain.rows()[2]["status"] != "crash"
+    assert plain.rows()[2]["llm_tokens"] == ("0" if name == "Tokens" else "100")
+
+
+NAMES = [
+    "a\nTokens: x\n\nNumber: y",
+    "nul\0",
+    "\x1b[31mred",
+    "half \ud83d",
+    "a: b",
+    "x" * 3000,
+    "größe\u2028",
+]
+
+
+@pytest.mark.parametrize("name", NAMES, ids=range(len(NAMES)))
+def test_a_models_name_writes_nothing_into_a_commit_but_itself(plain, monkeypatch, name):
+    ask = conftest.FakeModel.ask
+    monkeypatch.setattr(
+        conftest.FakeModel, "ask", lambda self, *args: setattr(self, "name", name) or ask(self, *args)
+    )
+    plain.night("--experiments", 1, replies=[BETTER])
+    plain.night("--experiments", 1, replies=[WORSE])
+    assert described(plain) == ["baseline", "twice the width", "one layer"]
+    check(plain)
+
+
+def test_a_branch_that_does_not_say_what_it_was_measured_with_is_refused_in_words(plain, monkeypatch):
+    monkeypatch.setattr(loop.Session, "began", "not JSON", raising=False)
+    monkeypatch.setattr(
+        loop.json,
+        "dumps",
+        lambda value: "not JSON" if "metric" in value else json.JSONEncoder().encode(value),
+    )
+    plain.night("--experiments", 1, replies=[WORSE])
+    assert "doesn't say what it was measured with; begin anew with --tag" in refusal(plain)
 
 
 WRONG = [["--budget", "0"], ["--experiments", "-1"], ["--hours", "x"], ["--tokens", "0"], ["--nonsense"]]
@@ -1630,7 +1792,7 @@ def test_rows_survive_being_written_and_read():
         "abcdef0", 1.25, 0.5, "keep", "an idea", -0.0012, 0.0003, [1.2, 1.3], 7, "2026-11-23T08:00:00Z"
     )
     assert "\t-0.0012+-0.0003\t" in row.line()
-    assert loop.read_rows(loop.header("val_loss") + row.line(), "a file") == ("val_loss", [row])
+    assert loop.read_rows(loop.header("val_loss") + row.line(), "a file") == ("val_loss", [row], [])
 
 
 def test_a_change_that_rounds_to_nothing_has_no_sign_of_a_gain():
