@@ -1235,6 +1235,20 @@ def only_device(name):
     return {"CUDA_VISIBLE_DEVICES": number}, files
 
 
+def steps_to(path):
+    """The links over which a path leads, in their order, and where it ends: nothing can be bound behind a
+    link."""
+    found, place, left = [], "/", [*reversed(Path(os.path.abspath(path)).parts[1:])]
+    while left:
+        place = os.path.join(place, left.pop())
+        if os.path.islink(place):
+            found.append(place)
+            target = os.path.normpath(os.path.join(os.path.dirname(place), os.readlink(place)))
+            left += reversed(Path(target).parts[1:])
+            place = "/"
+    return [*found, place]
+
+
 def cage(job, folder, cache, devices):
     """bwrap's arguments before the command of a run: no network, its own processes, a read-only system, and
     nothing to write to but its folder and its compile cache. Where homes and the sockets of services were,
@@ -1253,13 +1267,14 @@ def cage(job, folder, cache, devices):
         job["project"],
     )
     hidden = sorted({os.path.realpath(path) for path in private if os.path.isdir(path)} - {"/"})
-    shown = {
-        sys.prefix,
-        sys.base_prefix,
-        *map(os.path.realpath, (sys.prefix, *sys.path[1:], job["facts"]["folder"])),
-    }
+    shown, links = set(), set()
+    for path in (sys.executable, sys.prefix, sys.base_prefix, *sys.path[1:], job["facts"]["folder"]):
+        *on_the_way, end = steps_to(path)
+        shown.add(end)
+        links |= {link for link in on_the_way if any(Path(link).is_relative_to(place) for place in hidden)}
     bound = [("--ro-bind-try", path, path) for path in ("/proc/sys", "/proc/sysrq-trigger")]
     bound += [("--tmpfs", path) for path in hidden]
+    bound += [("--symlink", os.readlink(link), link) for link in sorted(links)]
     bound += [("--ro-bind-try", path, path) for path in sorted(shown)]
     bound += [("--ro-bind", os.devnull, os.path.realpath(path)) for path in job["facts"]["held_out"].values()]
     bound += [("--bind", str(path), str(path)) for path in (folder, cache)]
@@ -2243,7 +2258,7 @@ class Session:
         if self.args.sandbox == "require":
             raise Stop(f"no sandbox: {reason}; mend that, or run without one: --sandbox off")
         self.caged = False
-        self.say(f"no sandbox, {reason}: an edit can read your files and use the network (README, The cage)")
+        self.say(f"NO SANDBOX, {reason}: an edit can read your files and use the network (README, The cage)")
 
     def same_machine(self, facts):
         return isinstance(facts, dict) and all(facts.get(name) == self.facts[name] for name in SAME)
@@ -2279,9 +2294,10 @@ class Session:
             self.model = Model(self.args.model, self.say)
         self.ask_ruler()
         self.check_cage()
+        uncaged = "" if self.caged or self.args.sandbox == "off" else "  ·  NO SANDBOX"
         who = self.model.name if self.model else "audit" if self.args.audit else "offline, a pattern search"
         names, each = ", ".join(self.devices), f"at most {self.budget:g} s each"
-        self.view.title = f"{ledger.name}  ·  {self.facts['device']} ({names})  ·  {who}"
+        self.view.title = f"{ledger.name}  ·  {self.facts['device']} ({names})  ·  {who}{uncaged}"
         if self.args.audit:
             commits = [ledger.full(row) for row in (rows[0], ledger.best)]
             self.audits = [(commit, seed, "test") for seed in AUDIT_SEEDS for commit in commits]
