@@ -858,7 +858,10 @@ class Git:
         command = ["git", *settings, "--no-optional-locks", *args]
         for role in ("AUTHOR", "COMMITTER"):
             environment |= {f"GIT_{role}_NAME": "autoresearch", f"GIT_{role}_EMAIL": "autoresearch@localhost"}
-        environment = {**os.environ, "LC_ALL": "C", **self.place, **environment}
+        # A GIT_DIR or GIT_INDEX_FILE, as hooks and dotfiles have them, names another repository.
+        theirs = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+        theirs |= {name: value for name, value in os.environ.items() if name.startswith("GIT_CONFIG")}
+        environment = {**theirs, "LC_ALL": "C", **self.place, **environment}
         # A session of its own: Ctrl-C is for the loop, and must not stop a commit half-way.
         how = dict(cwd=self.folder, env=environment, start_new_session=True, capture_output=True, check=True)
         while True:
@@ -1570,7 +1573,7 @@ class Device:
 
     def __init__(self, name, runs):
         self.name, self.runs, self.process = name, runs, None
-        self.text = Path(__file__).read_text()
+        self.text = Path(__file__).read_text(encoding="utf-8")
 
     def run(self, job, tell):
         """Makes a run: the worker's result. tell(line) hears the run's last lines. Blocks until it is
@@ -1653,6 +1656,24 @@ def backoff(failed):
     return min(WAITS[0] * 2**failed, WAITS[1])
 
 
+def text_of(content):
+    """The text of a message: a string, or parts, of which only those of type text are the answer."""
+    if isinstance(content, dict) and content.get("type", "text") in ("text", "output_text"):
+        return text_of(content.get("text") or content.get("value"))
+    if isinstance(content, list):
+        return "".join(map(text_of, content))
+    return content if isinstance(content, str) else ""
+
+
+def proxied():
+    """A word on the proxies through which a server is asked, as the environment has them."""
+    names = {name for name in os.environ if name.lower().endswith("_proxy")} - {"NO_PROXY", "no_proxy"}
+    to = ", ".join(sorted(names))
+    return (
+        f"; a proxy is set ({to}): for a server of your own export NO_PROXY=localhost,127.0.0.1" if to else ""
+    )
+
+
 class Model:
     """An OpenAI-compatible chat model. The first call must work; later faults are waited out for as long as
     it takes. What a server wants of a request is found by trying, and remembered. say(text) tells the
@@ -1672,8 +1693,9 @@ class Model:
 
         self.openai, self.say, self.limit, self.told = openai, say, {}, set()
         self.key = key or "none"  # local servers want none, the client does
-        # The newest models want the second:
-        self.limits = iter(({"max_tokens": REPLY_TOKENS}, {"max_completion_tokens": REPLY_TOKENS}))
+        # The newest models want the second, others allow no more than half:
+        limits = {"max_tokens": REPLY_TOKENS}, {"max_completion_tokens": REPLY_TOKENS}
+        self.limits = iter((*limits, {"max_tokens": REPLY_TOKENS // 2}))
         try:
             # Else a server that drops the connection after an error fails the next request, too:
             how = dict(max_retries=0, timeout=REPLY_SECONDS, default_headers={"Connection": "close"})
@@ -1681,7 +1703,9 @@ class Model:
             self.choose([name] if name else self.listed() if url else [DEFAULT_MODEL])
         except openai.APIConnectionError as error:
             reason = error.__cause__ or error
-            raise Stop(f"no answer from {self.client.base_url} ({reason}); is the server running?") from None
+            raise Stop(
+                f"no answer from {self.client.base_url} ({reason}); is the server running?{proxied()}"
+            ) from None
         except Exception as error:  # whatever goes wrong here is in the settings
             mended = re.sub(
                 r"(/chat)?/(completions|models|responses|embeddings)$", "", (url or OPENAI).rstrip("/")
@@ -1692,7 +1716,9 @@ class Model:
             advice += (
                 "name a model (--model NAME), mend the URL (most end in /v1) or the key, or go --offline"
             )
-            raise Stop(f"{url or OPENAI} failed at the first call: {self.words(error)}; {advice}") from None
+            raise Stop(
+                f"{url or OPENAI} failed at the first call: {self.words(error)}; {advice}{proxied()}"
+            ) from None
 
     def listed(self):
         """The names of the server's models."""
@@ -1748,7 +1774,7 @@ class Model:
         seconds = backoff(failed)
         # no response, no header, a date in it
         with contextlib.suppress(AttributeError, TypeError, ValueError):
-            seconds = min(max(float(error.response.headers.get("retry-after")), 1), WAITS[1])
+            seconds = min(max(1, float(error.response.headers.get("retry-after"))), WAITS[1])  # nan is 1
         self.say(f"the model's server failed ({self.words(error)}); asking again in {seconds:.0f} s")
         wait(seconds)
 
@@ -1771,9 +1797,7 @@ class Model:
             choices = getattr(part, "choices", None)  # of a page of HTML: none
             choice = choices[0] if isinstance(choices, list) and choices else None
             message = getattr(choice, "delta" if stream else "message", None)
-            content = getattr(message, "content", None)
-            pieces = content if isinstance(content, list) else [{"text": content}]
-            text += "".join(str(piece.get("text") or "") for piece in pieces if isinstance(piece, dict))
+            text += text_of(getattr(message, "content", None))
             thought = (
                 thought or getattr(message, "reasoning_content", None) or getattr(message, "reasoning", None)
             )
@@ -2190,6 +2214,8 @@ class Session:
                 f"{changed}: missing or not committed, so the results would belong to nothing; commit it"
             )
         for name in ("loop.py", "prepare.py", ledger.edits, "program.md"):
+            if (self.folder / name).is_symlink():
+                raise Stop(f"{name} is a link, of which git keeps no text; put the file itself in its place")
             if self.git.text("HEAD", name) is None:
                 raise Stop(f"{name} is not committed; run: git add {name} && git commit -m start")
         try:
@@ -2213,9 +2239,11 @@ class Session:
         self.ruler = self.git.text(self.git.find(ledger.ref) or "HEAD", "prepare.py")
         place, told = self.runs / "ruler", {"FINGERPRINT": began.get("data", "")} | began.get("settings", {})
         place.mkdir(exist_ok=True)
-        (place / "prepare.py").write_text(self.ruler)
+        (place / "prepare.py").write_bytes(self.ruler.encode("utf-8", "surrogateescape"))
         env = os.environ | ONE_THREAD | {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
         env |= {f"AUTORESEARCH_{name}": str(value) for name, value in told.items()}
+        if data := env.get("AUTORESEARCH_DATA"):  # the ruler stands in another folder
+            env["AUTORESEARCH_DATA"] = os.path.abspath(os.path.expanduser(data))
         facts = self.facts = ask_facts([sys.executable, "prepare.py"], place, env, stderr=None)
         if isinstance(facts, str):
             raise Stop("the ruler doesn't start, see above; is everything installed? pip install -e .")
@@ -2864,6 +2892,9 @@ def main():
     codecs.register_error(
         "ascii", lambda e: (e.object[e.start : e.end].translate(ASCII).encode("ascii", "replace"), e.end)
     )
+    while os.open(os.devnull, os.O_RDWR) < 3:
+        pass  # where standard streams are closed, no file of ours may take their place
+    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))
     sys.stdout.reconfigure(errors="ascii")  # a terminal that isn't UTF-8 must not end the night
     console = Console(highlight=False)
     try:

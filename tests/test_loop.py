@@ -1,6 +1,7 @@
 """Whole nights of the loop, in this process: real git, a model with its replies ready, devices that compute.
 And a few real processes, where signals, kills and time limits are the matter."""
 
+import errno
 import fcntl
 import hmac
 import json
@@ -1328,6 +1329,63 @@ def test_what_a_person_configured_in_git_reaches_nothing_that_is_parsed(plain):
     assert ideas == described(plain) and plain.git("status", "--porcelain=v1") == ""
 
 
+@pytest.mark.parametrize(
+    "name", ["GIT_DIR", "GIT_INDEX_FILE", "GIT_WORK_TREE", "GIT_EXTERNAL_DIFF", "GIT_OBJECT_DIRECTORY"]
+)
+def test_the_repository_is_the_one_that_holds_the_loop_whatever_the_environment_names(
+    plain, tmp_path, monkeypatch, name
+):
+    monkeypatch.setenv(name, str(tmp_path / "another"))
+    plain.night("--experiments", 1, replies=[BETTER])
+    monkeypatch.delenv(name)
+    check(plain)
+
+
+@pytest.mark.parametrize(
+    "setting", ["core.preferSymlinkRefs", "core.splitIndex", "core.sparseCheckout", "submodule.recurse"]
+)
+def test_the_checkout_follows_the_branch_however_git_stores_it(plain, setting):
+    plain.git("config", setting, "true")
+    for replies in ([BETTER], [LAYER]):
+        plain.night("--experiments", 1, replies=replies)
+    check(plain)
+
+
+def test_a_linked_worktree_has_a_night_of_its_own(plain):
+    plain.git("worktree", "add", "--quiet", "../other", "-b", "other")
+    plain.folder = plain.folder.parent / "other"
+    plain.night("--experiments", 1, replies=[BETTER])
+    assert described(plain) == ["baseline", "twice the width"] and plain.status() == ""
+
+
+@pytest.mark.parametrize("name", ["train.py", "prepare.py", "program.md"])
+def test_a_link_in_place_of_a_file_is_refused_by_name(plain, name):
+    (plain.folder / name).rename(plain.folder / "elsewhere")
+    (plain.folder / name).symlink_to("elsewhere")
+    plain.commit("a link")
+    assert f"{name} is a link" in refusal(plain)
+
+
+@pytest.mark.parametrize("path", ["data", "./data", "../checkout/data", "~/checkout/data"])
+def test_where_the_data_are_is_meant_from_where_the_loop_was_started(plain, monkeypatch, path):
+    plain.data.rename(plain.folder / "data")
+    monkeypatch.chdir(plain.folder)
+    monkeypatch.setenv("HOME", str(plain.folder.parent))
+    plain.data = path
+    assert asked(plain, monkeypatch)["folder"] == str(plain.folder / "data" / "toy-0123456789ab")
+
+
+@pytest.mark.parametrize("number", ["ENOSYS", "ENOLCK", "EOPNOTSUPP", "EINVAL", "EACCES"])
+def test_a_file_system_without_locks_is_not_taken_for_another_loop(plain, monkeypatch, number):
+    def flock(*_):
+        raise OSError(getattr(errno, number), os.strerror(getattr(errno, number)))
+
+    monkeypatch.setattr(loop.fcntl, "flock", flock)
+    said = plain.night("--experiments", 1, replies=[BETTER]).output.getvalue()
+    assert "no lock on this file system" in said and "another loop" not in said
+    check(plain)
+
+
 def test_staged_changes_failing_hooks_signing_and_no_identity_are_survived(plain, monkeypatch):
     monkeypatch.setenv("GIT_CONFIG_GLOBAL", os.devnull)
     monkeypatch.setenv("GIT_CONFIG_SYSTEM", os.devnull)
@@ -1612,6 +1670,25 @@ def test_an_unknown_model_a_refused_key_and_nobody_there_end_the_loop_at_the_fir
 
 
 # ---- real processes
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-"])
+def test_closed_standard_streams_are_no_reason_to_end(plain, closed):
+    command = f"{sys.executable} loop.py --offline --experiments 1 --budget 20 --tag t --sandbox off {closed}"
+    plain.write("train.py", (conftest.STAND_IN / "train.py").read_text())
+    plain.commit("with constants")
+    done = subprocess.run(
+        ["bash", "-c", command], cwd=plain.folder, env=plain.environment, capture_output=True
+    )
+    assert done.returncode == 0 and len(plain.rows()) == 2
+
+
+def test_files_are_utf8_whatever_the_locale(plain):
+    plain.write("train.py", (conftest.STAND_IN / "train.py").read_text() + "# größer 🙂\n")
+    plain.write("prepare.py", plain.read("prepare.py") + "# größer 🙂\n")
+    plain.commit("other letters")
+    plain.offline("--experiments", 1, LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
+    check(plain)
 
 
 def slow(project, seconds=60):

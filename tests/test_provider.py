@@ -105,8 +105,9 @@ def test_a_server_that_says_when_is_asked_then_but_not_before_a_second_and_not_a
 ):
     monkeypatch.setattr(loop, "WAITS", (5, 600))
     server.replies += [(429, ERROR, {"Retry-After": seconds}) for seconds in ("20", "0.02", "7200", "soon")]
+    server.replies += [(429, ERROR, {"Retry-After": seconds}) for seconds in ("nan", "inf", "-5")]
     server.replies += ["an edit"]
-    assert model.ask([*TEXT], unwanted)[0] == "an edit" and unwanted.waits == [20, 1, 600, 40]
+    assert model.ask([*TEXT], unwanted)[0] == "an edit" and unwanted.waits == [20, 1, 600, 40, 1, 600, 1]
 
 
 def test_a_reply_that_never_comes_is_given_up(model, server):
@@ -479,6 +480,14 @@ def test_where_nobody_answers_the_url_is_named_and_what_went_wrong(model, monkey
     assert "is the server running?" in message
 
 
+@pytest.mark.parametrize(
+    "name, proxy", [("HTTP_PROXY", "http://127.0.0.1:9"), ("all_proxy", "socks5://127.0.0.1:9")]
+)
+def test_a_proxy_on_the_way_to_a_server_of_ones_own_is_named(model, monkeypatch, name, proxy):
+    monkeypatch.setenv(name, proxy)
+    assert f"a proxy is set ({name})" in (message := stopped()) and "NO_PROXY=localhost" in message
+
+
 def test_without_a_key_and_a_url_the_three_ways_on_are_named(monkeypatch):
     for name in ("OPENAI_BASE_URL", "OPENAI_API_KEY"):
         monkeypatch.delenv(name, raising=False)
@@ -547,6 +556,15 @@ def stops_early(*refused, most=512):
     return answer
 
 
+def test_a_server_that_allows_fewer_tokens_than_asked_for_is_asked_for_half(model, server):
+    answer = stops_early()
+    server.default = lambda request: (
+        (400, NO_LIMIT) if loop.REPLY_TOKENS in request.values() else answer(request)
+    )
+    assert model.ask([TEXT[0], {"role": "user", "content": "go"}], Event())[0] == "an edit"
+    assert server.requests[-1]["max_tokens"] == loop.REPLY_TOKENS // 2
+
+
 @pytest.mark.parametrize("refused, name", [((), "max_tokens"), (("max_tokens",), "max_completion_tokens")])
 def test_a_server_that_ends_replies_early_is_told_how_long_they_may_be(model, server, refused, name):
     server.default = stops_early(*refused)
@@ -567,9 +585,9 @@ def test_a_reply_that_was_cut_off_and_asked_for_again_counts(model, server):
 def test_a_server_that_takes_no_limit_gives_a_reply_that_is_cut_off(model, server):
     server.default = stops_early("max_tokens", "max_completion_tokens")
     for asked in (
-        5,
         6,
-    ):  # without a limit, with one, the same without the history, with the other, without one; then at once
+        7,
+    ):  # without a limit, with one, the same without the history, with the others, without one; then at once
         with pytest.raises(loop.Refused, match="cut off"):
             loop.parse_reply(model.ask([*TEXT], Event())[0])
         assert len(server.requests) == asked
@@ -585,6 +603,14 @@ def test_a_reply_that_ends_at_the_models_own_limit_is_not_asked_for_again(model,
 
 HM = {"type": "thinking", "thinking": [{"type": "text", "text": "hm"}]}
 SAID = {
+    "in one part": ({"content": {"type": "text", "text": "an edit"}}, "an edit"),
+    "in parts with values": ({"content": [{"type": "output_text", "text": {"value": "an edit"}}]}, "an edit"),
+    "in strings": ({"content": ["an ", "edit"]}, "an edit"),
+    "beside thoughts": (
+        {"content": [{"type": "reasoning", "text": "hm"}, {"type": "text", "text": "an edit"}]},
+        "an edit",
+    ),
+    "no text": ({"content": 5}, ""),
     "in parts": ({"content": [HM, {"type": "text", "text": "an "}, {"text": "edit"}]}, "an edit"),
     "after reasoning": ({"content": "an edit", "reasoning_content": "hm", "reasoning": "hm"}, "an edit"),
     "only in reasoning": ({"content": None, "reasoning_content": "an edit?"}, ""),  # a draft is no answer
