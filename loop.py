@@ -76,6 +76,15 @@ WAITS = 5, 600  # seconds after a failure of the provider or the machine: double
 LOCK_SECONDS = 10  # after which git's lock was left by a git that was killed: it needs milliseconds
 
 DEFAULT_MODEL = "gpt-5"  # where --model says nothing; a server of your own is asked for its first model
+OPENAI = "https://api.openai.com/v1"  # where OPENAI_BASE_URL says nothing
+FIRST_TRIES = 8  # of a server that loads its model or asks to wait at the first call: ten minutes of WAITS
+DENIED = 401, 402, 403  # asking in another form, or later, won't help
+NOT_NOW = 408, 425, 429, 502, 503, 504, 529
+# What servers call the end of a whole reply, and of one that isn't: anything else is a fault of theirs.
+WHOLE = "stop", "eos", "eos_token", "stop_sequence", "end_turn", "complete", "completed"
+CUT_OFF = "length", "max_tokens", "model_length"
+NO_ANSWER = "content_filter", "safety", "refusal", "sensitive", "tool_calls", "function_call", "tool_use"
+CHARS_A_TOKEN = 5.5  # more than any tokenizer takes together in English and code: fewer tokens tell of a cut
 REPLY_SECONDS = 900  # for one reply of the model: reasoning models think for minutes
 REPLY_TOKENS = 16_384  # asked for after a reply was cut off with fewer: some servers stop at 512 unless told
 STREAM = {"stream": True, "stream_options": {"include_usage": True}}
@@ -168,25 +177,57 @@ class Refused(Exception):
 
 INVISIBLE = r"\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u202a-\u202e\u2060-\u2069\ud800-\udfff\ufeff"
 CONTROL = re.compile(rf"\x1b\[[0-?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)|[{INVISIBLE}]")
-# From a tag, or from the start if that is missing, to the last end before the next tag; or all of it.
+# Servers leave a model's thinking in its text, each in tags of its own: <think>, [THINK], <|channel>thought,
+# <details type="reasoning">. Harmony's final channel ends it, also where its special tokens were taken out.
+NAME = (
+    r"[\w:.-]*(?:think|thought|reason|reflect|analy[sz]|scratch|monolog|ponder|delib|draft|details)[\w:.-]*"
+)
+LOUD = r"[A-Z_]*(?:THINK|THOUGHT|REASON)[A-Z_]*"
 THINKING = re.compile(
-    r"(?:\A|<think(?:ing)?>)(?:(?!<think).)*</think(?:ing)?>|<think(?:ing)?>.*\Z", re.DOTALL
+    rf"(?i:[<◁][|｜]?(?!/|end){NAME}(?:\s[^<>\n]*)?[|｜]?[>▷])|\[(?!END){LOUD}\]"
+    r"|<\|channel\|?>\s*(?!final)\w+|<unused94>"
+)
+THOUGHT = re.compile(
+    rf"(?i:[<◁][|｜]?(?:/|end){NAME}\s*[|｜]?[>▷])|\[(?:/|END){LOUD}\]|<channel\|>|<unused95>"
+    r"|<\|channel\|>\s*final\b[^\n]*?<\|message\|>|assistantfinal"
+)
+TAG = r"</?[^\s<>]{1,40}>|\[/?[A-Z_]+\]"
+END_OF_TURN = re.compile(
+    r"<[|｜](?:im_end|eo[tm]_id|return|end|end\w*(?:text|turn|sentence)\w*)[|｜]>|</s>|<eos>|<end_of_turn>|<turn\|>",
+    re.I,
 )
 # Each part ends at the next marker line, whichever it is: so a reply of markers alone is read in one go.
-PART = r"((?:(?![ \t]*(?:<{5,9}[ \t]*SEARCH|={5,9}|>{5,9}[ \t]*REPLACE)[ \t]*$).*\n)*)"
+# Behind the last marker may stand what a server appends: special tokens, a fence.
 OPENING, DIVIDER, CLOSING = (
-    rf"[ \t]*{text}[ \t]*" for text in ("<{5,9}[ \t]*SEARCH", "={5,9}", ">{5,9}[ \t]*REPLACE")
+    rf"[ \t]*{text}[ \t]*"
+    for text in ("<{5,9}[ \t]*SEARCH", "={5,9}", rf">{{5,9}}[ \t]*REPLACE(?:{TAG}|[ \t`])*")
 )
+PART = rf"((?:(?!(?:{OPENING}|{DIVIDER}|{CLOSING})$).*\n)*)"
 BLOCK = re.compile(rf"^{OPENING}\n{PART}{DIVIDER}\n{PART}{CLOSING}$", re.M)
 MARKER = re.compile(
-    r"^[ \t>]*(([<>])\2{3}|<\|\w+\|>|[-+<>=]{3,}\s*(SEARCH|REPLACE|ORIGINAL|UPDATED|HEAD)\b).*", re.I | re.M
+    r"^[ \t>]*(([<>])\2{3}|[-+<>=]{3,}\s*(SEARCH|REPLACE|ORIGINAL|UPDATED|HEAD)\b).*", re.I | re.M
 )
-FENCE = re.compile(r"^```[^\n]*\n((?:(?!```).*\n)*)```[ \t]*$", re.MULTILINE)
-FILENAME = re.compile(r"[\s#*`]*([\w./-]+\.\w+)[\s*`:]*")
-NOTE = re.compile(r"[\s#*]*(IDEA|LESSON)[\s*]*:(.+)", re.IGNORECASE)
+FENCE = re.compile(rf"^```[^\n]*\n((?:(?!```).*\n)*)```(?:{TAG}|[ \t])*$", re.MULTILINE)
+# By its suffix: `torch.compile`, `CPU.mlp_ratio` and `0.02` are headings as well.
+FILENAME = re.compile(
+    r"[\s#*`]*([\w./-]+\.(?:py|md|txt|tsv|csv|toml|json|ya?ml|cfg|sh|ipynb|cu|cpp))[\s*`:]*"
+)
+NOTE = re.compile(r"[ \t#*]*(IDEA|LESSON)[ \t*]*:(.+)", re.IGNORECASE)
+# A comment that stands for code left out, in any language: a run of it would be of something else.
 ELISION = re.compile(
-    r"(.*[:#])?\s*(\.\.\.|…)|.*#.*\b(unchanged|no changes?|rest of|as before|the same\W*$|existing code)",
+    r"(.*[:#])?\s*(\.\.\.|…)|.*#.*(\b(un(changed|modified|altered)|omitted|elided|snip|truncated\W*$|brevity"
+    r"|no (other )?changes?|rest\b|as (before|above)\b|everything else|(the )?same\W*$"
+    r"|(keep|leave) (the |all )*(other|rest|remain|every|same|exist|orig|as)"
+    r"|(existing|remaining|previous|original|same|other|more) (code|lines?)"
+    r"|restlich|übrig|unveränder|wie (bisher|oben)|ausgelassen|reste\b|inchang|omis\b|resto\b|restante"
+    r"|sin cambios|igual|invariat|omess|inalterad|overige|ongewijzigd|bez zmian|остальн|без изменен|прежн)"
+    r"|其余|剩余|省略|不变|不變|同上|原有|残り|変更なし|そのまま|既存|나머지|생략|그대로|기존)",
     re.I,
+)
+ABBREVIATED = "The code is abbreviated ('{}'): write it out; what isn't quoted stays."
+UNCLEAR = (
+    "It isn't clear what of this is the answer and what a draft: send one IDEA with its blocks, outside of "
+    "any tag, or one whole file."
 )
 FORM = (
     "Answer with IDEA: and SEARCH/REPLACE blocks as described, or with the whole file in one ```python fence."
@@ -216,11 +257,14 @@ def parse_reply(reply, name="train.py"):
     refused."""
     if len(reply) > MAX_REPLY:
         raise Refused(f"The reply has {len(reply):,} characters: too many for an edit. {FORM}")
-    reply = CONTROL.sub("", THINKING.sub("", re.sub(r"\r\n?", "\n", reply)))
-    blocks, prose, end = [], "", 0
+    reply = without_thoughts(CONTROL.sub("", re.sub(r"\r\n?", "\n", reply)))
+    blocks, prose, end, idea, ideas = [], "", 0, "", set()
     for match in BLOCK.finditer(reply):
         before = reply[end : match.start()]
-        for line in reversed(before.split("\n")[-4:]):
+        if blocks and END_OF_TURN.search(before):
+            break  # a server that didn't stop there: what follows is no reply of the model
+        lines = before.split("\n")
+        for line in reversed(lines[-4:]):
             named = FILENAME.fullmatch(line)
             if named and Path(named[1]).name != name:
                 raise Refused(f"A block is for {named[1]}, and only {name} can be edited.")
@@ -231,37 +275,57 @@ def parse_reply(reply, name="train.py"):
             raise Refused(
                 "A block begins or ends inside another one: write SEARCH, =======, REPLACE, in this order."
             )
-        blocks.append(parts)
+        idea = ([idea] + [note[2].strip("* \t") for note in notes_in(lines) if note[1].upper() == "IDEA"])[-1]
+        if parts not in blocks:
+            ideas.add(idea)
+            if len(ideas) > 1 or blocks and re.search(TAG, before):
+                raise Refused(UNCLEAR)
+            blocks.append(parts)
         prose, end = prose + before, match.end()
-    prose += reply[end:]
+    prose += END_OF_TURN.split(reply[end:])[0] if blocks else reply[end:]
     if marker := MARKER.search(prose):
         raise Refused(
             "The reply seems cut off, or a line looks like a block's marker and there is no block of a "
             f"SEARCH, a ======= and a REPLACE line, in this order: {one_line(marker[0])}"
         )
-    whole = None if blocks else whole_file(prose)
-    lines = [line for line in FENCE.sub("", prose).split("\n") if line.strip()]
+    whole = whole_file(prose, blocks)
+    lines = [line for line in re.sub(TAG, "", FENCE.sub("", prose)).split("\n") if line.strip()]
     lines = [line for line in lines if not FILENAME.fullmatch(line) and not line.strip().startswith("```")]
-    notes = [match.groups() for match in map(NOTE.fullmatch, lines) if match]
-    said = {kind.upper(): text.strip("* \t") for kind, text in reversed(notes)}
+    said = {note[1].upper(): note[2].strip("* \t") for note in reversed(notes_in(lines))}
     reasoning = [line for line in lines if not NOTE.fullmatch(line)]
     idea = said.get("IDEA") or (reasoning or ["no idea given"])[0]
     reasoning = "\n".join(reasoning)[:2000]
     return Edit(one_line(idea, 120), reasoning, one_line(said.get("LESSON", "")), blocks, whole)
 
 
-def whole_file(prose):
-    """The one fenced block that is a whole file: with an import, and no piece of one."""
+def without_thoughts(reply):
+    """A reply without its spans of thinking: each from its tag, or from the start if that is missing, to the
+    last end before the next tag; or to the reply's end."""
+    first, *spans = THINKING.split(reply)
+    answers = [THOUGHT.split(span) for span in spans]
+    return THOUGHT.split(first)[-1] + "".join(parts[-1] for parts in answers if parts[1:])
+
+
+def notes_in(lines):
+    return [note for note in map(NOTE.fullmatch, lines) if note]
+
+
+def whole_file(prose, blocks):
+    """The one fenced block that is a whole file: with an import, and no piece of one. None beside blocks."""
     fences = FENCE.findall(prose)
+    files = {
+        text for text in fences if re.search(r"^(import|from) ", text, re.MULTILINE) and "prepare" in text
+    }
+    if blocks and files:
+        raise Refused(UNCLEAR)
+    if blocks:
+        return None
     if not fences:
         cut = "A ``` fence has no closing ``` line: the reply seems cut off." if "\n```" in prose else ""
         raise Refused(cut or f"There is no edit in this reply. {FORM}")
-    files = [
-        text for text in fences if re.search(r"^(import|from) ", text, re.MULTILINE) and "prepare" in text
-    ]
     if len(files) != 1 or prose.count("```") % 2:
         raise Refused(f"The fenced code isn't one whole file, from its imports to its end. {FORM}")
-    return files[0]
+    return files.pop()
 
 
 def margin(lines):
@@ -272,6 +336,12 @@ def margin(lines):
 def dedented(lines):
     cut = len(margin(lines))
     return [line[cut:].rstrip() for line in lines]
+
+
+def trimmed(lines):
+    """Lines without the blank ones at both edges."""
+    full = [number for number, line in enumerate(lines) if line.strip()]
+    return lines[full[0] : full[-1] + 1] if full else []
 
 
 def find_lines(lines, search):
@@ -307,7 +377,9 @@ def apply_edit(source, edit):
             raise Refused(
                 "A SEARCH part is empty: quote the lines at the place, and repeat them in the REPLACE part."
             )
-        found = find_lines(lines, search)
+        if not (found := find_lines(lines, search)):
+            search, replacement = trimmed(search), trimmed(replacement)
+            found = find_lines(lines, search)
         if not found:
             raise Refused(
                 f"These SEARCH lines are not in the file:\n{shown}\n\nThe nearest lines there are:\n"
@@ -326,11 +398,14 @@ def apply_edit(source, edit):
                 f"The block's indentation doesn't fit the file, where its first line is:\n{lines[found[0]]}"
             )
         lines[here] = [add + line[len(cut) :] if line.strip() else line for line in replacement]
+        last = "".join(trimmed(replacement)[-1:]).strip()
+        if last.startswith("#") and last not in known and trimmed(search)[-1] not in replacement:
+            raise Refused(
+                f"{ABBREVIATED.format(one_line(last))} A comment goes above the code that it is about."
+            )
     for line in lines:
         if ELISION.match(line[:200]) and line.strip() not in known:
-            raise Refused(
-                f"The code is abbreviated ({one_line(line)!r}): write it out; what isn't quoted stays."
-            )
+            raise Refused(ABBREVIATED.format(one_line(line)))
     return "\n".join(lines)
 
 
@@ -493,46 +568,58 @@ def header(metric):
     return COLUMNS.replace("METRIC", metric).replace(" ", "\t") + "\n"
 
 
+# What the community's logs call `keep` and `crash`; the rest wasn't kept.
+STATUSES = re.compile(
+    r"(keep|kept|base|best|accept|improve|success|ok)|(crash|fail|err|timeout|oom|invalid)", re.I
+)
+
+
+def count_in(text):
+    """A count that a row or a commit names; 0 where it is none, whatever a server or an old branch said."""
+    return int(text) if re.fullmatch("[0-9]{1,15}", text) else 0
+
+
+def numbers_in(text, between):
+    """The numbers that a cell holds; none where something else is in it."""
+    with contextlib.suppress(ValueError):
+        return [float(part) for part in text.split(between)]
+    return []
+
+
 def read_rows(text, name):
-    """(metric's name, rows) of a results.tsv, its columns read by their names; Stop names the first line that
-    isn't a row.
+    """(metric's name, rows, a sentence for each line that isn't one) of a results.tsv, its columns read by
+    their names, whatever lies between; Stop where there is no header.
 
     Logs without a column `change`, the community's, had each run on a seed of its own: their changes are the
     differences to the last kept row before, as sure as the noise of a run allows.
     """
-    head, *lines = text.removeprefix("\ufeff").splitlines() or [""]
-    names, rows = head.split("\t"), []
+    head, *lines = text.removeprefix("\ufeff").replace("\r\n", "\n").split("\n")
+    names, rows, unread = [column.strip() for column in head.split("\t")], [], []
     metric = "val_bpb" if "val_bpb" in names else names[1] if names[1:] else ""
-    if not {"commit", metric, "memory_gb", "status", "description"} <= {*names}:
+    if not {metric, "status"} <= {*names}:
         raise Stop(
             f"{name} begins with no header line that names {COLUMNS[:42]} (tabs between): {one_line(head)!r}"
         )
     for number, line in enumerate(lines, 2):
-        if not line.strip():
+        cells = dict.fromkeys(names, "") | dict(zip(names, line.split("\t", len(names) - 1), strict=False))
+        said = STATUSES.match(cells["status"].strip())
+        status = "crash" if said and said[2] else "keep" if said else "discard"
+        values = [math.nan] if status == "crash" else numbers_in(cells[metric], ",")  # some write 0 there
+        if not cells["status"].strip() or len(values) != 1:
+            unread += [f"line {number} is not a row: {one_line(line)!r}"] if line.strip() else []
             continue
-        try:
-            cells = dict(zip(names, line.split("\t", len(names) - 1), strict=True))
-            status = cells["status"]
-            if status not in STYLES:
-                raise ValueError
-            value = math.nan if status == "crash" else float(cells[metric])  # the community writes 0 there
-            change, error = map(float, (cells.get("change") or "nan+-nan").split("+-"))
-            runs = [float(run) for run in cells.get("runs", "").split(",") if run] or [value] * (
-                0 < value < math.inf
-            )
-            fixed = cells["commit"], value, float(cells["memory_gb"]), status, cells["description"]
-            more = change, error, runs, int(cells.get("llm_tokens", 0)), cells.get("finished", "")
-            rows.append(Row(*fixed, *more))
-        except ValueError:
-            raise Stop(
-                f"{name}, line {number}, is not a row: {one_line(line)!r}; mend and commit it"
-            ) from None
+        runs = numbers_in(cells.get("runs", ""), ",") or values * (0 < values[0] < math.inf)
+        memory = (numbers_in(cells.get("memory_gb", ""), ",") or [0.0])[0]
+        fixed = cells.get("commit", ""), values[0], memory, status, cells.get("description", "")
+        change, error = (numbers_in(cells.get("change", ""), "+-") + [math.nan] * 2)[:2]
+        more = change, error, runs, count_in(cells.get("llm_tokens", "")), cells.get("finished", "")
+        rows.append(Row(*fixed, *more))
     if "change" not in names:
         for row, parent in zip(rows, kept_before(rows), strict=False):
             if parent and row.runs:
                 row.change = row.value - parent.value
                 row.error = PRIOR_NOISE * math.sqrt(1 / len(parent.runs) + 1 / len(row.runs))
-    return metric, rows
+    return metric, rows, unread
 
 
 def lags(line, row):
@@ -697,7 +784,13 @@ class Git:
     """The checkout that holds this file. Commits are made beside the person's index, hooks and identity."""
 
     SETTINGS = ("core.hooksPath=/dev/null", "core.fsmonitor=false", "core.quotePath=false", "gc.auto=0")
-    SETTINGS += ("color.ui=false", "log.showSignature=false", "i18n.logOutputEncoding=UTF-8")
+    SETTINGS += ("color.ui=false", "log.showSignature=false", "diff.autoRefreshIndex=true")
+    SETTINGS += (
+        "core.safecrlf=false",
+        "core.fileMode=false",
+        "i18n.commitEncoding=UTF-8",
+        "i18n.logOutputEncoding=UTF-8",
+    )
 
     def __init__(self, folder):
         self.folder, self.place = folder, {}
@@ -714,6 +807,11 @@ class Git:
                 )
             raise Stop(reason) from None
         self.place = {"GIT_DIR": self.dir, "GIT_WORK_TREE": top}  # not another one, while a disk is away
+        if self.prefix and not self("ls-files", "--", "."):  # somebody's dotfiles are no place for a night
+            raise Stop(
+                f"{folder} lies in another repository, {top}, which holds nothing of it; make it one of its "
+                "own: git init && git add -A && git commit -m start"
+            )
         if not self.find("HEAD"):
             raise Stop("this repository has no commit yet; run: git add -A && git commit -m start")
 
@@ -722,7 +820,10 @@ class Git:
         command = ["git", *settings, "--no-optional-locks", *args]
         for role in ("AUTHOR", "COMMITTER"):
             environment |= {f"GIT_{role}_NAME": "autoresearch", f"GIT_{role}_EMAIL": "autoresearch@localhost"}
-        environment = {**os.environ, "LC_ALL": "C", **self.place, **environment}
+        # A GIT_DIR or GIT_INDEX_FILE, as hooks and dotfiles have them, names another repository.
+        theirs = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+        theirs |= {name: value for name, value in os.environ.items() if name.startswith("GIT_CONFIG")}
+        environment = {**theirs, "LC_ALL": "C", **self.place, **environment}
         # A session of its own: Ctrl-C is for the loop, and must not stop a commit half-way.
         how = dict(cwd=self.folder, env=environment, start_new_session=True, capture_output=True, check=True)
         while True:
@@ -756,10 +857,10 @@ class Git:
         head, _, text = self("cat-file", "--batch", stdin=f"{commit}:{self.prefix}{name}\n").partition("\n")
         return text[:-1] if " blob " in head else None
 
-    def blobs(self, name, commits):
-        """The hashes of a file in these commits."""
-        names = "".join(f"{commit}:{self.prefix}{name}\n" for commit in commits)
-        return self("cat-file", "--batch-check=%(objectname)", stdin=names).splitlines()
+    def differs(self, commit, name):
+        """Whether a file in the checkout is another than in a commit, as git sees it: line ends, filters and
+        modes are no change."""
+        return bool(self("diff", "--name-only", "--no-ext-diff", commit, "--", name))
 
     def branch(self):
         return self.ask("symbolic-ref", "--quiet", "HEAD").removeprefix("refs/heads/")
@@ -793,8 +894,9 @@ def read_message(message):
 
 
 def write_message(subject, body, trailers):
-    parts = [subject, body.strip(), "\n".join(f"{name}: {value}" for name, value in trailers.items())]
-    return "\n\n".join(filter(None, parts)) + "\n"
+    lines = (f"{name}: {value}".replace("\n", " ") for name, value in trailers.items())
+    parts = [subject, body.strip(), "\n".join(lines)]
+    return CONTROL.sub("", "\n\n".join(filter(None, parts))) + "\n"
 
 
 def replace_file(path, text):
@@ -826,7 +928,7 @@ class Experiment:
 
     def __post_init__(self):
         self.description, self.reasoning, self.trailers = read_message(self.message)
-        self.number = int(self.trailers.get("Number", 0))
+        self.number = count_in(self.trailers.get("Number", ""))
         self.parent = self.trailers.get("Parent", "")  # the commit of the experiment whose file it edits
         self.folder = f"{self.number:04}-{self.commit[:7]}"  # of its runs
 
@@ -857,10 +959,12 @@ class Ledger:
         """Reads the branch, the open refs and the runs; nothing is written."""
         tip, place = self.tip(), f"results.tsv on {self.name}"
         text = self.git.text(tip, "results.tsv") or self.header
-        metric, rows = read_rows(text, place)
+        metric, rows, unread = read_rows(text, place)
         self.header = header(metric)
         if not text.startswith(self.header):
             raise Stop(f"{place} has other columns than this loop's; begin anew with --tag")
+        if unread:
+            raise Stop(f"{place}, {unread[0]}; mend and commit it")
         if len(rows) < len(self.rows):
             raise OSError(5, "rows are missing", place)
         messages, outcomes, self.experiments = {}, {}, {}
@@ -925,7 +1029,10 @@ class Ledger:
     def began(self):
         """What the branch's first experiment says of its ruler; empty on a new branch."""
         first = next(iter(self.experiments.values()), None)
-        return json.loads(first.trailers.get("Ruler", "{}")) if first else {}
+        try:
+            return dict(json.loads(first.trailers.get("Ruler", "{}"))) if first else {}
+        except (ValueError, TypeError):
+            raise Stop(f"{self.name} doesn't say what it was measured with; begin anew with --tag") from None
 
     def runs(self, commit):
         """The results of an experiment's runs on seed 0, 1, ..., up to the first that is missing."""
@@ -942,18 +1049,18 @@ class Ledger:
         return noise_of(groups, prior)
 
     def checked_out(self):
-        return read_text(Path(self.git.dir, "HEAD")).strip() == f"ref: {self.ref}"
+        return self.git.branch() == self.name
 
     def person_edit(self):
         """The edited file in the checkout where, as git sees it, a person changed it and it compiles."""
         if not self.checked_out() or not (self.git.folder / self.edits).is_file():
             return None
-        here, ours = self.git("hash-object", "-w", "--", self.edits).strip(), [self.best.commit]
+        ours = [self.best.commit]
         for experiment in self.open():
             ours += [experiment.commit, experiment.trailers.get("Rebased", experiment.commit)]
-        if here in self.git.blobs(self.edits, ours):
+        if not all(self.git.differs(commit, self.edits) for commit in ours):
             return None
-        text = self.git("cat-file", "blob", here)
+        text = self.git("cat-file", "blob", self.git("hash-object", "-w", "--", self.edits).strip())
         with contextlib.suppress(Refused):
             return code_hash(text) and text
 
@@ -1002,9 +1109,9 @@ class Ledger:
         source = self.source_of(commit) if row.status == "keep" else self.source
         lines = "".join(other.line() for other in [*self.rows, row])
         files = {"results.tsv": self.header + lines, self.edits: source}
-        ran, before, now = git.blobs("program.md", [commit, f"{commit}^", tip])
-        if now == before != ran:  # else the person committed another one in mid-run
-            files["program.md"] = git.text(commit, "program.md")
+        ran, before, now = (git.text(version, "program.md") for version in (commit, f"{commit}^", tip))
+        if now and now == before != ran:  # else the person took it away, or committed another one in mid-run
+            files["program.md"] = ran
         experiment.outcome = write_message(f"{row.status}: {row.description}", body, trailers)
         after = git.commit([tip, commit], files, experiment.outcome)
         git.move(f"update {self.ref} {after} {tip}", f"delete {self.refs}{experiment.number} {commit}")
@@ -1017,15 +1124,15 @@ class Ledger:
     def sync_checkout(self, *ours):
         """The checkout follows the branch, where it holds what the loop put there: the file of the last row
         or the one before, or of these commits."""
-        git, rows = self.git, self.git.folder / "results.tsv"
+        git, folder = self.git, self.git.folder
         if not self.checked_out():
             return
-        if read_text(rows) != (now := git.text(self.ref, "results.tsv")):
-            file = git.folder / self.edits
-            here = git("hash-object", "--", self.edits).strip() if file.is_file() else ""
-            if here in git.blobs(self.edits, [f"{self.ref}^", f"{self.ref}^2", *ours]):
-                replace_file(file, git("cat-file", "--filters", f"{self.ref}:{git.prefix}{self.edits}"))
-            replace_file(rows, now)
+        if git.differs(self.ref, "results.tsv"):
+            names, ours = ["results.tsv"], filter(git.find, (f"{self.ref}^", f"{self.ref}^2", *ours))
+            if (folder / self.edits).is_file() and not all(git.differs(one, self.edits) for one in ours):
+                names.insert(0, self.edits)
+            for name in names:
+                replace_file(folder / name, git("cat-file", "--filters", f"{self.ref}:{git.prefix}{name}"))
         with contextlib.suppress(
             subprocess.CalledProcessError
         ):  # somebody holds the index: the next row will
@@ -1074,6 +1181,20 @@ def only_device(name):
     return {"CUDA_VISIBLE_DEVICES": number}, files
 
 
+def steps_to(path):
+    """The links over which a path leads, in their order, and where it ends: nothing can be bound behind a
+    link."""
+    found, place, left = [], "/", [*reversed(Path(os.path.abspath(path)).parts[1:])]
+    while left:
+        place = os.path.join(place, left.pop())
+        if os.path.islink(place):
+            found.append(place)
+            target = os.path.normpath(os.path.join(os.path.dirname(place), os.readlink(place)))
+            left += reversed(Path(target).parts[1:])
+            place = "/"
+    return [*found, place]
+
+
 def cage(job, folder, cache, devices):
     """bwrap's arguments before the command of a run: no network, its own processes, a read-only system, and
     nothing to write to but its folder and its compile cache. Where homes and the sockets of services were,
@@ -1081,11 +1202,14 @@ def cage(job, folder, cache, devices):
     has a descriptor."""
     private = ("/home", "/root", "/tmp", "/var/tmp", "/run", "/mnt", "/media", "/srv", Path.home())
     hidden = {os.path.realpath(path) for path in (*private, job["project"]) if os.path.isdir(path)}
-    hidden = sorted(hidden - {"/"})
-    shown = {sys.base_prefix, sys.prefix, os.path.realpath(sys.prefix)}
-    shown |= {os.path.realpath(path) for path in (*sys.path[1:], job["facts"]["folder"])}
+    hidden, shown, links = sorted(hidden - {"/"}), set(), set()
+    for path in (sys.executable, sys.prefix, sys.base_prefix, *sys.path[1:], job["facts"]["folder"]):
+        *on_the_way, end = steps_to(path)
+        shown.add(end)
+        links |= {link for link in on_the_way if any(Path(link).is_relative_to(place) for place in hidden)}
     bound = [("--ro-bind-try", path, path) for path in ("/proc/sys", "/proc/sysrq-trigger")]
     bound += [("--tmpfs", path) for path in hidden]
+    bound += [("--symlink", os.readlink(link), link) for link in sorted(links)]
     bound += [("--ro-bind-try", path, path) for path in sorted(shown)]
     bound += [("--ro-bind", os.devnull, os.path.realpath(path)) for path in job["facts"]["held_out"].values()]
     bound += [("--bind", str(path), str(path)) for path in (folder, cache)]
@@ -1351,7 +1475,7 @@ class Device:
 
     def __init__(self, name, runs):
         self.name, self.runs, self.process = name, runs, None
-        self.text = Path(__file__).read_text()
+        self.text = Path(__file__).read_text(encoding="utf-8")
 
     def run(self, job, tell):
         """Makes a run, and waits for the worker's result. tell(line) hears the run's last lines."""
@@ -1412,7 +1536,8 @@ def explain(error):
     if isinstance(error, OSError):
         return f"{error.strerror}: {error.filename}"
     if isinstance(error, subprocess.CalledProcessError):
-        return f"git failed: {one_line((error.stderr or b'').decode('utf-8', 'replace')) or error}"
+        advice = (error.stderr or b"").decode("utf-8", "replace")  # whole: a command to copy may be in it
+        return f"git failed: {one_line(advice, 5000) or error}"
     return "".join(traceback.format_exception(error))
 
 
@@ -1431,13 +1556,34 @@ def backoff(failed):
     return min(WAITS[0] * 2**failed, WAITS[1])
 
 
+def text_of(content):
+    """The text of a message: a string, or parts, of which only those of type text are the answer."""
+    if isinstance(content, dict) and content.get("type", "text") in ("text", "output_text"):
+        return text_of(content.get("text") or content.get("value"))
+    if isinstance(content, list):
+        return "".join(map(text_of, content))
+    return content if isinstance(content, str) else ""
+
+
+def proxied():
+    """A word on the proxies through which a server is asked, as the environment has them."""
+    names = {name for name in os.environ if name.lower().endswith("_proxy")} - {"NO_PROXY", "no_proxy"}
+    to = ", ".join(sorted(names))
+    return (
+        f"; a proxy is set ({to}): for a server of your own export NO_PROXY=localhost,127.0.0.1" if to else ""
+    )
+
+
 class Model:
     """An OpenAI-compatible chat model. The first call must work; later faults are waited out for as long as
     it takes. What a server wants of a request is found by trying, and remembered. say(text) tells the
     person."""
 
     def __init__(self, name, say):
-        url, key = os.environ.get("OPENAI_BASE_URL"), os.environ.get("OPENAI_API_KEY", "").strip()
+        # of a file of settings, as docker's, quotes are left around
+        url, key = (
+            os.environ.get(f"OPENAI_{what}", "").strip(" \t\r\n\"'") for what in ("BASE_URL", "API_KEY")
+        )
         if not key and not url:
             raise Stop(
                 "no model to ask: set a key (export OPENAI_API_KEY=...), point at a local server (export "
@@ -1445,30 +1591,62 @@ class Model:
             )
         import openai  # 0.6 s that --offline needn't spend
 
-        self.openai, self.say, self.limit = openai, say, {}
-        # The newest models want the second:
-        self.limits = iter(({"max_tokens": REPLY_TOKENS}, {"max_completion_tokens": REPLY_TOKENS}))
+        self.openai, self.say, self.limit, self.told = openai, say, {}, set()
+        self.key = key or "none"  # local servers want none, the client does
+        # The newest models want the second, others allow no more than half:
+        limits = {"max_tokens": REPLY_TOKENS}, {"max_completion_tokens": REPLY_TOKENS}
+        self.limits = iter((*limits, {"max_tokens": REPLY_TOKENS // 2}))
         try:
             # Else a server that drops the connection after an error fails the next request, too:
             how = dict(max_retries=0, timeout=REPLY_SECONDS, default_headers={"Connection": "close"})
-            # local servers want no key, the client does
-            self.client = openai.OpenAI(api_key=key or "none", **how)
-            self.name = name or (
-                next((model.id for model in self.client.models.list()), "") if url else DEFAULT_MODEL
-            )
-            if not self.name:
-                raise Stop(f"the server at {url} lists no model; load one, or name it with --model")
-            self.agree()
+            self.client = openai.OpenAI(api_key=self.key, base_url=url or OPENAI, **how)
+            self.choose([name] if name else self.listed() if url else [DEFAULT_MODEL])
         except openai.APIConnectionError as error:
             reason = error.__cause__ or error
-            raise Stop(f"no answer from {self.client.base_url} ({reason}); is the server running?") from None
-        except Stop:
-            raise
-        except Exception as error:  # whatever goes wrong here is in the settings; the key stays unprinted
-            reason = one_line(str(error).replace(key or "none", "***"))
-            at = f"{self.client.base_url}" if hasattr(self, "client") else f"{url}"
-            advice = "name a model (--model NAME), mend the URL (most end in /v1) or the key, or go --offline"
-            raise Stop(f"{at} failed at the first call: {reason}; {advice}") from None
+            raise Stop(
+                f"no answer from {self.client.base_url} ({reason}); is the server running?{proxied()}"
+            ) from None
+        except Exception as error:  # whatever goes wrong here is in the settings
+            mended = re.sub(
+                r"(/chat)?/(completions|models|responses|embeddings)$", "", (url or OPENAI).rstrip("/")
+            )
+            mended += "" if re.search(r"/v\d", mended) else "/v1"
+            known = mended == (url or OPENAI).rstrip("/") or getattr(error, "status_code", None) in DENIED
+            advice = "" if known else f"most URLs end in /v1: try export OPENAI_BASE_URL={mended}; or "
+            advice += (
+                "name a model (--model NAME), mend the URL (most end in /v1) or the key, or go --offline"
+            )
+            raise Stop(
+                f"{url or OPENAI} failed at the first call: {self.words(error)}; {advice}{proxied()}"
+            ) from None
+
+    def listed(self):
+        """The names of the server's models."""
+        page = self.client.models.list()
+        if not (names := [one_line(str(model.id)) for model in getattr(page, "data", None) or ()]):
+            reason = getattr(page, "error", page)
+            raise ValueError(f"the server lists no model; load one, or name it with --model ({reason})")
+        return names
+
+    def choose(self, names):
+        """Takes the first of these models that can chat: embeddings are listed, too."""
+        faults = []
+        for self.name in names:
+            try:
+                return self.agree()
+            except (self.openai.APIStatusError, ValueError) as error:
+                if getattr(error, "status_code", None) in (*DENIED, *NOT_NOW):
+                    raise
+                faults.append(error)
+                if len(faults) < len(names):
+                    self.say(f"{self.name} can't chat ({self.words(error)}); trying the server's next model")
+        raise faults[0]
+
+    def words(self, error):
+        """What a fault says, in a line, with the server's own words and without the key."""
+        body = getattr(error, "body", None)
+        text = f"{error}" if not body or " - " in f"{error}" else f"{error} - {body}"
+        return one_line(text.replace(self.key, "***"), 400)
 
     def agree(self):
         """Finds the form that the server takes, by short requests: so a refusal later on tells of the
@@ -1476,13 +1654,35 @@ class Model:
         question = {"role": "user", "content": "Answer with the one word: ready"}
         faults = []
         for self.form in itertools.product(({}, STREAM, {"stream": True}), (False, True)):
-            try:
-                return self.call([{"role": "system", "content": "A test."}, question])
-            except self.openai.APIConnectionError:
-                raise  # nobody is there: another form won't help
-            except (self.openai.APIError, ValueError) as error:
-                faults.append(error)
+            for failed in range(FIRST_TRIES):
+                try:
+                    return self.call([{"role": "system", "content": "A test."}, question])
+                except self.openai.APIConnectionError:
+                    raise  # nobody is there: another form won't help
+                except (self.openai.APIError, ValueError) as error:
+                    faults.append(error)
+                    status = getattr(error, "status_code", None)
+                    if status in DENIED or status in NOT_NOW and failed == FIRST_TRIES - 1:
+                        raise
+                    if status not in NOT_NOW:
+                        break
+                    self.put_off(error, failed, time.sleep)
         raise faults[0]
+
+    def put_off(self, error, failed, wait):
+        """Says what failed and waits: as long as the server says, or longer each time."""
+        seconds = backoff(failed)
+        # no response, no header, a date in it
+        with contextlib.suppress(AttributeError, TypeError, ValueError):
+            seconds = min(max(1, float(error.response.headers.get("retry-after"))), WAITS[1])  # nan is 1
+        self.say(f"the model's server failed ({self.words(error)}); asking again in {seconds:.0f} s")
+        wait(seconds)
+
+    def say_once(self, text):
+        """Says what is true of each request, the first time."""
+        if (kind := text.partition(",")[0]) not in self.told:
+            self.told.add(kind)
+            self.say(text)
 
     def call(self, chat):
         """One request: (the reply's text, without reasoning; tokens used, 0 where the server doesn't
@@ -1492,29 +1692,42 @@ class Model:
         if folded:  # there are models without a system role
             sent[:2] = [{"role": "user", "content": f"{sent[0]['content']}\n\n{sent[1]['content']}"}]
         answer = self.client.chat.completions.create(model=self.name, messages=sent, **stream, **self.limit)
-        text, ended, usage, end = "", None, None, time.monotonic() + REPLY_SECONDS
+        choice, text, thought, ended, usage, end = None, "", "", None, None, time.monotonic() + REPLY_SECONDS
         for part in itertools.takewhile(lambda _: time.monotonic() < end, answer if stream else [answer]):
             choices = getattr(part, "choices", None)  # of a page of HTML: none
             choice = choices[0] if isinstance(choices, list) and choices else None
-            content = getattr(getattr(choice, "delta" if stream else "message", None), "content", None)
-            pieces = content if isinstance(content, list) else [{"text": content}]
-            text += "".join(str(piece.get("text") or "") for piece in pieces if isinstance(piece, dict))
+            message = getattr(choice, "delta" if stream else "message", None)
+            text += text_of(getattr(message, "content", None))
+            thought = (
+                thought or getattr(message, "reasoning_content", None) or getattr(message, "reasoning", None)
+            )
             ended = getattr(choice, "finish_reason", None) or ended
             usage = getattr(part, "usage", None) or usage
-        if not ended and (stream or not text):
-            raise ValueError(
-                f"no whole reply in its answer: {text or getattr(answer, 'error', None) or answer}"
+        ended = f"{ended}".lower()
+        if ended not in (*WHOLE, *CUT_OFF, *NO_ANSWER):
+            reason = getattr(choice, "error", None) or text or getattr(answer, "error", None) or answer
+            raise ValueError(f"no whole reply in its answer (finish_reason {ended}): {reason}")
+        counts = (getattr(usage, f"{name}_tokens", 0) for name in ("prompt", "completion", "total"))
+        read, own, used = (count if type(count) is int and 0 < count < 10**9 else 0 for count in counts)
+        used, size = used or read + own, sum(len(message["content"]) for message in sent)
+        if 0 < read < size / CHARS_A_TOKEN - 100:
+            self.say_once(
+                f"the server cut the prompt, it read {read:,} tokens of about {size // 4:,}: raise its "
+                "context (Ollama: OLLAMA_CONTEXT_LENGTH=32768, llama.cpp: -c 32768)"
             )
-        counts = (getattr(usage, name, 0) for name in ("completion_tokens", "total_tokens"))
-        own, used = (count if type(count) is int and 0 < count < 10**9 else 0 for count in counts)
-        if ended == "length" and own < REPLY_TOKENS and not self.limit and (limit := next(self.limits, None)):
+        if thought and not text.strip() and ended in WHOLE:
+            self.say_once(
+                "the server puts all of a reply into reasoning_content, where an answer can't be told from a "
+                "draft: start it without its reasoning parser, or take another model"
+            )
+        if ended in CUT_OFF and own < REPLY_TOKENS and not self.limit and (limit := next(self.limits, None)):
             self.limit = limit
             self.say(
                 f"the server cut a reply off after {own} tokens; asking again for up to {REPLY_TOKENS:,}"
             )
             text, more = self.call(chat)
             return text, used + more
-        if ended in ("length", "content_filter"):
+        if ended not in WHOLE:
             text += "\n<<<<<<< SEARCH"  # as what it is: a reply cut off, of which nothing may be applied
         return as_unicode(text), used
 
@@ -1526,19 +1739,16 @@ class Model:
             try:
                 return self.call(chat)
             except (self.openai.APIError, ValueError) as error:  # ValueError: a body that isn't JSON
-                reason = one_line(str(error).replace(self.client.api_key, "***"), 120)
                 refused = getattr(error, "status_code", None) in (400, 413, 422)
                 if refused and not shorten(chat):  # then the limit may be what it refuses
                     refused, self.limit = self.limit, self.limit and next(self.limits, {})
                 if refused:
-                    self.say(f"the server refused the request ({reason}); asking again with less of it")
+                    self.say(
+                        f"the server refused the request ({self.words(error)}); asking again with less of it"
+                    )
                     continue
-                seconds, failed = backoff(failed), failed + 1
-                # no response, no header, a date in it
-                with contextlib.suppress(AttributeError, TypeError, ValueError):
-                    seconds = min(max(float(error.response.headers.get("retry-after")), 1), WAITS[1])
-                self.say(f"the model's server failed ({reason}); asking again in {seconds:.0f} s")
-                unwanted.wait(seconds)
+                self.put_off(error, failed, unwanted.wait)
+                failed += 1
         return "", 0
 
 
@@ -1695,6 +1905,7 @@ class Report:
     name: str  # of the branch or the file
     metric: str
     rows: list
+    unread: list = ()  # of lines that are no rows, a sentence each
 
     def __post_init__(self):
         self.kept = [number for number, row in enumerate(self.rows) if row.status == "keep" and row.runs]
@@ -1719,6 +1930,7 @@ class Report:
         """What was kept, what nearly was, and the totals at the end, where the eye is."""
         rows, lines, ends = self.rows, [*outcome(self.rows, self.sign), counts(self.rows)], []
         near = [n for n, row in enumerate(rows) if row.status == "discard" and self.gain(n) > -row.error]
+        lines += [f"lines left out: {len(self.unread)}; {self.unread[0]}"] if self.unread else []
         with contextlib.suppress(ValueError):  # a time in another form than ours
             ends += [datetime.strptime(row.finished, "%Y-%m-%dT%H:%M:%SZ") for row in rows if row.finished]
         if ends[1:]:
@@ -1787,7 +1999,10 @@ class Report:
 def read_report(folder, tag, file):
     """The Report of a file, or else of a branch: the tag's, the one checked out, or the newest."""
     if file:
-        if not (text := read_text(Path(file))):
+        text = read_text(Path(file))
+        if "\0" in text:  # a redirect of PowerShell's
+            text = Path(file).read_bytes().decode("utf-16", "replace")
+        if not text:
             raise Stop(f"{file} can't be read; --report takes a results.tsv, or nothing for the branch's own")
         return Report(one_line(Path(file).name), *read_rows(text, file))
     git, name = Git(folder), f"autoresearch/{tag.removeprefix('autoresearch/')}" if tag else ""
@@ -1877,6 +2092,8 @@ class Session:
                 f"{changed}: missing or not committed, so the results would belong to nothing; commit it"
             )
         for name in ("loop.py", "prepare.py", ledger.edits, "program.md"):
+            if (self.folder / name).is_symlink():
+                raise Stop(f"{name} is a link, of which git keeps no text; put the file itself in its place")
             if self.git.text("HEAD", name) is None:
                 raise Stop(f"{name} is not committed; run: git add {name} && git commit -m start")
         try:
@@ -1887,7 +2104,8 @@ class Session:
             ledger.load()
             rows = (ledger.header + "".join(map(Row.line, ledger.rows))).splitlines()
             here = read_text(self.folder / "results.tsv").splitlines()
-            if ledger.checked_out() and (here[len(rows) :] or not all(map(lags, here, rows))):
+            changed = ledger.checked_out() and self.git.differs(ledger.ref, "results.tsv")
+            if changed and (here[len(rows) :] or not all(map(lags, here, rows))):
                 raise Stop(
                     "results.tsv has uncommitted changes; commit them, or: git checkout -- results.tsv"
                 )
@@ -1898,9 +2116,11 @@ class Session:
         self.budget = self.view.budget = self.args.budget or began.get("budget", BUDGET)
         self.ruler = self.git.text(self.git.find(ledger.ref) or "HEAD", "prepare.py")
         place.mkdir(exist_ok=True)
-        (place / "prepare.py").write_text(self.ruler)
+        (place / "prepare.py").write_bytes(self.ruler.encode("utf-8", "surrogateescape"))
         env = os.environ | ONE_THREAD | {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
         env |= as_environment({"FINGERPRINT": began.get("data", "")} | began.get("settings", {}))
+        if data := env.get("AUTORESEARCH_DATA"):  # the ruler stands in another folder
+            env["AUTORESEARCH_DATA"] = os.path.abspath(os.path.expanduser(data))
         facts = self.facts = ask_facts([sys.executable, "prepare.py"], place, env, stderr=None)
         if isinstance(facts, str):
             raise Stop("the ruler doesn't start, see above; is everything installed? pip install -e .")
@@ -1931,7 +2151,7 @@ class Session:
         if self.args.sandbox == "require":
             raise Stop(f"no sandbox: {reason}; mend that, or run without one: --sandbox off")
         self.caged = False
-        self.say(f"no sandbox, {reason}: an edit can read your files and use the network (README, The cage)")
+        self.say(f"NO SANDBOX, {reason}: an edit can read your files and use the network (README, The cage)")
 
     def same_machine(self, facts):
         return isinstance(facts, dict) and all(facts.get(name) == self.facts[name] for name in SAME)
@@ -1966,6 +2186,7 @@ class Session:
         self.ask_ruler()
         self.check_cage()
         who = self.model.name if self.model else "audit" if audit else "offline, a pattern search"
+        who += "" if self.caged or self.args.sandbox == "off" else "  ·  NO SANDBOX"
         self.view.title = f"{ledger.name}  ·  {self.facts['device']} ({', '.join(self.devices)})  ·  {who}"
         each = f"of at most {self.budget:g} s each"
         stops = "Ctrl-C stops, the same command goes on"
@@ -2328,7 +2549,7 @@ class Session:
             value = ledger.experiments[experiment.parent].row.value + change
         memory = max((run.get("memory_mb", 0) for run in runs), default=0) / 1024
         description = one_line(experiment.description, 120) + (f" [{one_line(remark)}]" if remark else "")
-        tokens, now = int(experiment.trailers.get("Tokens", 0)), datetime.now(timezone.utc)
+        tokens, now = count_in(experiment.trailers.get("Tokens", "")), datetime.now(timezone.utc)
         effect = change, error, values, tokens, f"{now:%Y-%m-%dT%H:%M:%SZ}"
         row = Row("", value, memory, status, description, *effect)
         body = f"{self.facts['metric']} {value:.6f}, {last.get('info', '')}"
@@ -2507,6 +2728,9 @@ def plain(error):
 def main():
     args, folder, session = parse_arguments(), Path(__file__).resolve().parent, None
     codecs.register_error("plain", plain)
+    while os.open(os.devnull, os.O_RDWR) < 3:
+        pass  # where standard streams are closed, no file of ours may take their place
+    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))
     sys.stdout.reconfigure(errors="plain")
     console = Console(highlight=False)
     try:

@@ -43,7 +43,7 @@ import traceback
 import types
 import warnings
 import zlib
-from collections import deque
+from collections import Counter, deque
 from pathlib import Path
 from time import (
     monotonic,
@@ -71,7 +71,17 @@ DOCUMENT_CHARS = (
     8192  # a longer text file is cut at the next blank line, so that a book has documents to split
 )
 RECORD_CHARS = 2**20  # a longer text in a JSON line or a parquet row is cut: bounds memory
-SUFFIXES = (".txt", ".md", ".py", ".jsonl", ".jsonl.gz", ".parquet")  # of the files that are read in a folder
+RECORDS = (".jsonl", ".ndjson")  # one JSON object a line
+SUFFIXES = (
+    ".txt",
+    ".md",
+    ".py",
+    *RECORDS,
+    ".parquet",
+)  # of the files that are read, in any case; all but .parquet with .gz, too
+OTHERS = re.compile(
+    r"\.|(__MACOSX|__pycache__|node_modules|site-packages)$"
+)  # files and folders that nobody means by his text
 COMPRESSION = {".gz": 3, ".parquet": 3}  # times its size such a file holds, about; only progress bars need it
 # Data sets of the Hugging Face hub: repository, commit (the same text for everybody, always), files, how many
 # without --shards.
@@ -195,7 +205,7 @@ def read_meta(folder, splits=("train", "val", "test")):
             for split in splits
         ]
         sizes.append((len(read_tokenizer(folder / "tokenizer.tiktoken")), meta["vocab_size"] - 1))
-        return meta if "key" in meta and all(found == written for found, written in sizes) else None
+        return meta if all(found == written for found, written in sizes) else None
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return None
 
@@ -206,12 +216,24 @@ def data_sets(root):
     return {folder: meta for folder, meta in found.items() if meta}
 
 
+def asked_for(root):
+    """{key of a source: name of its data set}, in the order in which they were asked for. Beside the data sets: a night that
+    runs on one must not see it change when it is asked for again."""
+    try:
+        return dict(json.loads((root / "prepared.json").read_bytes()))
+    except (OSError, ValueError, TypeError):
+        return {}
+
+
 def newest(root):
     """The data set to use: `root` itself if it is one, else the one prepared (or asked for) last."""
     found = [root] if read_meta(root, ("train",)) else data_sets(root)
     if not found:
         raise Problem(f"no data in {root}; run: python prepare.py")
-    return max(found, key=lambda folder: (folder / "meta.json").stat().st_mtime_ns)
+    last = {name: number for number, name in enumerate(asked_for(root).values())}
+    return max(
+        found, key=lambda folder: (last.get(folder.name, -1), (folder / "meta.json").stat().st_mtime_ns)
+    )
 
 
 def package(name, extra=""):
@@ -252,16 +274,43 @@ def source_files(source, shards=None):
         raise Problem(
             f"--source {source}: no such file or folder; give a path, or leave --source out for pytorch"
         )
-    files = [path]
-    if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.name.endswith(SUFFIXES) and file.is_file())
+    files, left_out = ([], Counter()) if path.is_dir() else ([path], {})
+    for place, folders, names in os.walk(path):
+        linked = [name for name in folders if Path(place, name).is_symlink()]
+        apart = [name for name in folders if name in linked or OTHERS.match(name)]
+        folders[:] = [name for name in folders if name not in apart]
+        for name in [*apart, *names]:
+            file = Path(place, name)
+            what = "linked folders" if name in linked else kind_of(file) or "without a suffix"
+            what = "hidden or a tool's" if OTHERS.match(name) else what
+            if what in SUFFIXES and name in names and file.is_file():
+                files.append(file)
+            else:
+                left_out[what] += 1
+    if left_out:
+        print("left out:", ", ".join(f"{count:,} {what}" for what, count in left_out.most_common()))
     if not files:
         raise Problem(f"--source {source}: no {', '.join(SUFFIXES)} file in this folder; add one")
+    if path.is_file() and kind_of(path) not in (*SUFFIXES, ".json", ""):
+        raise Problem(
+            f"--source {source}: {kind_of(path)} files aren't read; give {', '.join(SUFFIXES)}, or if it is plain text call it .txt"
+        )
+    files.sort()
     stats = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     name = (
         "".join(c if c.isalnum() or c in "_." else "-" for c in path.resolve().name.split(".")[0]) or "text"
     )
     return name, files, stats
+
+
+def kind_of(path):
+    """A file's suffix, in small letters, without the .gz of one that is compressed."""
+    name = Path(path.name.lower())
+    return Path(name.stem).suffix if name.suffix == ".gz" else name.suffix
+
+
+def open_text(path, **how):
+    return (gzip.open if path.name.lower().endswith(".gz") else open)(path, "rt", encoding="utf-8-sig", **how)
 
 
 def download(repository, commit, *names):
@@ -309,8 +358,8 @@ def download(repository, commit, *names):
 
 
 def read_records(path):
-    """Yields the text of each line of a .jsonl or .jsonl.gz file, or row of a .parquet file."""
-    if path.suffix == ".parquet":
+    """Yields the text of each line of a file of JSON objects, or row of a .parquet file."""
+    if kind_of(path) == ".parquet":
         package("pyarrow", "[hub]")
         from pyarrow.parquet import ParquetFile
 
@@ -325,7 +374,7 @@ def read_records(path):
                 f'{path}: not a parquet file with a "text" column of strings; mend it or leave it out'
             ) from None
         return
-    with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig") as file:
+    with open_text(path) as file:
         for number, line in enumerate(file, 1):
             if line.strip():
                 try:
@@ -334,18 +383,19 @@ def read_records(path):
                     )  # may hold half a surrogate pair
                 except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
                     raise Problem(
-                        f'{path}, line {number}: not a JSON object with a "text" string; mend it'
+                        f'{path}, line {number}: not a JSON object with a "text" string, one a line; mend it'
+                        " (of an array, jq -c '.[]' makes such lines)"
                     ) from None
 
 
 def read_documents(path, whole):
     """Yields the documents of one file, never holding more than a document (a `whole` file is one
     document)."""
-    if path.name.endswith((".jsonl", ".jsonl.gz", ".parquet")):
+    if kind_of(path) in (*RECORDS, ".json", ".parquet"):
         for text in read_records(path):
             yield from (text[start : start + RECORD_CHARS] for start in range(0, len(text), RECORD_CHARS))
         return
-    with open(path, encoding="utf-8-sig", newline="") as file:
+    with open_text(path, newline="") as file:
         text, size = [], 0
         while line := file.readline(4 * DOCUMENT_CHARS):  # bounded: a text may be a single line
             ends_here = line.strip() == "<|endoftext|>"  # how TinyStories and others part their documents
@@ -487,12 +537,12 @@ def check_tokens(folder, splits, sizes):
     return float(counts["val"] @ nats / LN2 / (counts["val"] @ lengths))
 
 
-def write_data_set(folder, source, sizes, key, progress):
+def write_data_set(folder, source, sizes, progress):
     """Writes the tokenizer, the token files and meta.json into `folder`, to the disk; returns the
     fingerprint."""
     name, files, identity = source
     whole = isinstance(identity, str)  # of a release of torch, each file is a document
-    total = sum(path.stat().st_size * COMPRESSION.get(path.suffix, 1) for path in files)
+    total = sum(path.stat().st_size * COMPRESSION.get(path.suffix.lower(), 1) for path in files)
 
     def documents(task, most=math.inf):
         task = progress.add_task(task, total=min(total, most))
@@ -518,9 +568,7 @@ def write_data_set(folder, source, sizes, key, progress):
             while block := stream.read(2**20):
                 digest.update(block)
     fingerprint = digest.hexdigest()[:12]
-    meta = dict(
-        source=name, fingerprint=fingerprint, **sizes, unigram_bpb=unigram_bpb, splits=splits, key=key
-    )
+    meta = dict(source=name, fingerprint=fingerprint, **sizes, unigram_bpb=unigram_bpb, splits=splits)
     (folder / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
     for path in folder.iterdir():
         path.chmod(0o444)  # a train.py that opens one to write gets an error
@@ -539,39 +587,51 @@ def prepare(source, root, shards=None):
     key = hashlib.sha256(json.dumps([FORMAT, sizes, PATTERN, name, identity]).encode()).hexdigest()
     root.mkdir(parents=True, exist_ok=True)
     with open(root / "prepare.lock", "w") as lock:
-        for waited in itertools.count():
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if not waited:
-                    print("another prepare.py is at work here: waiting for it", file=sys.stderr, flush=True)
-                sleep(0.2)
-            if _stopped:  # the handler alone doesn't end a wait
-                raise KeyboardInterrupt
-        for killed in root.glob(".partial-*"):  # nobody else holds the lock, so nobody is at work there
-            shutil.rmtree(killed)
-        for folder, meta in data_sets(root).items():
-            if meta["key"] == key:
-                os.utime(folder / "meta.json")  # asked for again: the newest is what a new branch takes
-                return folder, True
-        found = name, files or download(*identity), identity
+        if take_lock(lock):  # so nobody is at work on these
+            for killed in root.glob(".partial-*"):
+                shutil.rmtree(killed)
+        asked = asked_for(root)
+        folder = root / asked.pop(key, "none")
+        was_there = read_meta(folder) is not None
         with tempfile.TemporaryDirectory(prefix=".partial-", dir=root) as partial:
             made = Path(partial) / "made"
             made.mkdir()
-            with Progress(
-                TextColumn("{task.description:>20}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn()
-            ) as progress:
-                folder = root / f"{name}-{write_data_set(made, found, sizes, key, progress)}"
-            if read_meta(
-                folder
-            ):  # the same text, moved or touched: the files may be in use, so only meta.json is new
-                (made / "meta.json").replace(folder / "meta.json")
-            else:
-                if folder.exists():
-                    folder.rename(made.with_name("damaged"))
-                made.rename(folder)
-    return folder, False
+            if not was_there:
+                found = name, files or download(*identity), identity
+                with Progress(
+                    TextColumn("{task.description:>20}"),
+                    BarColumn(),
+                    TaskProgressColumn(),
+                    TimeElapsedColumn(),
+                ) as progress:
+                    folder = root / f"{name}-{write_data_set(made, found, sizes, progress)}"
+                if not read_meta(folder):  # else it is the same text, moved or touched
+                    if folder.exists():
+                        folder.rename(made.with_name("damaged"))
+                    made.rename(folder)
+            (Path(partial) / "asked").write_text(json.dumps(asked | {key: folder.name}))
+            (Path(partial) / "asked").replace(root / "prepared.json")
+    return folder, was_there
+
+
+def take_lock(lock):
+    """Waits until no other prepare.py holds the lock; False where the file system has none."""
+    for waited in itertools.count():
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if not waited:
+                print("another prepare.py is at work here: waiting for it", file=sys.stderr, flush=True)
+            sleep(0.2)
+        except OSError as error:
+            print(
+                f"no lock on this file system ({error.strerror}): run one prepare.py at a time",
+                file=sys.stderr,
+            )
+            return False
+        if _stopped:  # the handler alone doesn't end a wait
+            raise KeyboardInterrupt
 
 
 # --------------------------------------------------------------------------------------------------------------- ruler

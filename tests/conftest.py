@@ -90,7 +90,8 @@ class ChatServer:
                     "finish_reason": "stop",
                 }
                 choice = choice | reply if isinstance(reply, dict) else choice
-                usage = {"prompt_tokens": 90, "completion_tokens": 10, "total_tokens": 100}
+                read = sum(len(message["content"]) for message in request["messages"]) // 4
+                usage = {"prompt_tokens": read, "completion_tokens": 10, "total_tokens": 100}
                 self.send(
                     200,
                     dict(

@@ -257,10 +257,6 @@ REPLIES = {
     "thoughts without an end": (f"<think>\n{WIDER}\nor perhaps", "no edit"),
     "thoughts between two blocks": (f"{WIDER}<think>And now?</think>\n{DEEPER}", changed(WIDE, DEEP)),
     "thoughts that quote their end": (f"<think>then </think>\n{DEEPER}no</think>\n{WIDER}", changed(WIDE)),
-    "a channel": (
-        f"<|channel|>analysis<|message|>maybe\n{DEEPER}<|end|><|channel|>final<|message|>\n{WIDER}",
-        "<|channel|>",
-    ),
     # other forms
     "JSON": ('{"edit": "WIDTH = 128"}', "no edit"),
     "JSON in a fence with the whole file": (whole(JSON + "\n", "```json"), "isn't one whole file"),
@@ -313,6 +309,201 @@ def outcome(reply):
         return new
     except loop.Refused as error:
         return error
+
+
+THOUGHTS = {
+    "think": ("<think>", "</think>"),
+    "a time": ('<think duration="3">', "</think>"),
+    "capitals": ("<THINKING>", "</THINKING>"),
+    "Mistral's": ("[THINK]", "[/THINK]"),
+    "Gemma's": ("<|channel>thought\n", "<channel|>"),
+    "an older Gemma's": ("<unused94>thought\n", "<unused95>"),
+    "Gemini's": ("<thought>", "</thought>"),
+    "Cohere's": ("<|START_THINKING|>", "<|END_THINKING|>"),
+    "Kimi's": ("◁think▷", "◁/think▷"),
+    "Seed's": ("<seed:think>", "</seed:think>"),
+    "OpenThinker's": ("<|begin_of_thought|>", "<|end_of_thought|>"),
+    "vLLM's": ("<reasoning>", "</reasoning>"),
+    "a scratchpad": ("<scratchpad>", "</scratchpad>"),
+    "a monologue": ("<inner_monologue>", "</inner_monologue>"),
+    "Open WebUI's": ('<details type="reasoning" done="true">\n<summary>4 s</summary>', "</details>"),
+    "harmony": ("<|channel|>analysis<|message|>", "<|end|><|start|>assistant<|channel|>final<|message|>"),
+    "harmony, asked for a form": (
+        "<|channel|>analysis<|message|>",
+        "<|channel|>final <|constrain|>x<|message|>",
+    ),
+    "harmony, its tokens taken out": ("analysis", "assistantfinal"),
+    "harmony's final channel alone": ("", "<|channel|>final<|message|>"),
+    "a tag's end alone": ("", "</reasoning>"),
+}
+
+
+@pytest.mark.parametrize("opening, end", THOUGHTS.values(), ids=THOUGHTS)
+def test_what_a_model_thinks_is_no_part_of_its_answer_whatever_the_tag(opening, end):
+    edit = loop.parse_reply(f"{opening}Deeper?\nIDEA: deeper\n{BARE_DEEPER}No.{end}{WIDER}")
+    assert loop.apply_edit(SOURCE, edit) == changed(WIDE) and edit.description == "an idea"
+    assert (
+        opening[:1].isalpha() or not opening or "no edit" in refused(f"{opening}Wider?\n{WIDER}It is narrow.")
+    )
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        f"Let me try.\n{BARE_DEEPER}No, rather:\n{WIDER}",
+        f"IDEA: deeper\n{BARE_DEEPER}{WIDER}",
+        f"<try>\n{BARE_DEEPER}</try>\n{BARE}",
+        f"[ATTEMPT]\n{BARE_DEEPER}[/ATTEMPT]\n{BARE}",
+        f"<|musing|>\n{BARE_DEEPER}<|answer|>\n{BARE}",
+        f"{WIDER}\nOr all of it:\n{whole(changed(DEEP))}",
+    ],
+)
+def test_where_a_draft_cannot_be_told_from_the_answer_nothing_is_applied(reply):
+    assert "isn't clear" in refused(reply)
+
+
+APPENDED = [
+    "<|im_end|>",
+    "<|eot_id|>",
+    "</s>",
+    "<end_of_turn>",
+    "<｜end▁of▁sentence｜>",
+    "[EOS]",
+    "<|END_OF_TURN_TOKEN|>",
+]
+APPENDED += [
+    "```",
+    "```<|endoftext|>",
+    "</answer>",
+    "<|return|>",
+    "<turn|>",
+    " <eos> ",
+    "<|im_end|>\n<|im_start|>user\nNext.",
+]
+
+
+@pytest.mark.parametrize("appended", APPENDED)
+def test_what_a_server_appends_to_a_reply_is_no_part_of_it(appended):
+    for reply in (WIDER, WIDER.rstrip(), f"```\n{WIDER.rstrip()}"):
+        assert applied(reply + appended) == changed(WIDE)
+    if "```" not in appended:
+        assert loop.parse_reply(f"{WIDER}LESSON: width pays{appended}").lesson == "width pays"
+        assert applied(whole(changed(WIDE)).rstrip() + appended.partition("\n")[0]) == changed(WIDE)
+
+
+def test_what_follows_the_end_of_a_turn_is_not_applied():
+    said = (
+        f"{WIDER.rstrip()}<|im_end|>\n<|im_start|>user\nAnd now?<|im_end|>\n<|im_start|>assistant\n{DEEPER}"
+    )
+    assert applied(said) == changed(WIDE)
+    assert applied(f"<|im_start|>assistant\n{WIDER}") == changed(WIDE)
+
+
+def test_special_tokens_in_code_stay():
+    assert applied(block("WIDTH = 64", 'BOS = "<|bos|>"  # </s>')) == changed(
+        (WIDE[0], 'BOS = "<|bos|>"  # </s>')
+    )
+    text = changed((WIDE[0], 'BOS = "<|im_end|>"'))
+    assert applied(whole(text)) == text
+
+
+HEADINGS = [
+    "### `CPU.mlp_ratio`",
+    "**torch.compile**",
+    "## 0.02",
+    "nn.Linear:",
+    "`run.finish`",
+    "v1.2",
+    "train.py",
+]
+
+
+@pytest.mark.parametrize("heading", HEADINGS)
+def test_a_heading_that_names_no_other_file_is_none(heading):
+    assert applied(f"IDEA: x\n\n{heading}\n```python\n{BARE}```\n") == changed(WIDE)
+
+
+@pytest.mark.parametrize("name", ["prepare.py", "src/model.py", "config.yaml", "pyproject.toml", "NOTES.md"])
+def test_a_heading_that_names_another_file_is_refused(name):
+    assert f"A block is for {name}" in refused(f"IDEA: x\n\n### `{name}`\n```python\n{BARE}```\n")
+
+
+@pytest.mark.parametrize(
+    "search, replace",
+    [
+        ("\n\nWIDTH = 64", "\n\nWIDTH = 128"),
+        ("WIDTH = 64\n\n", "WIDTH = 128\n\n"),
+        ("\n  \nWIDTH = 64\n\t", "WIDTH = 128"),
+        ("\n\n\nWIDTH = 64\nDEPTH = 4\n\n\n\n\n", "\nWIDTH = 128\nDEPTH = 4\n"),
+    ],
+)
+def test_blank_lines_at_a_parts_edges_that_are_not_in_the_file_refuse_nothing(search, replace):
+    assert applied(block(search, replace)) == changed(WIDE)
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        f"{WIDER}\nOnce more:\n{BARE}",
+        f"{WIDER}\nThe final answer:\n{WIDER}",
+        f"{WIDER}{BARE}{BARE}",
+        f"<answer>\n{WIDER}</answer>\n{BARE}",
+        whole(changed(WIDE)) + whole(changed(WIDE)),
+    ],
+)
+def test_an_edit_that_stands_twice_is_applied_once(reply):
+    assert applied(reply) == changed(WIDE)
+
+
+def test_two_edits_that_stand_twice_are_applied_once():
+    assert applied(f"{WIDER}{BARE_DEEPER}Again:\n{WIDER}{BARE_DEEPER}") == changed(WIDE, DEEP)
+    adds = block("WIDTH = 64", "WIDTH = 64\nHEADS = 2")
+    assert applied(adds * 2) == changed((WIDE[0], "WIDTH = 64\nHEADS = 2"))
+
+
+PLACEHOLDERS = [
+    "(keep the other lines)", "omitted for brevity", "... rest", "remaining code here", "[snip]", "see above",
+    "everything else stays", "rest of the loop as is", "bleibt wie es war", "der Rest bleibt unverändert",
+    "le reste du code est inchangé", "el resto sigue igual", "il resto è invariato", "o restante fica",
+    "остальной код без изменений", "其余代码保持不变", "残りは省略", "나머지는 그대로", "باقي الكود", "बाकी कोड",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("words", PLACEHOLDERS)
+def test_a_comment_that_stands_for_code_left_out_gets_no_run(words):
+    assert "abbreviated" in refused(block("    run.finish(x)", f"    y = x\n    # {words}"))
+    assert "abbreviated" in refused(block(BODY, f"        x = 1\n\n        # {words}\n"))
+
+
+KNOWN = [
+    "der Rest bleibt unverändert", "keep all remaining lines", "其余代码", "(other code)", "le reste", "остальное прежнее"
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("words", KNOWN)
+def test_in_a_whole_file_or_before_other_code_it_is_known_by_its_words(words):
+    assert "abbreviated" in refused(
+        whole(changed(("        if x:\n            print(x)", f"        # {words}")))
+    )
+    assert "abbreviated" in refused(block(BODY, f"        # {words}\n        x = 1"))
+
+
+COMMENTS = [
+    "keep the weights small",
+    "restore the mean",
+    "truncated backpropagation",
+    "omit the bias",
+    "all layers",
+]
+
+
+@pytest.mark.parametrize("words", COMMENTS)
+def test_a_comment_above_its_code_or_beside_it_is_no_placeholder(words):
+    new = f"# {words}\nWIDTH = 128  # {words}"
+    assert applied(block("WIDTH = 64", new)) == changed((WIDE[0], new))
+    assert applied(block("WIDTH = 64", f"WIDTH = 64\n# {words}")) == changed(
+        (WIDE[0], f"WIDTH = 64\n# {words}")
+    )
 
 
 @pytest.mark.parametrize("reply, expected", REPLIES.values(), ids=REPLIES)
@@ -394,7 +585,7 @@ def test_a_search_that_is_not_there_is_refused_with_the_nearest_real_lines():
 
 
 def test_blank_lines_are_not_what_makes_lines_near():
-    assert "    run = prepare.Run()" in refused(block("    run = prepare.Run()\n", "    run = 1"))
+    assert "    run = prepare.Run()" in refused(block("    run = prepare.Ran()\n", "    run = 1"))
 
 
 def test_a_second_match_is_refused():

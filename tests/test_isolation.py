@@ -237,6 +237,34 @@ def test_a_cage_holds_the_device_files_of_its_run_alone(place, monkeypatch, tmp_
     assert "/dev/nvidia1" in command and "/dev/nvidia0" not in command
 
 
+CHAINS = {
+    "none": {},
+    "the folder": {"way": "disk"},
+    "a folder above it": {"opt": "disk", "way": "opt/deep"},
+    "several, one to the next": {"opt": "home", "home": "disk", "way": "opt/deep"},
+    "one that is relative": {"way": "./none/../disk"},
+}
+
+
+@pytest.mark.parametrize("links", CHAINS.values(), ids=CHAINS)
+def test_behind_links_a_cage_shows_what_they_lead_to_and_the_links_themselves(
+    place, monkeypatch, tmp_path, links
+):
+    (tmp_path / "disk" / "deep" / "data").mkdir(parents=True)
+    (tmp_path / "none").mkdir()
+    (tmp_path / "disk" / "data").mkdir()
+    for name, target in links.items():
+        (tmp_path / name).symlink_to(target if target.startswith(".") else tmp_path / target)
+    path = tmp_path / ("way" if links else "disk") / "data"
+    monkeypatch.setattr(loop.sys, "prefix", str(path))
+    job = place.job(device="cpu:0")
+    command = " ".join(loop.cage(job, Path(job["folder"]), place.cache(), []))
+    assert f"--ro-bind-try {os.path.realpath(path)} {os.path.realpath(path)} " in command
+    for name in links:
+        link = str(tmp_path / name)
+        assert f"--symlink {os.readlink(link)} {link} " in command and f"--ro-bind-try {link}" not in command
+
+
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="runs aren't pinned here")
 def test_a_run_keeps_to_the_core_that_it_is_for_and_its_worker_does_not(place, device):
     core = max(os.sched_getaffinity(0))
@@ -273,7 +301,7 @@ def test_without_a_cage_one_line_says_so_and_require_refuses_to_run(project, tmp
     out = project.offline("--sandbox", "require", code=2, PATH=path)
     assert reason in out and not project.git("branch", "--list", "autoresearch/*")
     out = project.offline("--experiments", 1, "--sandbox", "auto", PATH=path)
-    assert out.count("no sandbox") == 1 and reason in out and len(project.rows()) == 2
+    assert out.count("NO SANDBOX, ") == 1 and reason in out and len(project.rows()) == 2
 
 
 # ---- what a run leaves, and what ends with it

@@ -1,6 +1,7 @@
 """Whole nights of the loop, in this process: real git, a model with its replies ready, devices that compute.
 And a few real processes, where signals, kills and time limits are the matter."""
 
+import errno
 import fcntl
 import hmac
 import json
@@ -1241,6 +1242,149 @@ def test_an_executable_train_py_stays_one(plain):
     assert plain.status() == "" and os.access(plain.folder / "train.py", os.X_OK)
 
 
+FILTER = {"filter.spaces.smudge": "sed 's/\\t/    /g'", "filter.spaces.clean": "sed 's/    /\\t/g'"}
+NOTE = {"filter.note.smudge": "cat; echo '# a note'", "filter.note.clean": "grep -v '# a note'"}
+# (.gitattributes, configuration, how lines end in the commit): bytes differ, and nothing was edited
+BYTES = {
+    "autocrlf": ("", {"core.autocrlf": "true"}, "\n"),
+    "autocrlf that is careful": ("", {"core.autocrlf": "true", "core.safecrlf": "true"}, "\n"),
+    "CRLF in the commit, autocrlf": ("", {"core.autocrlf": "true"}, "\r\n"),
+    "CRLF in the commit, autocrlf for input": ("", {"core.autocrlf": "input"}, "\r\n"),
+    "CRLF by attributes": ("* text eol=crlf\n", {}, "\n"),
+    "CRLF by configuration": ("* text=auto\n", {"core.eol": "crlf"}, "\n"),
+    "a filter": ("*.py filter=spaces\n*.tsv filter=spaces\n", FILTER, "\n"),
+    "a smudge that adds a line": ("*.py filter=note\n*.tsv filter=note\n", NOTE, "\n"),
+    "an ident": ("*.py ident\n", {}, "\n"),
+}
+
+
+@pytest.mark.parametrize("attributes, settings, end", BYTES.values(), ids=BYTES)
+def test_a_file_that_git_does_not_call_changed_is_no_edit_of_the_persons(plain, attributes, settings, end):
+    for name, value in settings.items():
+        plain.git("config", name, value)
+    plain.write(".gitattributes", attributes)
+    plain.write("train.py", PLAIN.replace("numbers.", "numbers. $Id$"))
+    (plain.folder / "train.py").write_bytes(plain.read("train.py").replace("\n", end).encode())
+    plain.git(*(f"-c core.autocrlf=false -c core.safecrlf=false add {'-A'}".split()))
+    plain.git("commit", "--quiet", "-m", "bytes")
+    for replies in ([BETTER, WORSE], [LAYER]):
+        for name in ("train.py", "prepare.py", "results.tsv"):  # as a checkout writes them
+            (plain.folder / name).unlink()
+            plain.git("checkout", "--", name)
+        assert plain.status() == ""
+        plain.night("--experiments", len(replies), replies=replies)
+    assert (
+        described(plain) == ["baseline", "twice the width", "one layer", "a layer"] and plain.status() == ""
+    )
+
+
+def test_a_change_of_its_mode_is_no_edit_of_the_persons(plain):
+    plain.night("--experiments", 1, replies=[BETTER])
+    for name in ("train.py", "prepare.py", "results.tsv"):
+        (plain.folder / name).chmod(0o755)
+    plain.night("--experiments", 1, replies=[WORSE])
+    assert described(plain) == ["baseline", "twice the width", "one layer"]
+
+
+CONFIGURATION = """
+[color] ui = always
+[color] status = always
+[color] diff = always
+[column] ui = always
+[core] quotePath = true
+[core] abbrev = 12
+[core] commentChar = %
+[core] splitIndex = true
+[core] pager = false
+[diff] external = false
+[diff] noprefix = true
+[diff] autoRefreshIndex = false
+[diff] renames = copies
+[status] short = true
+[status] branch = true
+[status] showUntrackedFiles = no
+[i18n] commitEncoding = ISO-8859-1
+[i18n] logOutputEncoding = ISO-8859-1
+[log] showSignature = true
+[log] decorate = full
+[format] pretty = oneline
+[commit] gpgSign = true
+[gpg] program = false
+[index] version = 4
+[alias] diff = status
+"""
+
+
+def test_what_a_person_configured_in_git_reaches_nothing_that_is_parsed(plain):
+    (plain.folder / ".git" / "config").write_text(plain.read(".git/config") + CONFIGURATION)
+    idea = block("width = 64", "width = 128", "größer")
+    plain.night("--experiments", 2, replies=[idea, WORSE])
+    plain.night("--experiments", 1, replies=[LAYER])
+    assert described(plain) == ["baseline", "größer", "one layer", "a layer"]
+    assert [row.description for row in loop.read_report(plain.folder, "t", "").rows] == described(plain)
+    session = loop.Session(loop.parse_arguments(["--tag", "t"]), plain.folder, Console(quiet=True))
+    session.ledger.load()
+    ideas = [one.description for one in session.ledger.ended()]
+    assert ideas == described(plain) and plain.git("status", "--porcelain=v1") == ""
+
+
+@pytest.mark.parametrize(
+    "name", ["GIT_DIR", "GIT_INDEX_FILE", "GIT_WORK_TREE", "GIT_EXTERNAL_DIFF", "GIT_OBJECT_DIRECTORY"]
+)
+def test_the_repository_is_the_one_that_holds_the_loop_whatever_the_environment_names(
+    plain, tmp_path, monkeypatch, name
+):
+    monkeypatch.setenv(name, str(tmp_path / "another"))
+    plain.night("--experiments", 1, replies=[BETTER])
+    monkeypatch.delenv(name)
+    check(plain)
+
+
+@pytest.mark.parametrize(
+    "setting", ["core.preferSymlinkRefs", "core.splitIndex", "core.sparseCheckout", "submodule.recurse"]
+)
+def test_the_checkout_follows_the_branch_however_git_stores_it(plain, setting):
+    plain.git("config", setting, "true")
+    for replies in ([BETTER], [LAYER]):
+        plain.night("--experiments", 1, replies=replies)
+    check(plain)
+
+
+def test_a_linked_worktree_has_a_night_of_its_own(plain):
+    plain.git("worktree", "add", "--quiet", "../other", "-b", "other")
+    plain.folder = plain.folder.parent / "other"
+    plain.night("--experiments", 1, replies=[BETTER])
+    assert described(plain) == ["baseline", "twice the width"] and plain.status() == ""
+
+
+@pytest.mark.parametrize("name", ["train.py", "prepare.py", "program.md"])
+def test_a_link_in_place_of_a_file_is_refused_by_name(plain, name):
+    (plain.folder / name).rename(plain.folder / "elsewhere")
+    (plain.folder / name).symlink_to("elsewhere")
+    plain.commit("a link")
+    assert f"{name} is a link" in refusal(plain)
+
+
+@pytest.mark.parametrize("path", ["data", "./data", "../checkout/data", "~/checkout/data"])
+def test_where_the_data_are_is_meant_from_where_the_loop_was_started(plain, monkeypatch, path):
+    plain.data.rename(plain.folder / "data")
+    monkeypatch.chdir(plain.folder)
+    monkeypatch.setenv("HOME", str(plain.folder.parent))
+    plain.data = path
+    assert asked(plain, monkeypatch)["folder"] == str(plain.folder / "data" / "toy-0123456789ab")
+
+
+@pytest.mark.parametrize("number", ["ENOSYS", "ENOLCK", "EOPNOTSUPP", "EINVAL", "EACCES"])
+def test_a_file_system_without_locks_is_not_taken_for_another_loop(plain, monkeypatch, number):
+    def flock(*_):
+        raise OSError(getattr(errno, number), os.strerror(getattr(errno, number)))
+
+    monkeypatch.setattr(loop.fcntl, "flock", flock)
+    said = plain.night("--experiments", 1, replies=[BETTER]).output.getvalue()
+    assert "no lock on this file system" in said and "another loop" not in said
+    check(plain)
+
+
 def test_staged_changes_failing_hooks_signing_and_no_identity_are_survived(plain, monkeypatch):
     monkeypatch.setenv("GIT_CONFIG_GLOBAL", os.devnull)
     monkeypatch.setenv("GIT_CONFIG_SYSTEM", os.devnull)
@@ -1306,6 +1450,29 @@ def test_outside_a_repository_and_without_a_commit_the_next_step_is_said(project
     assert "is not a git repository; run: git init" in refusal(project)
     project.git("init", "--quiet")
     assert "no commit yet; run: git add -A && git commit" in refusal(project)
+
+
+@pytest.mark.parametrize("commits", [0, 1])
+@pytest.mark.parametrize("ignored", [False, True])
+def test_inside_another_repository_that_one_is_named_and_one_of_its_own_offered(project, commits, ignored):
+    home = project.folder.parent
+    subprocess.run(["rm", "-rf", ".git"], cwd=project.folder, check=True)
+    (home / ".gitignore").write_text("checkout\n" * ignored)
+    dotfiles = ["git", "-c", "user.name=me", "-c", "user.email=me@localhost"]
+    for words in (["init", "--quiet"], ["add", ".gitignore"], ["commit", "--quiet", "-m", "dotfiles"])[
+        : 1 + 2 * commits
+    ]:
+        subprocess.run([*dotfiles, *words], cwd=home, check=True)
+    said = refusal(project)
+    assert f"lies in another repository, {home}" in said and "git init && git add -A && git commit" in said
+
+
+@pytest.mark.parametrize(
+    "words", ["fatal: " + "a long way/" * 90, "fatal: detected\nTo add: git config " + "x" * 500]
+)
+def test_what_git_advises_is_told_whole(words):
+    error = subprocess.CalledProcessError(128, "git", stderr=words.encode())
+    assert loop.explain(error) == f"git failed: {' '.join(words.split())}"
 
 
 @pytest.mark.parametrize("name", ["prepare.py", "loop.py", "results.tsv"])
@@ -1416,7 +1583,59 @@ def test_a_branch_whose_rows_cannot_be_read_is_refused_naming_the_line(plain):
     plain.night("--experiments", 1, replies=[WORSE])
     plain.write("results.tsv", plain.read("results.tsv") + "half a row\n")
     plain.git("commit", "--quiet", "-am", "by hand")
-    assert "results.tsv on autoresearch/t, line 4, is not a row: 'half a row'" in refusal(plain)
+    assert "results.tsv on autoresearch/t, line 4 is not a row: 'half a row'; mend" in refusal(plain)
+
+
+ODD = ["None", "12.5", "1e3", "-3", "many", "9" * 5000, "１２", ""]
+
+
+@pytest.mark.parametrize("name", ["Tokens", "Model", "Lesson"])
+@pytest.mark.parametrize("value", ODD, ids=range(len(ODD)))
+def test_an_experiment_of_an_old_branch_gets_its_row_whatever_its_commit_says(plain, name, value):
+    plain.night("--experiments", 1, replies=[WORSE])
+    first, tip = plain.git("rev-parse", plain.rows()[0]["commit"], "autoresearch/t").split()
+    said = {"Number": "2", "Model": "m", "Tokens": "100", "Parent": first, "Code": "0"} | {name: value}
+    message = "an idea\n\n" + "\n".join(f"{key}: {text}" for key, text in said.items())
+    opened = plain.git("commit-tree", f"{tip}^{{tree}}", "-p", tip, "-m", message).strip()
+    plain.git("update-ref", "refs/autoresearch/t/open/2", opened)
+    for _ in range(2):
+        plain.night("--experiments", 1, replies=[BETTER])
+    assert plain.rows()[2]["description"] == "an idea" and plain.rows()[2]["status"] != "crash"
+    assert plain.rows()[2]["llm_tokens"] == ("0" if name == "Tokens" else "100")
+
+
+NAMES = [
+    "a\nTokens: x\n\nNumber: y",
+    "nul\0",
+    "\x1b[31mred",
+    "half \ud83d",
+    "a: b",
+    "x" * 3000,
+    "größe\u2028",
+]
+
+
+@pytest.mark.parametrize("name", NAMES, ids=range(len(NAMES)))
+def test_a_models_name_writes_nothing_into_a_commit_but_itself(plain, monkeypatch, name):
+    ask = conftest.FakeModel.ask
+    monkeypatch.setattr(
+        conftest.FakeModel, "ask", lambda self, *args: setattr(self, "name", name) or ask(self, *args)
+    )
+    plain.night("--experiments", 1, replies=[BETTER])
+    plain.night("--experiments", 1, replies=[WORSE])
+    assert described(plain) == ["baseline", "twice the width", "one layer"]
+    check(plain)
+
+
+def test_a_branch_that_does_not_say_what_it_was_measured_with_is_refused_in_words(plain, monkeypatch):
+    monkeypatch.setattr(loop.Session, "began", "not JSON", raising=False)
+    monkeypatch.setattr(
+        loop.json,
+        "dumps",
+        lambda value: "not JSON" if "metric" in value else json.JSONEncoder().encode(value),
+    )
+    plain.night("--experiments", 1, replies=[WORSE])
+    assert "doesn't say what it was measured with; begin anew with --tag" in refusal(plain)
 
 
 WRONG = [["--budget", "0"], ["--experiments", "-1"], ["--hours", "x"], ["--tokens", "0"], ["--nonsense"]]
@@ -1450,6 +1669,25 @@ def test_an_unknown_model_a_refused_key_and_nobody_there_end_the_loop_at_the_fir
 
 
 # ---- real processes
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-"])
+def test_closed_standard_streams_are_no_reason_to_end(plain, closed):
+    command = f"{sys.executable} loop.py --offline --experiments 1 --budget 20 --tag t --sandbox off {closed}"
+    plain.write("train.py", (conftest.STAND_IN / "train.py").read_text())
+    plain.commit("with constants")
+    done = subprocess.run(
+        ["bash", "-c", command], cwd=plain.folder, env=plain.environment, capture_output=True
+    )
+    assert done.returncode == 0 and len(plain.rows()) == 2
+
+
+def test_files_are_utf8_whatever_the_locale(plain):
+    plain.write("train.py", (conftest.STAND_IN / "train.py").read_text() + "# größer 🙂\n")
+    plain.write("prepare.py", plain.read("prepare.py") + "# größer 🙂\n")
+    plain.commit("other letters")
+    plain.offline("--experiments", 1, LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
+    check(plain)
 
 
 def slow(project, seconds=60):
@@ -1632,7 +1870,7 @@ def test_rows_survive_being_written_and_read():
         "abcdef0", 1.25, 0.5, "keep", "an idea", -0.0012, 0.0003, [1.2, 1.3], 7, "2026-11-23T08:00:00Z"
     )
     assert "\t-0.0012+-0.0003\t" in row.line()
-    assert loop.read_rows(loop.header("val_loss") + row.line(), "a file") == ("val_loss", [row])
+    assert loop.read_rows(loop.header("val_loss") + row.line(), "a file") == ("val_loss", [row], [])
 
 
 def test_a_change_that_rounds_to_nothing_has_no_sign_of_a_gain():

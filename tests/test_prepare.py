@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import errno
 import gzip
 import itertools
 import json
@@ -60,7 +61,7 @@ def call(tiny, tmp_path, monkeypatch, capsys):
 
 
 def left_over(root):
-    return [path.name for path in root.iterdir() if path.name not in ("prepare.lock",)]
+    return [path.name for path in root.iterdir() if path.name not in ("prepare.lock", "prepared.json")]
 
 
 def spawn(source, root, **more):
@@ -95,7 +96,7 @@ def test_every_document_is_in_exactly_one_split_and_reads_back_unchanged(tiny, s
 def test_meta_json_says_what_was_written(tiny, source, tmp_path):
     folder, _ = prepare.prepare(str(source), tmp_path / "data")
     meta = json.loads((folder / "meta.json").read_text())
-    assert list(meta) == ["source", "fingerprint", *SIZES, "unigram_bpb", "splits", "key"]
+    assert list(meta) == ["source", "fingerprint", *SIZES, "unigram_bpb", "splits"]
     assert folder.name == f"{meta['source']}-{meta['fingerprint']}"
     assert sum(facts["bytes"] for facts in meta["splits"].values()) == sum(
         len(text.encode()) for text in documents()
@@ -159,6 +160,83 @@ def test_a_folder_is_read_and_what_is_not_text_in_it_left_alone(tiny, tmp_path):
     assert sorted(sum((decode(made, split) for split in ("train", "val", "test")), [])) == sorted(documents())
 
 
+TOOLS = [
+    ".venv/lib/b.py",
+    ".git/c.txt",
+    "__MACOSX/._d.txt",
+    "._e.txt",
+    ".f.md",
+    ".ipynb_checkpoints/g.py",
+    "__pycache__/h.py",
+]
+TOOLS += ["venv/lib/python3.11/site-packages/i.py", "web/node_modules/j.md", "deep/.hidden/k.jsonl"]
+
+
+def test_what_is_hidden_or_a_tools_is_left_out_and_counted(tmp_path, capsys):
+    for name in (*TOOLS, "mine.txt", "deep/mine.md"):
+        path = tmp_path / "f" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"\0\5" if "._" in name else b"text\n")
+    files = prepare.source_files(str(tmp_path / "f"))[1]
+    assert [str(file.relative_to(tmp_path / "f")) for file in files] == ["deep/mine.md", "mine.txt"]
+    assert capsys.readouterr().out == "left out: 10 hidden or a tool's\n"
+
+
+def test_in_a_folder_files_are_told_apart_by_their_suffix_whatever_its_case_and_the_rest_is_counted(
+    tmp_path, capsys
+):
+    folder, read = (
+        tmp_path / "f",
+        ["A.TXT", "b.Md", "c.JSONL", "d.ndjson", "e.txt.gz", "f.PY.GZ", "g.NDJSON.gz"],
+    )
+    folder.mkdir()
+    for name in (*read, "h.csv", "i.json", "j.json", "k.zip", "l.pdf", "LICENSE", "n.tar.gz"):
+        (folder / name).touch()
+    (tmp_path / "elsewhere").mkdir()
+    (folder / "linked").symlink_to(tmp_path / "elsewhere")
+    (folder / "broken.txt").symlink_to(tmp_path / "gone")
+    (folder / "o.txt").symlink_to(folder / "A.TXT")
+    assert [file.name for file in prepare.source_files(str(folder))[1]] == sorted([*read, "o.txt"])
+    said = {*capsys.readouterr().out.removeprefix("left out: ").strip().split(", ")}
+    assert said == {
+        "1 linked folders",
+        "1 .csv",
+        "2 .json",
+        "1 .zip",
+        "1 .pdf",
+        "1 without a suffix",
+        "1 .tar",
+        "1 .txt",
+    }
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "A.JSONL", "b.ndjson", "c.json", "d.JSONL.GZ", "e.json.gz"])
+def test_json_is_read_as_such_whatever_the_case_of_its_suffix(tmp_path, name):
+    lines = '{"text": "\\u00e9\\u00e9n caf\\u00e9"}\n\n{"text": "\\u00fcber"}\n'
+    (tmp_path / name).write_bytes(
+        gzip.compress(lines.encode()) if name.lower().endswith(".gz") else lines.encode()
+    )
+    files = prepare.source_files(str(tmp_path / name))[1]
+    assert list(prepare.read_documents(files[0], whole=False)) == ["één café", "über"]
+
+
+@pytest.mark.parametrize(
+    "name", ["a.csv", "b.TSV", "c.ipynb", "d.html", "e.xml", "f.csv.gz", "g.zip", "h.docx", "i.parquet.zst"]
+)
+def test_a_file_of_another_kind_is_refused_by_name(call, tmp_path, name):
+    (tmp_path / name).write_text("text,label\n" * 9000)
+    code, message = call(tmp_path / name)
+    assert code == 2 and "files aren't read; give .txt" in message and message.count("\n") == 1
+
+
+def test_plain_text_is_read_without_a_suffix_and_compressed(tmp_path):
+    (tmp_path / "enwik").write_text("one\n")
+    (tmp_path / "b.txt.gz").write_bytes(gzip.compress("zwölf\r\n".encode()))
+    for name, text in {"enwik": "one\n", "b.txt.gz": "zwölf\r\n"}.items():
+        (file,) = prepare.source_files(str(tmp_path / name))[1]
+        assert list(prepare.read_documents(file, whole=False)) == [text]
+
+
 def test_a_book_is_cut_at_blank_lines_and_loses_nothing(tmp_path):
     (tmp_path / "book.txt").write_text(text := "\n\n".join(words(50, seed) for seed in range(500)))
     cut = list(prepare.read_documents(tmp_path / "book.txt", whole=False))
@@ -208,6 +286,66 @@ def test_the_data_set_asked_for_last_is_the_newest(tiny, source, tmp_path):
     assert prepare.newest(root) == second
     prepare.prepare(str(source), root)
     assert prepare.newest(root) == first
+
+
+def copied(source):
+    source.write_bytes(source.read_bytes())
+
+
+AGAIN = {
+    "asked for again": lambda source: source,
+    "touched": lambda source: os.utime(source, (1, 1)),
+    "copied without its times": copied,
+    "called otherwise": lambda source: source.rename(source.with_name("text.ndjson")),
+    "moved": lambda source: source.rename(source.parent.parent / source.name),
+}
+
+
+@pytest.mark.parametrize("change", AGAIN.values(), ids=AGAIN)
+def test_preparing_the_same_text_again_changes_nothing_in_its_folder(tiny, tmp_path, change):
+    (tmp_path / "in").mkdir()
+    source, root = write_jsonl(tmp_path / "in" / "text.jsonl", documents()), tmp_path / "data"
+    folder, _ = prepare.prepare(str(source), root)
+    before = {
+        path: (path.stat().st_ino, path.stat().st_mtime_ns, path.stat().st_ctime_ns)
+        for path in folder.iterdir()
+    }
+    source = change(source) or source
+    for _ in range(2):
+        assert prepare.prepare(str(source), root)[0] == folder and prepare.newest(root) == folder
+    assert before == {
+        path: (path.stat().st_ino, path.stat().st_mtime_ns, path.stat().st_ctime_ns) for path in before
+    }
+    assert left_over(root) == [folder.name]
+
+
+@pytest.mark.parametrize("text", [None, "", "[]", "{", '{"a": 5}'])
+def test_without_a_note_of_what_was_asked_for_the_data_sets_are_there_all_the_same(
+    tiny, source, tmp_path, text
+):
+    folder, _ = prepare.prepare(str(source), tmp_path / "data")
+    (tmp_path / "data" / "prepared.json").unlink()
+    if text is not None:
+        (tmp_path / "data" / "prepared.json").write_text(text)
+    assert prepare.newest(tmp_path / "data") == folder
+    assert prepare.prepare(str(source), tmp_path / "data") == (folder, False)
+
+
+@pytest.mark.parametrize("number", ["ENOSYS", "ENOLCK", "EOPNOTSUPP", "EINVAL", "EACCES"])
+def test_a_file_system_without_locks_is_no_reason_to_stop(
+    tiny, source, tmp_path, monkeypatch, capsys, number
+):
+    def flock(*_):
+        raise OSError(getattr(errno, number), os.strerror(getattr(errno, number)))
+
+    monkeypatch.setattr(prepare.fcntl, "flock", flock)
+    (tmp_path / "data" / ".partial-of-another").mkdir(parents=True)
+    folder, _ = prepare.prepare(str(source), tmp_path / "data")
+    assert (
+        prepare.newest(tmp_path / "data") == folder
+        and "no lock on this file system" in capsys.readouterr().err
+    )
+    assert (tmp_path / "data" / ".partial-of-another").is_dir()  # somebody may be at work there
 
 
 def test_autoresearch_data_may_name_one_data_set(tiny, source, tmp_path):
@@ -263,6 +401,9 @@ BAD = {
     "bad.jsonl": (b'{"text": "good"}\n{"text": \n', "line 2"),
     "list.jsonl": (b"[1, 2]\n", "line 1"),
     "number.jsonl": (b'{"text": 5}\n', "line 1"),
+    "array.json": (b'[{"text": "one"}, {"text": "two"}]', "jq -c '.[]'"),
+    "lines of an array.json": (b'[\n{"text": "one"},\n{"text": "two"}\n]', "line 1"),
+    "pretty.json": (b'{\n "text": "one"\n}', "line 1"),
     "deep.jsonl": (b"[" * 200_000 + b"\n", "line 1"),
     "bad.jsonl.gz": (b"not gzip", "can't be read"),
     "cut.jsonl.gz": (gzip.compress(b'{"text": "cut short"}\n' * 50)[:-12], "can't be read"),
@@ -287,7 +428,7 @@ def test_bad_input_gets_one_sentence_and_nothing_is_lost(call, source, tmp_path,
 def test_a_folder_without_text_files_says_which_it_looks_for(call, tmp_path):
     (tmp_path / "empty").mkdir()
     code, message = call(tmp_path / "empty")
-    assert code == 2 and ".jsonl.gz" in message
+    assert code == 2 and ".jsonl, .ndjson" in message
 
 
 def test_too_little_text_for_a_split_says_how_much_more(call, tmp_path):

@@ -54,6 +54,12 @@ def unwanted(monkeypatch):
     return event
 
 
+def ended(reason, **more):
+    """A choice that ended so after the first of two blocks."""
+    said = "IDEA: wider\n\n<<<<<<< SEARCH\nWIDTH = 64\n=======\nWIDTH = 128\n>>>>>>> REPLACE\n"
+    return {"message": {"role": "assistant", "content": said}, "finish_reason": reason, **more}
+
+
 FAULTS = {
     "a rate limit": ((429, ERROR), "Rate limit reached"),
     "a rate limit that says when": ((429, ERROR, {"Retry-After": "1"}), "asking again in"),
@@ -66,6 +72,13 @@ FAULTS = {
     "a gateway's page": ((502, HTML, {"Content-Type": "text/html"}), "502"),
     "a page where JSON was due": ((200, HTML, {"Content-Type": "application/json"}), "asking again in"),
     "an overloaded server": ((503, ""), "503"),
+    "an overloaded server that says so in its own form": ((529, {"detail": "overloaded"}), "overloaded"),
+    "an upstream that failed": (ended("error", error={"message": "upstream failed"}), "upstream failed"),
+    "an aborted reply": (ended("abort"), "finish_reason abort"),
+    "no resources": (ended("insufficient_system_resource"), "insufficient_system_resource"),
+    "an end that nobody knows": (ended("network_error"), "network_error"),
+    "no end": (ended(None), "finish_reason none"),
+    "an end that is no word": (ended({"type": "stop"}), "no whole reply"),
     "a connection that breaks in mid-reply": (
         b"HTTP/1.1 200 OK\r\nContent-Length: 9999\r\n\r\n{",
         "asking again in",
@@ -92,8 +105,9 @@ def test_a_server_that_says_when_is_asked_then_but_not_before_a_second_and_not_a
 ):
     monkeypatch.setattr(loop, "WAITS", (5, 600))
     server.replies += [(429, ERROR, {"Retry-After": seconds}) for seconds in ("20", "0.02", "7200", "soon")]
+    server.replies += [(429, ERROR, {"Retry-After": seconds}) for seconds in ("nan", "inf", "-5")]
     server.replies += ["an edit"]
-    assert model.ask([*TEXT], unwanted)[0] == "an edit" and unwanted.waits == [20, 1, 600, 40]
+    assert model.ask([*TEXT], unwanted)[0] == "an edit" and unwanted.waits == [20, 1, 600, 40, 1, 600, 1]
 
 
 def test_a_reply_that_never_comes_is_given_up(model, server):
@@ -159,6 +173,14 @@ def test_a_request_that_stays_bad_when_it_is_short_is_asked_again_later(model, s
     assert model.ask([*TEXT], Event())[0] == "an edit" and "maximum context length" in model.said()
 
 
+@pytest.mark.parametrize(
+    "reason", ["stop", "STOP", "eos", "eos_token", "stop_sequence", "end_turn", "COMPLETE"]
+)
+def test_each_name_of_a_good_end_is_one(model, server, reason):
+    server.replies += [ended(reason)]
+    assert loop.parse_reply(model.ask([*TEXT], Event())[0]).description == "wider"
+
+
 CUT = {
     "cut off at the longest": {
         "message": {"role": "assistant", "content": "IDEA: a\n"},
@@ -168,6 +190,9 @@ CUT = {
         "message": {"role": "assistant", "content": "IDEA: a\n"},
         "finish_reason": "content_filter",
     },
+    "cut off, as Anthropic says it": ended("max_tokens"),
+    "cut off, as Mistral says it": ended("model_length"),
+    "cut off by Gemini's filter": ended("SAFETY"),
     "a refusal": {"message": {"role": "assistant", "content": None, "refusal": "I can't help with that."}},
     "an empty text": {"message": {"role": "assistant", "content": ""}},
     "a call of a tool": {
@@ -311,6 +336,109 @@ def stopped(name=None):
     return str(stop.value)
 
 
+BUSY = {
+    "a model that loads": (
+        503,
+        {"error": {"message": "Loading model", "type": "unavailable_error", "code": 503}},
+    ),
+    "an overloaded server": (529, {"type": "error", "error": {"message": "Overloaded"}}),
+    "a rate limit": (429, ERROR, {"Retry-After": "7"}),
+    "a gateway": (502, HTML, {"Content-Type": "text/html"}),
+}
+
+
+@pytest.fixture
+def slept(monkeypatch):
+    """Seconds that are waited before there is a model; nobody waits in earnest."""
+    seconds = []
+    monkeypatch.setattr(loop.time, "sleep", seconds.append)
+    return seconds
+
+
+@pytest.mark.parametrize("name", BUSY)
+def test_a_server_that_is_not_ready_at_the_first_call_is_waited_for(model, server, slept, name):
+    answers, said = [BUSY[name]] * 3 + ["ready"], []
+    server.ready = lambda request: answers.pop(0)
+    assert loop.Model("m", said.append).form == ({}, False)
+    assert len(slept) == len(said) == 3 and not answers
+
+
+@pytest.mark.parametrize("name", BUSY)
+def test_a_server_that_never_gets_ready_ends_the_loop_in_its_words_after_a_while(model, server, slept, name):
+    asked = []
+    server.ready = lambda request: asked.append(1) or BUSY[name]
+    assert f"{BUSY[name][0]}" in stopped() and len(asked) == loop.FIRST_TRIES == len(slept) + 1
+
+
+@pytest.mark.parametrize("status", [401, 402, 403])
+@pytest.mark.parametrize(
+    "body", [{"error": {"message": "no such account"}}, {"detail": "no such account"}, "no such account"]
+)
+def test_who_is_denied_is_told_in_the_servers_words_and_asked_once(model, server, status, body):
+    asked = []
+    server.ready = lambda request: asked.append(1) or (status, body)
+    assert f"{status}" in (message := stopped()) and "no such account" in message and len(asked) == 1
+    assert "most URLs" not in message  # it answers there
+
+
+@pytest.mark.parametrize("refusal", [
+    (400, {"error": {"message": "does not support chat"}}), (404, {"error": "no chat here"}), (500, "no template"),
+    (501, {"detail": "not supported"}), (200, {"error": "embeddings only"}),
+])  # fmt: skip
+def test_the_first_of_a_servers_models_that_can_chat_is_taken(model, server, monkeypatch, refusal):
+    names = ["nomic-embed-text", "whisper", "qwen3:8b", "llama"]
+    listed = {"object": "list", "data": [{"id": name, "object": "model"} for name in names]}
+    monkeypatch.setattr(server.http.RequestHandlerClass, "do_GET", lambda self: self.send(200, listed))
+    server.ready = lambda request: "ready" if request["model"] in names[2:] else refusal
+    said = []
+    assert (
+        loop.Model(None, said.append).name == "qwen3:8b"
+        and len(said) == 2
+        and "whisper can't chat" in said[1]
+    )
+    server.ready = refusal
+    assert "--model" in stopped()
+
+
+@pytest.mark.parametrize("answer", [(200, {"error": "Unexpected endpoint or method. (GET /models)"}), (404, "404 page not found"),
+                                    (405, {"detail": "Method Not Allowed"}), (200, HTML)])  # fmt: skip
+@pytest.mark.parametrize(
+    "end", ["", "/", "/chat/completions", "/v1/chat/completions", "/v1/models/", "/v1/completions"]
+)
+def test_a_url_that_does_not_end_as_it_should_is_named_with_the_one_that_does(
+    model, server, monkeypatch, answer, end
+):
+    handler, url = server.http.RequestHandlerClass, server.url.removesuffix("/v1")
+    monkeypatch.setattr(handler, "do_GET", lambda self: self.send(*answer))
+    monkeypatch.setattr(handler, "do_POST", lambda self: self.send(*answer))
+    monkeypatch.setenv("OPENAI_BASE_URL", url + end)
+    for name in (None, "mine"):
+        assert f"try export OPENAI_BASE_URL={url}/v1;" in stopped(name)
+
+
+@pytest.mark.parametrize("end", ["/v1", "/api/v3", "/v1beta/openai", "/api/paas/v4/", "/openai/v1"])
+def test_a_url_with_a_version_is_left_as_it_is(model, server, monkeypatch, end):
+    monkeypatch.setenv("OPENAI_BASE_URL", server.url.replace("/v1", "") + "/x" + end)
+    assert "try export" not in stopped()
+
+
+@pytest.mark.parametrize("empty", ["", " ", "\n", '""'])
+def test_an_empty_base_url_is_none(model, monkeypatch, empty):
+    monkeypatch.setenv("OPENAI_BASE_URL", empty)
+    monkeypatch.setattr(loop, "OPENAI", "http://127.0.0.1:9/v1")
+    assert "no answer from http://127.0.0.1:9/v1" in stopped()
+    monkeypatch.delenv("OPENAI_API_KEY")
+    assert "no model to ask" in stopped()
+
+
+@pytest.mark.parametrize("around", ["'{}'", '"{}"', " {}\r\n"])
+def test_quotes_and_line_ends_around_the_settings_are_not_part_of_them(model, server, monkeypatch, around):
+    monkeypatch.setenv("OPENAI_BASE_URL", around.format(server.url))
+    monkeypatch.setenv("OPENAI_API_KEY", around.format("sk-secret"))
+    model = loop.Model(None, print)
+    assert f"{model.client.base_url}".rstrip("/") == server.url and model.client.api_key == "sk-secret"
+
+
 WRONG = {
     "a key": (
         (401, {"error": {"message": "Incorrect API key provided: sk-secret"}}),
@@ -350,6 +478,14 @@ def test_where_nobody_answers_the_url_is_named_and_what_went_wrong(model, monkey
     message = stopped()
     assert "no answer from http://127.0.0.1:9/v1" in message and "refused" in message
     assert "is the server running?" in message
+
+
+@pytest.mark.parametrize(
+    "name, proxy", [("HTTP_PROXY", "http://127.0.0.1:9"), ("all_proxy", "socks5://127.0.0.1:9")]
+)
+def test_a_proxy_on_the_way_to_a_server_of_ones_own_is_named(model, monkeypatch, name, proxy):
+    monkeypatch.setenv(name, proxy)
+    assert f"a proxy is set ({name})" in (message := stopped()) and "NO_PROXY=localhost" in message
 
 
 def test_without_a_key_and_a_url_the_three_ways_on_are_named(monkeypatch):
@@ -420,6 +556,15 @@ def stops_early(*refused, most=512):
     return answer
 
 
+def test_a_server_that_allows_fewer_tokens_than_asked_for_is_asked_for_half(model, server):
+    answer = stops_early()
+    server.default = lambda request: (
+        (400, NO_LIMIT) if loop.REPLY_TOKENS in request.values() else answer(request)
+    )
+    assert model.ask([TEXT[0], {"role": "user", "content": "go"}], Event())[0] == "an edit"
+    assert server.requests[-1]["max_tokens"] == loop.REPLY_TOKENS // 2
+
+
 @pytest.mark.parametrize("refused, name", [((), "max_tokens"), (("max_tokens",), "max_completion_tokens")])
 def test_a_server_that_ends_replies_early_is_told_how_long_they_may_be(model, server, refused, name):
     server.default = stops_early(*refused)
@@ -440,9 +585,9 @@ def test_a_reply_that_was_cut_off_and_asked_for_again_counts(model, server):
 def test_a_server_that_takes_no_limit_gives_a_reply_that_is_cut_off(model, server):
     server.default = stops_early("max_tokens", "max_completion_tokens")
     for asked in (
-        5,
         6,
-    ):  # without a limit, with one, the same without the history, with the other, without one; then at once
+        7,
+    ):  # without a limit, with one, the same without the history, with the others, without one; then at once
         with pytest.raises(loop.Refused, match="cut off"):
             loop.parse_reply(model.ask([*TEXT], Event())[0])
         assert len(server.requests) == asked
@@ -458,6 +603,14 @@ def test_a_reply_that_ends_at_the_models_own_limit_is_not_asked_for_again(model,
 
 HM = {"type": "thinking", "thinking": [{"type": "text", "text": "hm"}]}
 SAID = {
+    "in one part": ({"content": {"type": "text", "text": "an edit"}}, "an edit"),
+    "in parts with values": ({"content": [{"type": "output_text", "text": {"value": "an edit"}}]}, "an edit"),
+    "in strings": ({"content": ["an ", "edit"]}, "an edit"),
+    "beside thoughts": (
+        {"content": [{"type": "reasoning", "text": "hm"}, {"type": "text", "text": "an edit"}]},
+        "an edit",
+    ),
+    "no text": ({"content": 5}, ""),
     "in parts": ({"content": [HM, {"type": "text", "text": "an "}, {"text": "edit"}]}, "an edit"),
     "after reasoning": ({"content": "an edit", "reasoning_content": "hm", "reasoning": "hm"}, "an edit"),
     "only in reasoning": ({"content": None, "reasoning_content": "an edit?"}, ""),  # a draft is no answer
@@ -470,6 +623,37 @@ def test_a_reply_is_the_content_and_not_the_reasoning(model, server, name):
     said, text = SAID[name]
     server.replies += [{"message": {"role": "assistant", **said}}]
     assert model.ask([*TEXT], Event())[0] == text
+
+
+@pytest.mark.parametrize("field", ["reasoning_content", "reasoning"])
+def test_a_server_that_puts_the_answer_into_the_reasoning_is_named_once(model, server, field):
+    server.default = {"message": {"role": "assistant", "content": None, field: "IDEA: wider"}}
+    for _ in range(2):
+        assert model.ask([*TEXT], Event())[0] == ""
+    assert model.said().count("reasoning_content") == 1
+
+
+@pytest.mark.parametrize(
+    "read, cut", [(4096, True), (2048, True), (5600, False), (7500, False), (0, False), (None, False)]
+)
+def test_a_prompt_that_the_server_cut_is_said_once(model, server, read, cut):
+    usage = {"prompt_tokens": read, "completion_tokens": 20, "total_tokens": (read or 0) + 20}
+    choice = {
+        "index": 0,
+        "message": {"role": "assistant", "content": "What is this?"},
+        "finish_reason": "stop",
+    }
+    server.default = (200, {"choices": [choice], "usage": usage})
+    chat = [TEXT[0], {"role": "user", "content": "x = layer\n" * 3000}]
+    for _ in range(2):
+        model.ask([*chat], Event())
+    assert model.said().count(f"it read {read or 0:,} tokens of about 7,501: raise its context") == cut
+
+
+def test_tokens_are_added_up_where_a_server_gives_no_total(model, server):
+    choice = {"index": 0, "message": {"role": "assistant", "content": "an edit"}, "finish_reason": "stop"}
+    server.replies += [(200, {"choices": [choice], "usage": {"prompt_tokens": 900, "completion_tokens": 20}})]
+    assert model.ask([*TEXT], Event()) == ("an edit", 920)
 
 
 def test_tokens_that_a_server_does_not_count_are_0(model, server):

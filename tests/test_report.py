@@ -107,11 +107,30 @@ def test_a_log_of_this_projects_first_form_is_reported_with_the_noise_of_unpaire
     assert "2 experiments, 1 kept, 1 crashed" in out and "-0.0300+-0.0007" in out and "1,800 tokens" in out
 
 
-def test_columns_are_read_by_their_names():
-    text = "commit\tval_bpb\tmemory_gb\tmfu\tstatus\tdescription\n"
-    text += "a\t1.2\t5.5\t58.1\tkeep\tbaseline\n\nb\t1.1\t5.5\t58\tkeep\twider\n"
-    found = [(row.value, row.status, row.description) for row in read(text).rows]
-    assert found == [(1.2, "keep", "baseline"), (1.1, "keep", "wider")]
+HEADERS = [
+    "commit\tval_bpb\tmemory_gb\tmfu\tstatus\tdescription",
+    "commit\tval_bpb\tgap\tmemory_gb\tnum_steps\tstatus\tdescription",
+    "date\tcommit\tstatus\tval_bpb\tdescription",
+    "status\tval_bpb",
+    "\ufeffcommit \tval_bpb\t memory_gb\tstatus\tdescription\truns\tseed\tfinished",
+]
+
+
+@pytest.mark.parametrize("head", HEADERS)
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\n\n", "\n \t\n"])
+def test_columns_are_read_by_their_names_whatever_lies_between(head, end):
+    cells = {
+        "commit": "aaaaaaa",
+        "val_bpb": "1.2",
+        "memory_gb": "5.5",
+        "status": "keep",
+        "description": "wider",
+    }
+    names = [name.strip("\ufeff ") for name in head.split("\t")]
+    line = "\t".join(cells.get(name, "58.1" if name != "runs" else "") for name in names)
+    report = read(end.join([head, line, line.replace("keep", "discard"), ""]))
+    assert [(row.value, row.status) for row in report.rows] == [(1.2, "keep"), (1.2, "discard")]
+    assert not report.unread and ("description" not in names or report.rows[0].description == "wider")
 
 
 def test_the_metric_is_the_second_column_whatever_its_name():
@@ -152,20 +171,58 @@ def test_nothing_is_cut_off_at_any_width():
 
 
 @pytest.mark.parametrize(
-    "text, reason",
-    [
-        (FIVE + "half a row\n", "a log, line 8, is not a row: 'half a row'"),
-        (FIVE + "a\t1.0\t1.0\tkept\tx\n", "a log, line 8, is not a row"),
-        (FIVE + "a\tone\t1.0\tkeep\tx\n", "a log, line 8, is not a row"),
-        ("once upon a time\n", "header line"),
-        ("", "header line"),
-        ("commit\tval_bpb\tstatus\n", "header line"),
-    ],
+    "text", ["once upon a time\n", "", "commit\tval_bpb\n", "commit,val_bpb,status\n", "a\tb\tc\n1\t2\t3\n"]
 )
-def test_what_is_no_log_is_refused_in_a_sentence(text, reason):
-    with pytest.raises(loop.Stop, match=reason) as stop:
+def test_what_is_no_log_is_refused_in_a_sentence(text):
+    with pytest.raises(loop.Stop, match="header line") as stop:
         read(text)
     assert stop.value.code == 2 and "\n" not in str(stop.value)
+
+
+ODD = {
+    "half a row": "half a row",
+    "a value that is none": "a\tone\t1.0\tkeep\tx",
+    "a header in the middle": FIVE.partition("\n")[0],
+    "a remark": "# the second night",
+    "no status": "a\t1.0\t1.0\t\tx",
+    "a kept row without a value": "a\t-\t1.0\tkeep\tx",
+}
+
+
+@pytest.mark.parametrize("line", ODD.values(), ids=ODD)
+def test_lines_that_are_no_rows_are_counted_and_the_first_is_named(line):
+    first, *rest = FIVE.splitlines()
+    report = read("\n".join([first, *rest[:2], line, *rest[2:], line]))
+    assert len(report.rows) == 6 and len(report.unread) == 2
+    assert "lines left out: 2; line 4 is not a row" in screen(report, 120) and "mend" not in screen(report)
+
+
+STATUSES = {
+    "keep": ["baseline", "best", "KEEP", "kept", " keep ", "accepted", "improved"],
+    "crash": ["CRASH", "crashed", "failed", "error", "timeout", "OOM"],
+    "discard": ["Discard", "reverted", "rejected", "worse", "no gain", "?"],
+}
+
+
+@pytest.mark.parametrize(
+    "status, said", [(status, said) for status, words in STATUSES.items() for said in words]
+)
+def test_the_communitys_words_for_a_status_are_understood(status, said):
+    report = read(f"{FIVE}a\t0.98\t1.0\t{said}\tx\n")
+    assert report.rows[-1].status == status and not report.unread
+    assert math.isnan(report.rows[-1].value) == (status == "crash")
+
+
+@pytest.mark.parametrize("cell", ["", "-", "24 GB", "n/a", "1e999"])
+def test_a_cell_beside_the_metric_that_is_no_number_is_no_reason_to_leave_a_row_out(cell):
+    names = loop.header("val_bpb")
+    report = read(f"{names}a\t1.5\t{cell}\tkeep\tx\t{cell}\t\t{cell}\t{cell}\n")
+    assert len(report.rows) == 1 and not report.unread and "baseline 1.5" in screen(report)
+
+
+def test_a_log_that_powershell_wrote_is_read(tmp_path):
+    (tmp_path / "log.tsv").write_text(FIVE.replace("\n", "\r\n"), encoding="utf-16", newline="")
+    assert len(loop.read_report(tmp_path, "", str(tmp_path / "log.tsv")).rows) == 5 + 1
 
 
 def test_a_row_that_was_written_is_read_back_as_it_was():
@@ -175,7 +232,7 @@ def test_a_row_that_was_written_is_read_back_as_it_was():
         loop.Row("ccccccc", 1.5, 0.5, "discard", "tiny", 0.000012, 0.000005, [1.5], 9, ""),
         loop.Row("ddddddd", math.nan, 0.0, "crash", "a crash"),
     ]
-    metric, again = loop.read_rows(loop.header("loss") + "".join(row.line() for row in rows), "x")
+    metric, again, _ = loop.read_rows(loop.header("loss") + "".join(row.line() for row in rows), "x")
     assert metric == "loss" and repr(again) == repr(rows)  # nan equals nothing, not even itself
 
 
