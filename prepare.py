@@ -311,9 +311,8 @@ def source_files(source, shards=None):
         )
     files.sort()
     stats = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    name = (
-        "".join(c if c.isalnum() or c in "_." else "-" for c in path.resolve().name.split(".")[0]) or "text"
-    )
+    stem = path.resolve().name.split(".")[0][:50]  # with the fingerprint, a name may have 255 bytes
+    name = "".join(c if c.isalnum() or c in "_." else "-" for c in stem) or "text"
     return name, files, stats
 
 
