@@ -77,6 +77,7 @@ LOCK_SECONDS = 10  # after which git's lock was left by a git that was killed: i
 
 DEFAULT_MODEL = "gpt-5"  # where --model says nothing; a server of your own is asked for its first model
 OPENAI = "https://api.openai.com/v1"  # where OPENAI_BASE_URL says nothing
+MAX_MODELS = 10  # of a server's list that are tried, until one can chat
 FIRST_TRIES = 8  # of a server that loads its model or asks to wait at the first call: ten minutes of WAITS
 DENIED = 401, 402, 403  # asking in another form, or later, won't help
 NOT_NOW = 408, 425, 429, 502, 503, 504, 529
@@ -291,11 +292,11 @@ def parse_reply(reply, name="train.py"):
     whole = whole_file(prose, blocks)
     lines = [line for line in re.sub(TAG, "", FENCE.sub("", prose)).split("\n") if line.strip()]
     lines = [line for line in lines if not FILENAME.fullmatch(line) and not line.strip().startswith("```")]
-    said = {note[1].upper(): note[2].strip("* \t") for note in reversed(notes_in(lines))}
+    said = {note[1].upper(): one_line(note[2].strip("* \t")) for note in reversed(notes_in(lines))}
     reasoning = [line for line in lines if not NOTE.fullmatch(line)]
-    idea = said.get("IDEA") or (reasoning or ["no idea given"])[0]
+    idea = said.get("IDEA") or one_line((reasoning or [""])[0]) or "no idea given"
     reasoning = "\n".join(reasoning)[:2000]
-    return Edit(one_line(idea, 120), reasoning, one_line(said.get("LESSON", "")), blocks, whole)
+    return Edit(one_line(idea, 120), reasoning, said.get("LESSON", ""), blocks, whole)
 
 
 def without_thoughts(reply):
@@ -398,11 +399,9 @@ def apply_edit(source, edit):
                 f"The block's indentation doesn't fit the file, where its first line is:\n{lines[found[0]]}"
             )
         lines[here] = [add + line[len(cut) :] if line.strip() else line for line in replacement]
-        last = "".join(trimmed(replacement)[-1:]).strip()
-        if last.startswith("#") and last not in known and trimmed(search)[-1] not in replacement:
-            raise Refused(
-                f"{ABBREVIATED.format(one_line(last))} A comment goes above the code that it is about."
-            )
+        gone, last = trimmed(search)[-1], "".join(trimmed(replacement)[-1:]).strip()
+        if last.startswith("#") and last not in known and gone not in replacement and gone.strip()[0] != "#":
+            raise Refused(f"{ABBREVIATED.format(one_line(last))} A comment stands above what it is about.")
     for line in lines:
         if ELISION.match(line[:200]) and line.strip() not in known:
             raise Refused(ABBREVIATED.format(one_line(line)))
@@ -1580,10 +1579,8 @@ class Model:
     person."""
 
     def __init__(self, name, say):
-        # of a file of settings, as docker's, quotes are left around
-        url, key = (
-            os.environ.get(f"OPENAI_{what}", "").strip(" \t\r\n\"'") for what in ("BASE_URL", "API_KEY")
-        )
+        settings = (os.environ.get(f"OPENAI_{what}", "") for what in ("BASE_URL", "API_KEY"))
+        url, key = (text.strip(" \t\r\n\"'") for text in settings)  # docker's env files leave quotes around
         if not key and not url:
             raise Stop(
                 "no model to ask: set a key (export OPENAI_API_KEY=...), point at a local server (export "
@@ -1600,47 +1597,30 @@ class Model:
             # Else a server that drops the connection after an error fails the next request, too:
             how = dict(max_retries=0, timeout=REPLY_SECONDS, default_headers={"Connection": "close"})
             self.client = openai.OpenAI(api_key=self.key, base_url=url or OPENAI, **how)
-            self.choose([name] if name else self.listed() if url else [DEFAULT_MODEL])
+            self.agree([name] if name else self.listed() if url else [DEFAULT_MODEL])
         except openai.APIConnectionError as error:
             reason = error.__cause__ or error
-            raise Stop(
-                f"no answer from {self.client.base_url} ({reason}); is the server running?{proxied()}"
-            ) from None
+            at = self.client.base_url
+            raise Stop(f"no answer from {at} ({reason}); is the server running?{proxied()}") from None
         except Exception as error:  # whatever goes wrong here is in the settings
-            mended = re.sub(
-                r"(/chat)?/(completions|models|responses|embeddings)$", "", (url or OPENAI).rstrip("/")
-            )
-            mended += "" if re.search(r"/v\d", mended) else "/v1"
-            known = mended == (url or OPENAI).rstrip("/") or getattr(error, "status_code", None) in DENIED
-            advice = "" if known else f"most URLs end in /v1: try export OPENAI_BASE_URL={mended}; or "
+            at, advice = (url or OPENAI).rstrip("/"), ""
+            better = re.sub(r"(/chat)?/(completions|models|responses|embeddings)$", "", at)
+            better += "" if re.search(r"/v\d", better) else "/v1"
+            if better != at and getattr(error, "status_code", None) not in DENIED:
+                advice = f"most URLs end in /v1: try export OPENAI_BASE_URL={better}; or "
             advice += (
                 "name a model (--model NAME), mend the URL (most end in /v1) or the key, or go --offline"
             )
-            raise Stop(
-                f"{url or OPENAI} failed at the first call: {self.words(error)}; {advice}{proxied()}"
-            ) from None
+            failed = f"{at} failed at the first call: {self.words(error)}"
+            raise Stop(f"{failed}; {advice}{proxied()}") from None
 
     def listed(self):
-        """The names of the server's models."""
+        """The names of the server's models, or of the first few."""
         page = self.client.models.list()
-        if not (names := [one_line(str(model.id)) for model in getattr(page, "data", None) or ()]):
+        if not (models := getattr(page, "data", None)):
             reason = getattr(page, "error", page)
             raise ValueError(f"the server lists no model; load one, or name it with --model ({reason})")
-        return names
-
-    def choose(self, names):
-        """Takes the first of these models that can chat: embeddings are listed, too."""
-        faults = []
-        for self.name in names:
-            try:
-                return self.agree()
-            except (self.openai.APIStatusError, ValueError) as error:
-                if getattr(error, "status_code", None) in (*DENIED, *NOT_NOW):
-                    raise
-                faults.append(error)
-                if len(faults) < len(names):
-                    self.say(f"{self.name} can't chat ({self.words(error)}); trying the server's next model")
-        raise faults[0]
+        return [one_line(str(model.id)) for model in models[:MAX_MODELS]]
 
     def words(self, error):
         """What a fault says, in a line, with the server's own words and without the key."""
@@ -1648,12 +1628,12 @@ class Model:
         text = f"{error}" if not body or " - " in f"{error}" else f"{error} - {body}"
         return one_line(text.replace(self.key, "***"), 400)
 
-    def agree(self):
-        """Finds the form that the server takes, by short requests: so a refusal later on tells of the
-        length."""
+    def agree(self, names):
+        """Takes the first of these models that can chat (embeddings are listed, too), and finds the form that
+        the server takes, by short requests: so a refusal later on tells of the length."""
         question = {"role": "user", "content": "Answer with the one word: ready"}
-        faults = []
-        for self.form in itertools.product(({}, STREAM, {"stream": True}), (False, True)):
+        faults, forms = [], itertools.product(({}, STREAM, {"stream": True}), (False, True))
+        for self.name, self.form in itertools.product(names, forms):
             for failed in range(FIRST_TRIES):
                 try:
                     return self.call([{"role": "system", "content": "A test."}, question])

@@ -1,16 +1,17 @@
 """The ruler: the text, the tokenizer, the clock, the seed and the metric. The agent never edits this
 file.
 
-python prepare.py the Python sources of the installed torch package; no download python prepare.py
---source PATH your own .txt, .md, .py, .jsonl, .jsonl.gz or .parquet file, or a folder of them python
-prepare.py --source climbmix web text, or tinystories: from the Hugging Face hub (pip install -e
-'.[hub]') python prepare.py --run train.py, as the loop runs it; --check FILE and --facts are the
-loop's, too
+    python prepare.py                     the Python sources of the installed torch package; no download
+    python prepare.py --source PATH       your own .txt, .md, .py, .jsonl, .ndjson (all .gz, too) or .parquet
+                                          file, or a folder of them
+    python prepare.py --source climbmix   web text, or tinystories: from the Hugging Face hub (pip install -e '.[hub]')
+    python prepare.py --run               train.py, as the loop runs it; --check FILE and --facts are the loop's, too
 
 Reads the source twice (vocabulary, then tokens) and writes
 ~/.cache/autoresearch/<source>-<fingerprint>/ (or below $AUTORESEARCH_DATA): train.bin, val.bin and
 test.bin (uint16 tokens, a BOS before each document), tokenizer.tiktoken (tiktoken's rank format) and
-meta.json. A second call finds the folder and does nothing. train.py imports `Run` from here.
+meta.json, which never change; beside the folders prepared.json says which was asked for last. A second
+call finds the folder and does nothing. train.py imports `Run` from here.
 """
 
 import argparse
@@ -297,9 +298,8 @@ def source_files(source, shards=None):
         )
     files.sort()
     stats = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    name = (
-        "".join(c if c.isalnum() or c in "_." else "-" for c in path.resolve().name.split(".")[0]) or "text"
-    )
+    stem = path.resolve().name.split(".")[0][:50]  # with the fingerprint, a name may have 255 bytes
+    name = "".join(c if c.isalnum() or c in "_." else "-" for c in stem) or "text"
     return name, files, stats
 
 

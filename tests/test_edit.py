@@ -499,7 +499,9 @@ COMMENTS = [
 
 @pytest.mark.parametrize("words", COMMENTS)
 def test_a_comment_above_its_code_or_beside_it_is_no_placeholder(words):
+    noted = SOURCE.replace("DEPTH = 4\n", "DEPTH = 4\n# a note\n")
     new = f"# {words}\nWIDTH = 128  # {words}"
+    assert words in applied(block("DEPTH = 4\n# a note", f"DEPTH = 5\n# {words}"), noted)
     assert applied(block("WIDTH = 64", new)) == changed((WIDE[0], new))
     assert applied(block("WIDTH = 64", f"WIDTH = 64\n# {words}")) == changed(
         (WIDE[0], f"WIDTH = 64\n# {words}")
@@ -528,6 +530,9 @@ def test_a_reply_applies_exactly_or_its_refusal_says_what_to_mend(reply, expecte
         ("IDEA: half an emoji \ud83d\n", "half an emoji"),
         ("Let us widen it.\n", "Let us widen it."),
         ("", "no idea given"),
+        ("IDEA: \xa0\n", "no idea given"),
+        ("IDEA: \u2028\u3000\n", "no idea given"),
+        ("IDEA: ***\n", "no idea given"),
     ],
 )
 def test_the_idea_is_read_from_the_prose(prose, description):

@@ -265,6 +265,13 @@ def test_endoftext_lines_part_documents(tmp_path):
     assert list(prepare.read_documents(tmp_path / "stories.txt", whole=False)) == ["one\n", "two\n"]
 
 
+@pytest.mark.parametrize("name", ["x" * 245, "字" * 80, "a b\n'c", ".hidden", "%s {}"])
+def test_a_source_may_have_any_name(tiny, tmp_path, name):
+    source = write_jsonl(tmp_path / f"{name}.jsonl", documents())
+    folder, _ = prepare.prepare(str(source), tmp_path / "data")
+    assert prepare.newest(tmp_path / "data") == folder
+
+
 def test_half_a_surrogate_pair_in_json_is_survived(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "a\\ud800b"}\n')
     assert list(prepare.read_documents(tmp_path / "a.jsonl", whole=False)) == ["a?b"]

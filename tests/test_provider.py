@@ -288,7 +288,7 @@ def different(refusal, cannot):
 def test_a_server_that_wants_another_form_of_request_is_asked_in_it_from_the_start(model, server, name):
     refusal, cannot, tokens = DIFFERENT[name]
     server.ready = server.default = different(refusal, cannot)
-    model.agree()
+    model.agree([model.name])
     chat = [*TEXT, {"role": "assistant", "content": "a refused reply"}, {"role": "user", "content": "why"}]
     assert [model.ask([*chat], Event()) for _ in range(2)] == [("an edit", tokens)] * 2
     assert len(server.requests) == 2 and not any(map(cannot, server.requests))
@@ -312,7 +312,7 @@ def test_a_refusal_within_a_stream_is_one_too(model, server):
         )
 
     server.ready = answer
-    model.agree()
+    model.agree([model.name])
     assert model.form[1] and model.form[0]["stream"]
 
 
@@ -322,7 +322,7 @@ def test_a_server_that_drops_the_connection_after_an_error_is_asked_on_a_new_one
     monkeypatch.setattr(handler, "finish", lambda self: (time.sleep(0.2), finish(self)))
     kept_open = b"HTTP/1.1 500 Internal Server Error\r\nContent-Length: 2\r\n\r\n{}"
     server.ready = lambda request: kept_open if has_system(request) else "ready"
-    model.agree()
+    model.agree([model.name])
     assert model.form == ({}, True)
 
 
@@ -390,12 +390,7 @@ def test_the_first_of_a_servers_models_that_can_chat_is_taken(model, server, mon
     listed = {"object": "list", "data": [{"id": name, "object": "model"} for name in names]}
     monkeypatch.setattr(server.http.RequestHandlerClass, "do_GET", lambda self: self.send(200, listed))
     server.ready = lambda request: "ready" if request["model"] in names[2:] else refusal
-    said = []
-    assert (
-        loop.Model(None, said.append).name == "qwen3:8b"
-        and len(said) == 2
-        and "whisper can't chat" in said[1]
-    )
+    assert loop.Model(None, print).name == "qwen3:8b"
     server.ready = refusal
     assert "--model" in stopped()
 
@@ -526,14 +521,14 @@ def test_a_server_that_fails_to_list_its_models_can_be_told_which(model, server,
 )
 def test_a_stream_that_breaks_off_is_waited_out(model, server, reply):
     server.ready = different((400, NO_SYSTEM), lambda request: not request.get("stream"))
-    model.agree()
+    model.agree([model.name])
     server.replies += [reply, streamed("an edit")]
     assert model.ask([*TEXT], Event()) == ("an edit", 100) and "asking again in" in model.said()
 
 
 def test_a_stream_that_never_ends_is_given_up(model, server, monkeypatch):
     server.ready = different((400, NO_SYSTEM), lambda request: not request.get("stream"))
-    model.agree()
+    model.agree([model.name])
     monkeypatch.setattr(loop, "REPLY_SECONDS", 0)
     server.replies += [streamed("for ", "ever and ", "ever")]
     server.default = lambda request: setattr(loop, "REPLY_SECONDS", 9) or streamed("an edit")
