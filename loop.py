@@ -73,6 +73,7 @@ MAX_SPELLS = 3  # of a failing machine around one experiment; then it is to blam
 MAX_DEATHS = 2  # of the loop while one experiment ran; then it gets its row instead of another run
 MIN_TRAINED = 0.98  # share of its training that a run must have got: with less it says nothing of its code
 WAITS = 5, 600  # seconds after a failure of the provider or the machine: doubled from the first to the last
+PACK_ROWS = 500  # after so many rows git packs its objects: each row holds all of results.tsv
 LOCK_SECONDS = 10  # after which git's lock was left by a git that was killed: it needs milliseconds
 
 DEFAULT_MODEL = "gpt-5"  # where --model says nothing; a server of your own is asked for its first model
@@ -558,7 +559,7 @@ class Row:
 
     def effect(self):
         """The change with its standard error, as in -0.0012+-0.0003; empty where there is none."""
-        digits = 6 if self.error < 0.0001 else 4
+        digits = 6 if round(self.error, 6) < 0.0001 else 4
         change = round(self.change, digits) + 0.0  # never -0.0000
         return "" if math.isnan(change) else f"{change:+.{digits}f}+-{self.error:.{digits}f}"
 
@@ -830,7 +831,7 @@ class Git:
                 done = subprocess.run(command, input=stdin.encode("utf-8", "surrogateescape"), **how)
                 return done.stdout.decode("utf-8", "surrogateescape")
             except subprocess.CalledProcessError as error:
-                lock = re.search(rb"Unable to create '(.+(?<!index)\.lock)': File exists", error.stderr)
+                lock = re.search(rb"Unable to create '(.+(?<!/index)\.lock)': File exists", error.stderr)
                 if not lock:
                     raise
                 with contextlib.suppress(FileNotFoundError):  # of a git that was killed, if it stays
@@ -1023,7 +1024,8 @@ class Ledger:
 
     def tried(self):
         """{hash of the code: Experiment} of all that were begun."""
-        return {experiment.trailers.get("Code"): experiment for experiment in self.experiments.values()}
+        begun = [*self.experiments.values()]  # at once: threads that ask the model ask here, too
+        return {experiment.trailers.get("Code"): experiment for experiment in begun}
 
     def began(self):
         """What the branch's first experiment says of its ruler; empty on a new branch."""
@@ -1075,10 +1077,17 @@ class Ledger:
         assert (commit, seed, split) not in self.results, f"{commit} ran twice on seed {seed}"
         event = event | {"commit": commit, "seed": seed, "split": split}
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.file, "ab") as file:
-            file.write(json.dumps(event).encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
+        with open(self.file, "a+b", buffering=0) as file:
+            size = file.seek(0, os.SEEK_END)
+            torn = size and os.pread(file.fileno(), 1, size - 1) != b"\n"  # half a line, of a loss of power
+            line = b"\n" * bool(torn) + json.dumps(event).encode() + b"\n"
+            try:
+                if file.write(line) < len(line):
+                    raise OSError(28, "No space left on device", str(self.file))
+                os.fsync(file.fileno())
+            except OSError:
+                file.truncate(size)  # or it would be read as noted
+                raise
         self.count(event)
 
     def begin(self, source, program, description, reasoning, trailers, again=None):
@@ -1116,25 +1125,29 @@ class Ledger:
         git.move(f"update {self.ref} {after} {tip}", f"delete {self.refs}{experiment.number} {commit}")
         self.rows.append(row)
         experiment.row = row
+        experiment.source = source if row.status == "keep" else ""  # memory, over 10,000 experiments
         self.experiments[commit] = self.experiments.pop(commit)
         self.set_best()
-        self.sync_checkout(experiment.trailers.get("Rebased", commit))
+        self.sync_checkout()
 
-    def sync_checkout(self, *ours):
-        """The checkout follows the branch, where it holds what the loop put there: the file of the last row
-        or the one before, or of these commits."""
-        git, folder = self.git, self.git.folder
+    def sync_checkout(self):
+        """The checkout follows the branch, where it holds what the loop put there: the file that the last row
+        edited, or was an edit of."""
+        git, folder, ended = self.git, self.git.folder, self.ended()
         if not self.checked_out():
             return
         if git.differs(self.ref, "results.tsv"):
-            names, ours = ["results.tsv"], filter(git.find, (f"{self.ref}^", f"{self.ref}^2", *ours))
+            ours = [one.commit for one in ended if one.row.status == "keep"][-2:]
+            for one in ended[-1:]:
+                ours += filter(git.find, {one.commit, one.trailers.get("Rebased", one.commit)})
+            names = ["results.tsv"]
             if (folder / self.edits).is_file() and not all(git.differs(one, self.edits) for one in ours):
                 names.insert(0, self.edits)
             for name in names:
                 replace_file(folder / name, git("cat-file", "--filters", f"{self.ref}:{git.prefix}{name}"))
         with contextlib.suppress(
             subprocess.CalledProcessError
-        ):  # somebody holds the index: the next row will
+        ):  # the index is held: the next row tries again
             git("reset", "--quiet", "--", "results.tsv", self.edits, "program.md")
 
 
@@ -1259,7 +1272,9 @@ def take_over(cache, shared):
         target = shared / Path(path).relative_to(cache)
         target.parent.mkdir(parents=True, exist_ok=True)
         if not target.exists():
-            os.replace(path, target)
+            new = target.with_name(f".{target.name}.new")  # a copy: other runs of the experiment may go on
+            shutil.copy2(path, new)
+            new.replace(target)
     total = 0
     for path, (_, size, _) in sorted(files_below(shared).items(), key=lambda item: item[1], reverse=True):
         total += size
@@ -1269,10 +1284,12 @@ def take_over(cache, shared):
 
 def descendants():
     """The live processes of this worker's run: as it adopts orphans, none escapes (on Linux)."""
-    with contextlib.suppress(psutil.NoSuchProcess):
-        found = psutil.Process().children(recursive=True)
-        return [process for process in found if process.status() != psutil.STATUS_ZOMBIE]
-    return descendants()
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found
 
 
 def kill_descendants():
@@ -1350,13 +1367,15 @@ def read_result(text, secret, job):
 def ask_facts(command, folder, env, stderr=subprocess.PIPE):
     """What the ruler says of this machine: a dictionary, or the sentence with which it fails."""
     how = dict(cwd=folder, env=env, text=True, errors="replace", stdin=subprocess.DEVNULL, stderr=stderr)
+    process, errors = subprocess.Popen([*command, "--facts"], stdout=subprocess.PIPE, **how), ""
     try:
-        done = subprocess.run([*command, "--facts"], stdout=subprocess.PIPE, timeout=FACTS_SECONDS, **how)
-        return dict(json.loads(done.stdout.splitlines()[-1]))
+        answer, errors = process.communicate(timeout=FACTS_SECONDS)
+        return dict(json.loads(answer.splitlines()[-1]))
     except subprocess.TimeoutExpired:
+        process.kill()  # and no wait for its end: in a driver that hangs it has none
         return f"the ruler gave no facts within {FACTS_SECONDS} s"
     except (ValueError, IndexError, TypeError):
-        return one_line(cause_of(done.stderr or "", done.returncode))
+        return one_line(cause_of(errors or "", process.returncode))
 
 
 def run_job(job, tell):
@@ -1396,7 +1415,7 @@ def run_job(job, tell):
         cause = f"changed while it ran: {changed[0]}"
     elif not cause and result["trained"] < MIN_TRAINED:
         cause = f"held up by the machine: the run got {result['trained']:.0%} of its training"
-    if changed or cause.startswith("held up by the machine"):  # the ruler's word, too, for no edit's fault
+    if changed or cause.startswith(("held up by the machine", "the disk is full")):  # no edit's fault
         result["machine"] = True
     elif cause and "refused by the ruler" not in cause:
         result["facts"] = ask_facts(command, folder, env)
@@ -1518,13 +1537,15 @@ def kill_leftovers(runs, device=None):
                 process.kill()
 
 
-def make_room(runs, flying=()):
-    """Takes the oldest experiments' folders away, but for those of the commits in flight; where the disk is
-    nearly full all of them, and the compile cache. OSError if that isn't enough. What they ran is in git."""
+def make_room(runs, wanted=()):
+    """Takes away the compile caches and the oldest folders of experiments, but for those of the commits that
+    are wanted; where the disk is nearly full all folders, and the branch's compile cache. OSError if that
+    isn't enough. What they ran is in git."""
     runs.mkdir(exist_ok=True)  # somebody may have tidied up
     full = shutil.disk_usage(runs).free < MIN_FREE
-    found = [path for path in runs.glob("[0-9]*-*") if path.name.rpartition("-")[2] not in flying]
+    found = [path for path in runs.glob("[0-9]*-*") if path.name.rpartition("-")[2] not in wanted]
     found.sort(key=lambda path: path.stat().st_mtime)
+    remove(*(path / "cache" for path in found))
     remove(*(found if full else found[:-MAX_FOLDERS]), *([runs / "cache"] if full else []))
     if (free := shutil.disk_usage(runs).free) < MIN_FREE:
         raise OSError(28, f"only {free / 1e6:.0f} MB are free", str(runs))
@@ -2058,8 +2079,8 @@ class Session:
         (self.runs / ".gitignore").write_text("*\n")
         kill_leftovers(self.runs)
         remove(*self.runs.glob("check-*"))
-        for leftover in self.folder.glob(".*.new"):
-            leftover.unlink()
+        for name in ("results.tsv", self.ledger.edits):
+            (self.folder / f".{name}.new").unlink(missing_ok=True)
 
     def check_files(self):
         """The ruler and the loop must be as they are committed, and results.tsv hold nothing of the
@@ -2231,10 +2252,10 @@ class Session:
                 self.say(f"a model's edit would be refused: {error} Yours runs all the same.")
             return ledger.begin(edit, self.program, f"your edit of {ledger.edits}", "", {"Model": "person"})
         for proposal in [proposal for proposal in self.proposals if proposal.done]:
-            self.proposals.remove(proposal)
             if experiment := self.begin_proposal(proposal):
                 return experiment
         begun = [*ledger.ended(), *ledger.open()]
+        begun = [one for one in begun if one.trailers.get("Model") == "search"]  # a model may copy the form
         moves = [(one.description, one.row.status if one.row else "running") for one in begun]
         step = search_step(ledger.source, moves, ledger.tried(), self.facts.get("fixed", ()))
         return step and ledger.begin(step[1], self.program, step[0], "", {"Model": "search"})
@@ -2247,20 +2268,21 @@ class Session:
         about = (edit.description, edit.reasoning) if edit else ("no edit", "")
         if edit and edit.lesson:
             trailers["Lesson"] = edit.lesson
+        if proposal.error:
+            self.proposals.remove(proposal)
+            self.view.wasted += proposal.tokens
+            raise proposal.error
         try:
-            if proposal.error:
-                raise proposal.error
             if proposal.source:
                 source = self.rebased(proposal.base, proposal.source)
             else:
                 trailers["Refused"], about = one_line(refusals[-1]), (about[0], refusals[-1])
-        except Exception as error:
-            self.view.wasted += proposal.tokens
-            if not isinstance(error, Refused):
-                raise
-            self.say(f"dropped, as another was kept meanwhile: {about[0]}: {one_line(str(error), 120)}")
-            return None
-        return self.ledger.begin(source, self.program, *about, trailers)
+            experiment = self.ledger.begin(source, self.program, *about, trailers)
+        except Refused as refusal:
+            self.say(f"dropped, as another was kept meanwhile: {about[0]}: {one_line(str(refusal), 120)}")
+            self.view.wasted, experiment = self.view.wasted + proposal.tokens, None
+        self.proposals.remove(proposal)
+        return experiment
 
     def rebased(self, base, source):
         """An edit of `base` as an edit of the best file; Refused where it doesn't apply, or was tried."""
@@ -2426,7 +2448,8 @@ class Session:
             while self.machine_failed(result) and not self.stopping.is_set():
                 tell(f"the machine: {result['cause']}")
                 self.say(f"{device}: {result['cause']}; going on in {backoff(failed):.0f} s")
-                self.stopping.wait(backoff(failed))
+                if self.stopping.wait(backoff(failed)):
+                    break
                 if self.same_machine(self.devices[device].run(self.job(device), tell).get("facts")):
                     break
                 failed += 1
@@ -2443,7 +2466,7 @@ class Session:
         """A finished run: noted, or to be made again where the machine failed."""
         commit, _, split = key
         failed = self.machine_failed(result)
-        self.spells[commit] += bool(failed)
+        self.spells[commit] = self.spells[commit] + 1 if failed else 0
         if failed and (self.spells[commit] < MAX_SPELLS or self.ledger.best is None):
             return self.ledger.note(*key, {"stopped": True})
         if split == "test":
@@ -2537,11 +2560,11 @@ class Session:
             body = "\n".join(f"| {line}" for line in last.get("tail", "").splitlines()) or one_line(remark)
         ledger.record(experiment, row, body, {"Work": ",".join(str(run["work"]) for run in runs)})
         self.say(shown(row), seen=True)
-        cache = self.runs / experiment.folder / "cache"
-        with contextlib.suppress(OSError):
-            if status == "keep":
-                take_over(cache, self.runs / "cache")
-        remove(cache)
+        if len(ledger.rows) % PACK_ROWS == 0:
+            self.git("repack", "-d", "-q")
+        if status == "keep":
+            with contextlib.suppress(OSError):
+                take_over(self.runs / experiment.folder / "cache", self.runs / "cache")
         self.draw()
         if not ledger.checked_out():
             self.say(
@@ -2553,29 +2576,40 @@ class Session:
         busy = self.painter and self.painter.poll() is None
         if importlib.util.find_spec("matplotlib") and not busy:
             command = ["nice", "-n", "19", sys.executable, "loop.py", "--report", "--tag", self.ledger.name]
-            quiet = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
+            how = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
+            # It writes nothing into the packages, which runs without a cage are not to change.
+            how |= {"env": os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}, "start_new_session": True}
             with contextlib.suppress(OSError):  # a night without a picture is a night all the same
-                self.painter = subprocess.Popen(command, cwd=self.folder, start_new_session=True, **quiet)
+                self.painter = subprocess.Popen(command, cwd=self.folder, **how)
 
     # ---- the cycle
 
-    def turn(self):
-        """Takes what has finished, settles what can be, gives each free device its next work. False at the
-        end."""
+    def tidy(self):
+        wanted = {commit for commit, *_ in self.flying} | {one.commit for one in self.ledger.open()}
+        make_room(self.runs, [commit[:7] for commit in wanted])
+
+    def collect(self):
+        """Takes what has finished off its devices."""
         while self.finished:
             key, result = self.finished[0]
-            self.take(key, result)
+            if key not in self.ledger.results:  # as it is if noting it failed at the last moment
+                self.take(key, result)
             self.finished.popleft()
             device = self.flying.pop(key)
             self.view.busy += time.monotonic() - self.view.runs[device].began
             self.view.runs[device] = None
+
+    def turn(self):
+        """Takes what has finished, settles what can be, gives each free device its next work. False at the
+        end."""
+        self.collect()
         if not self.audits:
             self.settle_all()
             self.steer()
         self.think()
         for device in self.devices:
             if not self.view.runs[device] and not self.stopping.is_set():
-                make_room(self.runs, [commit[:7] for commit, *_ in self.flying])
+                self.tidy()
                 if not (key := self.next_key()):
                     break
                 self.start(device, key)
@@ -2624,15 +2658,19 @@ class Session:
         """Ends all runs; what they were part of is open, and goes on at the next start."""
         self.stopping.set()
         self.drop_proposals()
+        with contextlib.suppress(OSError):
+            self.collect()
         started = [device for device in self.devices.values() if device.process]
         for device in started:
             device.close()
         for device in started:
             device.wait()
-        with contextlib.suppress(OSError, AssertionError):
-            for key in self.flying:
+        for key in self.flying:
+            with contextlib.suppress(OSError):
                 self.ledger.note(*key, {"stopped": True})
         self.flying, self.view.runs, self.view.now = {}, dict.fromkeys(self.devices), ""
+        with contextlib.suppress(OSError):
+            self.tidy()
 
     @contextlib.contextmanager
     def shown(self):

@@ -754,7 +754,7 @@ def test_a_full_disk_costs_old_logs_and_the_compile_cache_first_and_then_a_wait(
         (runs / name).mkdir(parents=True)
         (runs / name / "run.log").write_text("x" * 10_000)
     free_space(monkeypatch, 1e6, 1e12, 1e6, 1e6)
-    loop.make_room(runs, flying=["abcdef1"])
+    loop.make_room(runs, wanted=["abcdef1"])
     assert os.listdir(runs) == ["0002-abcdef1"]  # it is in use
     with pytest.raises(OSError, match="only 1 MB are free"):
         loop.make_room(runs)
@@ -767,7 +767,7 @@ def test_of_the_run_folders_so_many_are_kept_the_oldest_go_first(tmp_path, monke
         folder = tmp_path / f"{number:04}-abcdef{number}"
         folder.mkdir()
         os.utime(folder, (number, number))
-    loop.make_room(tmp_path, flying=["abcdef0"])
+    loop.make_room(tmp_path, wanted=["abcdef0"])
     assert sorted(path.name[:4] for path in tmp_path.iterdir()) == ["0000", "0003", "0004"]
 
 

@@ -1195,6 +1195,17 @@ def test_an_edit_committed_by_the_person_becomes_an_experiment_too(plain):
     check(plain)
 
 
+def test_an_edit_that_the_person_commits_in_mid_run_is_tried_and_not_undone(plain):
+    def commit():
+        plain.write("train.py", plain.read("train.py").replace("depth = 4", "depth = 5"))
+        plain.git("commit", "--quiet", "-am", "mine")
+
+    plain.night("--experiments", 2, replies=[WORSE], run=during(1, commit))
+    assert described(plain) == ["baseline", "one layer", "your edit of train.py"]
+    assert plain.rows()[2]["status"] == "keep" and "depth = 5" in plain.read("train.py")
+    check(plain)
+
+
 def test_a_persons_edit_that_wins_while_another_is_kept_is_not_taken_for_a_new_one(plain, recorded):
     last = last_of_two(recorded, "depth = 5")
 
@@ -1408,6 +1419,70 @@ def test_a_stale_index_lock_is_survived_and_the_index_follows_once_it_is_gone(pl
     lock.unlink()
     plain.night("--experiments", 1, replies=[LAYER])
     check(plain)
+
+
+def test_a_result_that_cannot_be_noted_is_noted_later_and_counts_once(plain, no_waits, monkeypatch):
+    real, failures = loop.os.fsync, [OSError(28, "No space left on device", "t.jsonl")] * 3
+
+    def fsync(number):
+        if failures and plain.rows():
+            raise failures.pop()
+        real(number)
+
+    monkeypatch.setattr(loop.os, "fsync", fsync)
+    ran = []
+    session = plain.night(
+        "--experiments", 2, replies=[BETTER, WORSE], run=lambda job: ran.append(of(job)) or stand_in(job)
+    )
+    assert not failures and "No space left" in session.output.getvalue()
+    assert [row["status"] for row in plain.rows()] == ["keep", "keep", "discard"]
+    assert len(ran) == len({*ran}) and not +session.ledger.deaths
+    check(plain)
+
+
+def test_half_a_line_in_the_file_of_runs_takes_no_other_with_it(plain):
+    plain.night("--experiments", 1, replies=[BETTER])
+    file = plain.folder / ".git" / "autoresearch" / "t.jsonl"
+    file.write_bytes(file.read_bytes() + b'{"commit": "a power cut')
+    session = plain.night("--experiments", 1, replies=[WORSE])
+    commit = session.ledger.ended()[2].commit
+    session.ledger.load()
+    assert session.ledger.results[commit, 0, "val"]["seconds"] and not session.ledger.deaths[commit]
+
+
+def test_a_lock_of_the_loops_own_index_that_a_killed_git_left_is_removed(plain, monkeypatch):
+    monkeypatch.setattr(loop, "LOCK_SECONDS", 0)
+    (plain.folder / ".git" / "autoresearch-index.lock").touch()
+    plain.night("--experiments", 1, replies=[BETTER])
+    check(plain)
+
+
+def test_git_packs_what_many_rows_leave(plain, monkeypatch):
+    monkeypatch.setattr(loop, "PACK_ROWS", 2)
+    plain.night("--experiments", 2, replies=[BETTER, WORSE])
+    assert "packs: 1" in plain.git("count-objects", "-v")
+    check(plain)
+
+
+def test_a_start_takes_away_its_own_half_written_files_and_no_others(plain):
+    for name in (".results.tsv.new", ".env.new"):
+        plain.write(name, "half")
+    plain.git("add", "-A"), plain.git("commit", "--quiet", "-m", "mine")
+    plain.night("--experiments", 1, replies=[BETTER])
+    assert plain.read(".env.new") == "half" and not (plain.folder / ".results.tsv.new").exists()
+
+
+def test_a_proposal_survives_a_git_that_fails_where_it_begins(plain, no_waits, monkeypatch):
+    real, failures = loop.Ledger.begin, [OSError(5, "Input/output error", "objects")]
+
+    def begin(ledger, *args, **kwargs):
+        if failures and ledger.best:
+            raise failures.pop()
+        return real(ledger, *args, **kwargs)
+
+    monkeypatch.setattr(loop.Ledger, "begin", begin)
+    session = plain.night("--experiments", 1, replies=[BETTER])
+    assert described(plain) == ["baseline", "twice the width"] and len(session.model.chats) == 1
 
 
 def test_a_commit_of_the_persons_in_mid_run_stays_below_the_row(plain):

@@ -236,6 +236,13 @@ def test_a_row_that_was_written_is_read_back_as_it_was():
     assert metric == "loss" and repr(again) == repr(rows)  # nan equals nothing, not even itself
 
 
+@pytest.mark.parametrize("error", [0.00009949, 0.0000995, 0.0000997, 0.00009999, 0.0001, 0.0001004])
+def test_a_row_reads_back_as_it_was_written_however_small_its_error(error):
+    row = loop.Row("1234567", 1.0, 0.5, "discard", "an idea", 0.00123456, error, [1.0])
+    (again,) = loop.read_rows(loop.header("val_bpb") + row.line(), "x")[1]
+    assert again.line() == row.line()
+
+
 def test_an_empty_log_and_one_of_crashes_are_reported_too():
     empty = screen(read(loop.header("val_bpb")))
     assert "no baseline yet\nnoise not known\n0 experiments, 0 kept, 0 crashed" in empty

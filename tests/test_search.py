@@ -5,7 +5,7 @@ import random
 from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT, STAND_IN
+from conftest import ROOT, STAND_IN, block
 
 import loop
 
@@ -402,6 +402,15 @@ def test_a_night_searches_all_constants_but_those_that_the_ruler_fixed_and_ends_
         ("baseline", "keep"), ("search: WIDE False -> True", "discard"), ("search: DEEP 1 -> 2", "discard"),
     ]  # fmt: skip
     assert not session.ledger.open()
+
+
+@pytest.mark.parametrize(
+    "idea", ["search: DEPTH 4 -> 5.", "search: DEPTH 4 -> 007", "search: DEPTH ... -> ..."]
+)
+def test_a_models_idea_in_the_searchs_own_form_is_no_step_of_it(project, idea):
+    session = project.night("--experiments", 3, replies=[block("DEPTH = 4", "DEPTH = 5", idea)])
+    assert [description for description, _ in described(project)][1] == idea
+    assert "Traceback" not in session.output.getvalue() and len(session.ledger.rows) == 4
 
 
 def test_a_night_of_several_devices_tries_nothing_twice(project):
