@@ -236,8 +236,8 @@ NOTE = re.compile(r"[ \t#*]*(IDEA|LESSON)[ \t*]*:(.+)", re.IGNORECASE)
 # A comment that stands for code left out, in any language: a run of it would be of something else.
 ELISION = re.compile(
     r"(.*[:#])?\s*(\.\.\.|…)|.*#.*(\b(un(changed|modified|altered)|omitted|elided|snip|truncated\W*$|brevity"
-    r"|no (other )?changes?|rest\b|as (before|above)\b|everything else|(the )?same\W*$"
-    r"|(keep|leave) (the |all )*(other|rest|remain|every|same|exist|orig|as)"
+    r"|no (other )?changes?|rest (of|as|is|un|stays|remains|bleibt|wie)|rest\W*$|as (before|above)\b|same\W*$"
+    r"|everything else|(keep|leave) (the |all )*(other|rest|remaining|everything|as is)\b"
     r"|(existing|remaining|previous|original|same|other|more) (code|lines?)"
     r"|restlich|übrig|unveränder|wie (bisher|oben)|ausgelassen|reste\b|inchang|omis\b|resto\b|restante"
     r"|sin cambios|igual|invariat|omess|inalterad|overige|ongewijzigd|bez zmian|остальн|без изменен|прежн)"

@@ -490,10 +490,16 @@ def test_in_a_whole_file_or_before_other_code_it_is_known_by_its_words(words):
 
 COMMENTS = [
     "keep the weights small",
+    "keep the same shape",
+    "keep as fp32",
+    "keep every third",
+    "omit the bias",
+]
+COMMENTS += [
     "restore the mean",
     "truncated backpropagation",
-    "omit the bias",
-    "all layers",
+    "the rest use AdamW",
+    "leave the original scale",
 ]
 
 
