@@ -211,7 +211,8 @@ THOUGHT = re.compile(
     rf"(?i:[<◁][|｜]?(?:/|end){NAME}\s*[|｜]?[>▷])|\[(?:/|END){LOUD}\]|<channel\|>|<unused95>"
     r"|<\|channel\|>\s*final\b[^\n]*?<\|message\|>|assistantfinal"
 )
-TAG = r"</?[^\s<>]{1,40}>|\[/?[A-Z_]+\]"
+TOKEN = r"</?[^\s<>]{1,40}>"
+TAG = rf"{TOKEN}|\[/?[A-Z_]+\]"
 END_OF_TURN = re.compile(
     r"<[|｜](?:im_end|eo[tm]_id|return|end|end\w*(?:text|turn|sentence)\w*)[|｜]>|</s>|<eos>|<end_of_turn>|<turn\|>",
     re.I,
@@ -309,7 +310,7 @@ def parse_reply(reply, name="train.py"):
             f"SEARCH, a ======= and a REPLACE line, in this order: {one_line(marker[0])}"
         )
     whole = whole_file(prose, blocks)
-    lines = [line for line in re.sub(TAG, "", FENCE.sub("", prose)).split("\n") if line.strip()]
+    lines = [line for line in re.sub(TOKEN, "", FENCE.sub("", prose)).split("\n") if line.strip()]
     lines = [line for line in lines if not FILENAME.fullmatch(line) and not line.strip().startswith("```")]
     said = {note[1].upper(): one_line(note[2].strip("* \t")) for note in reversed(notes_in(lines))}
     reasoning = [line for line in lines if not NOTE.fullmatch(line)]
