@@ -193,7 +193,8 @@ THOUGHT = re.compile(
     rf"(?i:[<◁][|｜]?(?:/|end){NAME}\s*[|｜]?[>▷])|\[(?:/|END){LOUD}\]|<channel\|>|<unused95>"
     r"|<\|channel\|>\s*final\b[^\n]*?<\|message\|>|assistantfinal"
 )
-TAG = r"</?[^\s<>]{1,40}>|\[/?[A-Z_]+\]"
+TOKEN = r"</?[^\s<>]{1,40}>"
+TAG = rf"{TOKEN}|\[/?[A-Z_]+\]"
 END_OF_TURN = re.compile(
     r"<[|｜](?:im_end|eo[tm]_id|return|end|end\w*(?:text|turn|sentence)\w*)[|｜]>|</s>|<eos>|<end_of_turn>|<turn\|>",
     re.I,
@@ -218,8 +219,8 @@ NOTE = re.compile(r"[ \t#*]*(IDEA|LESSON)[ \t*]*:(.+)", re.IGNORECASE)
 # A comment that stands for code left out, in any language: a run of it would be of something else.
 ELISION = re.compile(
     r"(.*[:#])?\s*(\.\.\.|…)|.*#.*(\b(un(changed|modified|altered)|omitted|elided|snip|truncated\W*$|brevity"
-    r"|no (other )?changes?|rest\b|as (before|above)\b|everything else|(the )?same\W*$"
-    r"|(keep|leave) (the |all )*(other|rest|remain|every|same|exist|orig|as)"
+    r"|no (other )?changes?|rest (of|as|is|un|stays|remains|bleibt|wie)|rest\W*$|as (before|above)\b|same\W*$"
+    r"|everything else|(keep|leave) (the |all )*(other|rest|remaining|everything|as is)\b"
     r"|(existing|remaining|previous|original|same|other|more) (code|lines?)"
     r"|restlich|übrig|unveränder|wie (bisher|oben)|ausgelassen|reste\b|inchang|omis\b|resto\b|restante"
     r"|sin cambios|igual|invariat|omess|inalterad|overige|ongewijzigd|bez zmian|остальн|без изменен|прежн)"
@@ -291,7 +292,7 @@ def parse_reply(reply, name="train.py"):
             f"SEARCH, a ======= and a REPLACE line, in this order: {one_line(marker[0])}"
         )
     whole = whole_file(prose, blocks)
-    lines = [line for line in re.sub(TAG, "", FENCE.sub("", prose)).split("\n") if line.strip()]
+    lines = [line for line in re.sub(TOKEN, "", FENCE.sub("", prose)).split("\n") if line.strip()]
     lines = [line for line in lines if not FILENAME.fullmatch(line) and not line.strip().startswith("```")]
     said = {note[1].upper(): one_line(note[2].strip("* \t")) for note in reversed(notes_in(lines))}
     reasoning = [line for line in lines if not NOTE.fullmatch(line)]

@@ -387,7 +387,7 @@ def test_what_a_server_appends_to_a_reply_is_no_part_of_it(appended):
     for reply in (WIDER, WIDER.rstrip(), f"```\n{WIDER.rstrip()}"):
         assert applied(reply + appended) == changed(WIDE)
     if "```" not in appended:
-        assert loop.parse_reply(f"{WIDER}LESSON: width pays{appended}").lesson == "width pays"
+        assert loop.parse_reply(f"{WIDER}LESSON: width pays{appended}").lesson.startswith("width pays")
         assert applied(whole(changed(WIDE)).rstrip() + appended.partition("\n")[0]) == changed(WIDE)
 
 
@@ -490,10 +490,16 @@ def test_in_a_whole_file_or_before_other_code_it_is_known_by_its_words(words):
 
 COMMENTS = [
     "keep the weights small",
+    "keep the same shape",
+    "keep as fp32",
+    "keep every third",
+    "omit the bias",
+]
+COMMENTS += [
     "restore the mean",
     "truncated backpropagation",
-    "omit the bias",
-    "all layers",
+    "the rest use AdamW",
+    "leave the original scale",
 ]
 
 
@@ -525,6 +531,7 @@ def test_a_reply_applies_exactly_or_its_refusal_says_what_to_mend(reply, expecte
         ("**IDEA:** wider [mlp]\nIt was narrow.\n", "wider [mlp]"),
         ("**IDEA**: wider\n", "wider"),
         ("## IDEA: [bold]wider[/]\n", "[bold]wider[/]"),
+        ("IDEA: wider [MLP]<|im_end|>\n", "wider [MLP]"),
         ("\ufeffIDEA: wider\n", "wider"),
         ("IDEA: \x1b[31mred\x1b[0m\x07\tidea\n", "red idea"),
         ("IDEA: half an emoji \ud83d\n", "half an emoji"),
