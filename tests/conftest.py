@@ -268,7 +268,7 @@ class Project:
             patch.setattr(loop, "Device", lambda name, runs: FakeDevice(name, facts, run or stand_in))
             patch.setattr(loop, "Model", lambda name, say: FakeModel(replies))
             patch.setattr(loop, "kill_leftovers", lambda runs: None)
-            patch.setattr(loop.Session, "draw", lambda session: None)
+            patch.setattr(loop.Session, "draw_picture", lambda session: None)
             patch.setattr(loop.Session, "check_reach", check_reach)
             for name in (
                 "SEED",

@@ -447,7 +447,7 @@ def test_what_a_run_leaves_behind_is_gone_for_the_next_one(place, device, name):
     assert sorted(path.name for path in folder.iterdir()) == ["prepare.py", "run.log", "train.py"]
     assert device.run(place.job(seed=1), quiet)["cause"] == ""  # the experiment's next run
     with contextlib.suppress(OSError):
-        loop.take_over(place.cache(), place.runs / "cache")
+        loop.merge_cache(place.cache(), place.runs / "cache")
     assert device.run(place.job(number=2), quiet)["cause"] == ""
     assert (place.folder / "notes.txt").read_text() == "a person's file\n"
     assert not (place.runs / "cache").exists() or os.listdir(place.runs / "cache") == []
@@ -512,9 +512,24 @@ def test_the_runs_of_an_experiment_share_a_copy_of_the_compile_cache(place, devi
     found = [Path(device.run(place.job(code, seed=seed), quiet)["log"]).read_text() for seed in (0, 1)]
     assert "FOUND ['kernel']" in found[0] and "FOUND ['kernel', 'of-0']" in found[1]
     assert os.listdir(place.runs / "cache" / "inductor") == ["kernel"]  # nothing outlives an experiment,
-    loop.take_over(place.cache(), place.runs / "cache")  # but what a kept one added
+    loop.merge_cache(place.cache(), place.runs / "cache")  # but what a kept one added
     assert sorted(os.listdir(place.runs / "cache" / "inductor")) == ["kernel", "of-0", "of-1"]
     assert (place.runs / "cache" / "inductor" / "kernel").read_text() == "compiled"
+
+
+@pytest.mark.parametrize("caged", [pytest.param(True, marks=CAGED), False])
+def test_every_experiment_finds_its_own_compile_cache_at_the_same_path(place, device, caged):
+    """Inductor's launchers and Triton's kernels hold the path at which they were compiled, and write there again."""
+    code = "import os\nfolder = os.path.dirname(os.environ['TRITON_CACHE_DIR'])\nprint('AT', folder)\n"
+    code += "print('FOUND', os.listdir(folder))\nopen(folder + '/kernel', 'w').close()"
+    found = []
+    for number, seed in ((1, 0), (2, 0), (1, 1)):
+        log = Path(
+            device.run(place.job(code, number=number, seed=seed, caged=caged), quiet)["log"]
+        ).read_text()
+        found.append([line for line in log.splitlines() if line.startswith(("AT", "FOUND"))])
+    assert len({at for at, _ in found}) == 1
+    assert ["kernel" in names for _, names in found] == [False, False, True]
 
 
 def test_what_an_experiment_compiled_is_taken_over_with_a_keep_and_else_gone(project):
@@ -540,7 +555,7 @@ def test_links_in_a_compile_cache_are_not_followed(tmp_path):
     (cache / "folder").symlink_to(persons)
     (cache / "file").symlink_to(persons / "file")
     (cache / "kernel").write_text("compiled")
-    loop.take_over(cache, shared)
+    loop.merge_cache(cache, shared)
     assert os.listdir(shared) == ["kernel"] and (persons / "file").read_text() == "a person's"
 
 
@@ -552,7 +567,7 @@ def test_where_a_compile_cache_is_too_large_the_oldest_files_go(tmp_path, monkey
         file.parent.mkdir(exist_ok=True)
         file.write_bytes(bytes(100_000))
         os.utime(file, (number, number))
-    loop.take_over(cache, shared)
+    loop.merge_cache(cache, shared)
     assert sorted(os.listdir(shared)) == ["3", "4"]
 
 
@@ -909,7 +924,7 @@ def test_a_parent_that_fails_on_one_seed_is_not_waited_for_for_ever(project, has
     failures = []
     session = project.night("--experiments", 1, replies=[TWICE], run=run)
     assert outcomes(session)[0] == ("baseline", "keep") and outcomes(session)[1][1] == "discard"
-    assert len(failures) == loop.MAX_SPELLS
+    assert len(failures) == loop.MAX_MACHINE_FAILURES
 
 
 def test_rows_that_cannot_be_read_are_not_taken_for_none(project):

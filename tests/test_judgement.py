@@ -316,9 +316,9 @@ def test_a_short_run_of_the_parents_is_made_again_too(seeded, verdicts, no_waits
 
 
 def test_a_short_run_of_the_baseline_is_waited_for_however_often(seeded, no_waits):
-    runs = busy((0, 0), 3 * loop.MAX_SPELLS)
+    runs = busy((0, 0), 3 * loop.MAX_MACHINE_FAILURES)
     seeded.night("--experiments", 1, replies=[wider(128)], run=runs)
-    assert runs.made.count((0, 0, "val")) == 3 * loop.MAX_SPELLS + 1
+    assert runs.made.count((0, 0, "val")) == 3 * loop.MAX_MACHINE_FAILURES + 1
     assert [row["status"] for row in seeded.rows()] == ["keep", "keep"] and seeded.status() == ""
 
 
@@ -326,7 +326,7 @@ def test_around_which_the_machine_fails_always_is_to_blame_and_becomes_a_row(see
     runs = busy((1, 0), math.inf)
     seeded.night("--experiments", 2, replies=[edit(1, "slow to compile"), wider(128)], run=runs)
     rows = seeded.rows()
-    assert runs.made.count((1, 0, "val")) == loop.MAX_SPELLS
+    assert runs.made.count((1, 0, "val")) == loop.MAX_MACHINE_FAILURES
     assert [row["status"] for row in rows] == ["keep", "crash", "keep"]
     assert "slow to compile [the machine was busy: the run got 83% of its training]" in rows[1]["description"]
 

@@ -467,14 +467,14 @@ def test_a_picture_that_hangs_is_no_matter_to_the_night_and_no_second_one_is_beg
     )
     ledger = SimpleNamespace(name="autoresearch/t")
     session = SimpleNamespace(painter=None, ledger=ledger, folder=tmp_path)
-    loop.Session.draw(session)
+    loop.Session.draw_picture(session)
     first = session.painter
-    loop.Session.draw(session)
+    loop.Session.draw_picture(session)
     assert session.painter is first
     with open(tmp_path / "pipe", "w"):
         pass
     assert first.wait(60) == 0 and (tmp_path / "drawn").read_text() == "autoresearch/t"
-    loop.Session.draw(session)
+    loop.Session.draw_picture(session)
     assert session.painter is not first
     session.painter.kill()
     session.painter.wait()
@@ -483,10 +483,10 @@ def test_a_picture_that_hangs_is_no_matter_to_the_night_and_no_second_one_is_beg
 def test_where_no_process_can_be_started_the_night_goes_on_without_a_picture(tmp_path, monkeypatch):
     monkeypatch.setattr(loop.importlib.util, "find_spec", lambda name: True)
     session = SimpleNamespace(painter=None, ledger=SimpleNamespace(name="x"), folder=tmp_path / "gone")
-    loop.Session.draw(session)
+    loop.Session.draw_picture(session)
     assert session.painter is None
     monkeypatch.setattr(loop.importlib.util, "find_spec", lambda name: None)
-    loop.Session.draw(session)
+    loop.Session.draw_picture(session)
     assert session.painter is None
 
 

@@ -401,7 +401,7 @@ def test_a_night_searches_all_constants_but_those_that_the_ruler_fixed_and_ends_
     assert described(project) == [
         ("baseline", "keep"), ("search: WIDE False -> True", "discard"), ("search: DEEP 1 -> 2", "discard"),
     ]  # fmt: skip
-    assert not session.ledger.open()
+    assert not session.ledger.unfinished()
 
 
 @pytest.mark.parametrize(
