@@ -169,12 +169,12 @@ environment:
   AUTORESEARCH_DATA     where prepare.py put the text (~/.cache/autoresearch)
 
 Edit program.md at any time to steer. `git show COMMIT` is the edit of any row, kept or
-not. Exit status: 2 for what you have to mend first, 1 for what failed, else 0.
+not. Exit status: 2 for what you have to fix first, 1 for what failed, else 0.
 """
 
 
 class Stop(Exception):
-    """Ends the loop with a sentence and an exit code: 2 for what the person must mend, 1 for what failed."""
+    """Ends the loop with a sentence and an exit code: 2 for what the user must fix, 1 for what failed."""
 
     def __init__(self, message, code=2):
         super().__init__(message)
@@ -793,7 +793,7 @@ def stuck(rows):
 
 
 class Git:
-    """The checkout that holds this file. Commits are made beside the person's index, hooks and identity."""
+    """The checkout that holds this file. Commits are made beside the user's index, hooks and identity."""
 
     SETTINGS = ("core.hooksPath=/dev/null", "core.fsmonitor=false", "core.quotePath=false", "gc.auto=0")
     SETTINGS += ("color.ui=false", "log.showSignature=false", "diff.autoRefreshIndex=true")
@@ -921,7 +921,7 @@ def replace_file(path, text):
 
 
 def read_text(path):
-    """A person's file as it stands, line ends apart; empty when it can't be read."""
+    """A user's file as it stands, line ends apart; empty when it can't be read."""
     with contextlib.suppress(OSError):
         return path.read_bytes().decode("utf-8", "surrogateescape").replace("\r\n", "\n")
     return ""
@@ -976,7 +976,7 @@ class Ledger:
         if not text.startswith(self.header):
             raise Stop(f"{place} has other columns than this loop's; begin anew with --tag")
         if unread:
-            raise Stop(f"{place}, {unread[0]}; mend and commit it")
+            raise Stop(f"{place}, {unread[0]}; fix and commit it")
         if len(rows) < len(self.rows):
             raise OSError(5, "rows are missing", place)
         messages, outcomes, self.experiments = {}, {}, {}
@@ -1064,8 +1064,8 @@ class Ledger:
     def checked_out(self):
         return self.git.branch() == self.name
 
-    def person_edit(self):
-        """The edited file in the checkout where, as git sees it, a person changed it and it compiles."""
+    def user_edit(self):
+        """The edited file in the checkout where, as git sees it, a user changed it and it compiles."""
         if not self.checked_out() or not (self.git.folder / self.edits).is_file():
             return None
         ours = [self.best.commit]
@@ -1078,7 +1078,7 @@ class Ledger:
             return code_hash(text) and text
 
     def program(self):
-        """program.md in the checkout, or the last committed one; empty where a person took it away."""
+        """program.md in the checkout, or the last committed one; empty where a user took it away."""
         text = read_text(self.git.folder / "program.md") if self.checked_out() else ""
         return text if text.strip() else self.git.text(self.ref, "program.md") or ""
 
@@ -1327,7 +1327,7 @@ def kill_descendants():
 
 def excess(log, most_memory):
     """Why a run takes more than it may; empty if it doesn't. Not by limits of the kernel, where one for
-    memory counts addresses, which CUDA needs plenty of, and one for processes counts the person's."""
+    memory counts addresses, which CUDA needs plenty of, and one for processes counts the user's."""
     found, taken = descendants(), 0
     if len(found) > MAX_PROCESSES:
         return f"stopped at {len(found)} processes; {MAX_PROCESSES} are the limit"
@@ -1620,7 +1620,7 @@ def proxied():
 class Model:
     """An OpenAI-compatible chat model. The first call must work; later faults are waited out for as long as
     it takes. What a server wants of a request is found by trying, and remembered. say(text) tells the
-    person."""
+    user."""
 
     def __init__(self, name, say):
         settings = (os.environ.get(f"OPENAI_{what}", "") for what in ("BASE_URL", "API_KEY"))
@@ -1652,9 +1652,7 @@ class Model:
             better += "" if re.search(r"/v\d", better) else "/v1"
             if better != at and getattr(error, "status_code", None) not in DENIED:
                 advice = f"most URLs end in /v1: try export OPENAI_BASE_URL={better}; or "
-            advice += (
-                "name a model (--model NAME), mend the URL (most end in /v1) or the key, or go --offline"
-            )
+            advice += "name a model (--model NAME), fix the URL (most end in /v1) or the key, or go --offline"
             failed = f"{at} failed at the first call: {self.words(error)}"
             raise Stop(f"{failed}; {advice}{proxied()}") from None
 
@@ -2123,7 +2121,7 @@ class Session:
         try:
             code_hash(self.git.text("HEAD", ledger.edits))
         except Refused as error:
-            raise Stop(f"{ledger.edits} as it is committed: {error}; mend and commit it") from None
+            raise Stop(f"{ledger.edits} as it is committed: {error}; fix and commit it") from None
         if self.git.find(ledger.ref):
             ledger.load()
             rows = (ledger.header + "".join(map(Row.line, ledger.rows))).splitlines()
@@ -2173,7 +2171,7 @@ class Session:
             return
         reason = inside if isinstance(inside, str) else f"the device is {inside['device']} behind bwrap"
         if self.args.sandbox == "require":
-            raise Stop(f"no sandbox: {reason}; mend that, or run without one: --sandbox off")
+            raise Stop(f"no sandbox: {reason}; fix that, or run without one: --sandbox off")
         self.caged = False
         self.say(f"NO SANDBOX, {reason}: an edit can read your files and use the network (README, The cage)")
 
@@ -2195,7 +2193,7 @@ class Session:
             self.git("checkout", "--quiet", ledger.name)
         ledger.load()
         ledger.sync_checkout()
-        self.program = self.git.text(ledger.ref, "program.md") or program  # a person may have taken it away
+        self.program = self.git.text(ledger.ref, "program.md") or program  # a user may have taken it away
 
     def prepare(self):
         """Every precondition, before anything is changed; then the branch."""
@@ -2262,12 +2260,12 @@ class Session:
             self.settle(experiment)
 
     def begin_next(self):
-        """Begins a person's edit, a proposal that is ready, or a step of the search: its Experiment."""
+        """Begins a user's edit, a proposal that is ready, or a step of the search: its Experiment."""
         ledger = self.ledger
         if not ledger.best:
             told = {"Ruler": json.dumps(self.noted)}
             return not ledger.unfinished() and ledger.begin(ledger.source, self.program, "baseline", "", told)
-        if edit := ledger.person_edit():
+        if edit := ledger.user_edit():
             self.say("your edit is the next experiment")
             try:
                 self.check_reach(edit)
@@ -2510,7 +2508,7 @@ class Session:
         if failed and not parent:
             self.git.move(f"delete {ledger.refs}{experiment.number} {commit}")
             run = failed[0]
-            advice = f"mend {ledger.edits} and commit it\n\nthe end of {run.get('log')}:\n{run.get('tail')}"
+            advice = f"fix {ledger.edits} and commit it\n\nthe end of {run.get('log')}:\n{run.get('tail')}"
             raise Stop(f"the baseline failed: {run['cause']}; {advice}", 1)
         if "Refused" in experiment.trailers:
             return self.finish(experiment, "crash", f"refused: {experiment.trailers['Refused']}")

@@ -221,16 +221,16 @@ class Soak:
         """Until over(); a loop that ends by itself has done wrong."""
         broken = self.project.folder.parent / "data" / "toy-0123456789ab" / "broken"
         began = reported = time.monotonic()
-        ended, mended, next_break = 0, 0, 100
+        ended, fixed, next_break = 0, 0, 100
         self.start()
         while not over():
             time.sleep(0.1)
             if not self.args.real and self.rows() >= next_break:
                 next_break += 100
                 broken.write_text("")
-                mended = time.monotonic() + self.rng.uniform(5, 20)
+                fixed = time.monotonic() + self.rng.uniform(5, 20)
                 self.signals["(the machine failed)"] += 1
-            if broken.exists() and time.monotonic() > mended:
+            if broken.exists() and time.monotonic() > fixed:
                 broken.unlink()
             if self.process.poll() is not None:
                 self.say(

@@ -36,7 +36,7 @@ def refused(reply, source=SOURCE):
     return str(error.value)
 
 
-# ---- what models send: each reply applies exactly, or its refusal says what to mend
+# ---- what models send: each reply applies exactly, or its refusal says what to fix
 
 
 def whole(text, opening="```python", closing="```"):

@@ -805,10 +805,10 @@ def test_a_closed_pipe_does_not_end_the_night(project):
     assert process.wait(300) == 0 and process.stderr.read() == "" and len(project.rows()) == 3
 
 
-def waits_and_goes_on(project, server, breaks, mends=lambda: None, said="", **environment):
-    """A night of two experiments; breaks() is called once the baseline has its row, and mends() once this was said."""
+def waits_and_goes_on(project, server, breaks, fixes=lambda: None, said="", **environment):
+    """A night of two experiments; breaks() is called once the baseline has its row, and fixes() once this was said."""
     project.constants(WAITS="(0.05, 0.2)")
-    broken, mended = [], threading.Event()
+    broken, fixed = [], threading.Event()
 
     def reply(request):
         if not broken:
@@ -816,15 +816,15 @@ def waits_and_goes_on(project, server, breaks, mends=lambda: None, said="", **en
             project.wait_for(project.rows)
             breaks()
             return TWICE
-        mended.wait(300)
+        fixed.wait(300)
         return LAYER
 
     server.default = reply
     words = "--budget", "20", "--tag", "t", "--experiments", "2"
     process = project.start(*words, OPENAI_BASE_URL=server.url, **environment)
     printed = project.read_until(process, said)
-    mends()
-    mended.set()
+    fixes()
+    fixed.set()
     out, err = process.communicate(timeout=300)
     out = printed + out
     assert process.returncode == 0, out + err

@@ -317,9 +317,9 @@ def test_a_crash_stands_in_the_next_prompt_with_the_end_of_its_log_as_data(a_nig
 def test_a_mended_edit_is_an_experiment_like_any_other(plain):
     wrong = block("width = 64", "width = 128\nhalf = widths // 2", "a typo")
     plain.night(
-        "--experiments", 2, replies=[wrong, wrong.replace("widths", "width").replace("a typo", "mended")]
+        "--experiments", 2, replies=[wrong, wrong.replace("widths", "width").replace("a typo", "fixed")]
     )
-    assert described(plain)[1:] == ["a typo [NameError: name 'widths' is not defined]", "mended"]
+    assert described(plain)[1:] == ["a typo [NameError: name 'widths' is not defined]", "fixed"]
     assert plain.rows()[2]["status"] == "keep"
 
 
@@ -961,7 +961,7 @@ def test_a_failing_baseline_ends_the_loop_with_its_cause_and_the_end_of_its_log(
     assert "Traceback (most recent call last)" in str(stop.value)
     assert plain.rows() == [] and plain.status() == ""
     plain.write("train.py", PLAIN)
-    plain.commit("mended")
+    plain.commit("fixed")
     plain.night("--experiments", 1, replies=[BETTER])
     assert plain.rows()[0]["val_bpb"] == "1.035625"
     check(plain)
@@ -1625,7 +1625,7 @@ def test_a_branch_keeps_its_data_set_when_a_newer_one_is_prepared_and_misses_it_
 def test_a_broken_committed_train_py_is_said_before_anything_is_made(project):
     project.write("train.py", "WIDTH = = 1\n")
     project.commit("broken")
-    assert "train.py" in (said := refusal(project, offline=True)) and "mend" in said
+    assert "train.py" in (said := refusal(project, offline=True)) and "fix" in said
 
 
 def test_a_file_without_constants_is_not_searched(plain):
@@ -1658,7 +1658,7 @@ def test_a_branch_whose_rows_cannot_be_read_is_refused_naming_the_line(plain):
     plain.night("--experiments", 1, replies=[WORSE])
     plain.write("results.tsv", plain.read("results.tsv") + "half a row\n")
     plain.git("commit", "--quiet", "-am", "by hand")
-    assert "results.tsv on autoresearch/t, line 4 is not a row: 'half a row'; mend" in refusal(plain)
+    assert "results.tsv on autoresearch/t, line 4 is not a row: 'half a row'; fix" in refusal(plain)
 
 
 ODD = ["None", "12.5", "1e3", "-3", "many", "9" * 5000, "１２", ""]
@@ -1736,8 +1736,8 @@ def test_an_unknown_model_a_refused_key_and_nobody_there_end_the_loop_at_the_fir
     assert "there is no such model; name a model" in (sentence := said()) and "--model NAME" in sentence
     server.ready = (401, {"error": {"message": "a wrong key: sk-secret", "type": "invalid_request_error"}})
     assert "a wrong key: ***" in said()
-    assert "mend the URL" in said(f"{server.url}/nothing/there")
-    assert "mend the URL" in said("http://[::1/v1")
+    assert "fix the URL" in said(f"{server.url}/nothing/there")
+    assert "fix the URL" in said("http://[::1/v1")
     server.ready = (401, {"error": {"message": "a wrong key", "type": "invalid_request_error"}})
     assert "failed at the first call" in said(key="sk-very\tsecret")
     assert "is the server running?" in said("http://127.0.0.1:9/v1")

@@ -194,7 +194,7 @@ def test_lines_that_are_no_rows_are_counted_and_the_first_is_named(line):
     first, *rest = FIVE.splitlines()
     report = read("\n".join([first, *rest[:2], line, *rest[2:], line]))
     assert len(report.rows) == 6 and len(report.unread) == 2
-    assert "lines left out: 2; line 4 is not a row" in screen(report, 120) and "mend" not in screen(report)
+    assert "lines left out: 2; line 4 is not a row" in screen(report, 120) and "fix" not in screen(report)
 
 
 STATUSES = {

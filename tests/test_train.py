@@ -37,11 +37,12 @@ def steps(model, optimizers, count=5):
     return loss.item()
 
 
+@pytest.mark.slow
 def test_the_loop_measures_the_shipped_baseline_with_the_real_ruler(project, data):
     for name in ("train.py", "prepare.py"):
         shutil.copy(ROOT / name, project.folder)
     project.commit("real")
-    once = "--offline", "--budget", "20", "--tag", "t", "--hours", "0.000001"
+    once = "--offline", "--budget", "60", "--tag", "t", "--hours", "0.000001"
     project.run(*once, AUTORESEARCH_DATA=str(data))
     (row,) = project.rows()
     assert row["status"] == "keep"
@@ -156,6 +157,7 @@ def test_the_graph_compiles_in_one_piece():
     torch.testing.assert_close(compiled(x, x), model(x, x))
 
 
+@pytest.mark.slow
 def test_other_learning_rates_compile_nothing_anew():
     def compiled_code(**changes):
         graphs = []
