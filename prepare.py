@@ -85,9 +85,8 @@ PATTERN = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{
 
 BUDGET = 300  # seconds of wall clock for the whole process, when the loop doesn't say
 TRAINING_SHARE = 3 / 4  # of the budget, for training on a GPU: a cold compile fits into the rest
-# A run on a CPU, with its start and evaluation, takes a third of its budget there: so it ends in time, with
-# all of its training, beside a busy process on the same core and one on its neighbour, which together make it
-# almost three times as slow.
+# On a CPU a run takes a third of its budget: so it ends in time, with all of its training, beside a busy process
+# on its core and one on the next, which together make it almost three times as slow.
 CPU_SHARE, CPU_OVERHEAD = 1 / 3, 8
 LEAST_SHARE = 1 / 5  # of the budget, for training on a CPU, where the budget is short
 PACE_EVERY = 0.03  # seconds between two samples of the core's speed, each of which takes 1 to 2 ms
@@ -113,8 +112,7 @@ OVERRUN = 0.02  # of the training time: more training than that is refused
 OVERRUN_SECONDS = 1.0  # nothing shorter is refused: weights may be swapped between the last step and finish()
 PROBES = 24  # for a leak from the future: copies of evaluated batches whose rows change somewhere
 MOST_ROUNDS = 5  # of as many, while what they saw is odd, but not certain
-# Chances that an honest model shows what was seen: below the first there is another round, below the second
-# the model is refused.
+# Chances that an honest model shows this: below the first there is another round, below the second a refusal.
 ODD, CERTAIN = 1e-2, 1e-6
 FAR = 4  # places before the change: a loss there isn't reached by looking a few tokens ahead
 LEAK_NATS, LEAK_SIGMAS = 0.005, 4  # by which a loss may change when only what it mustn't see changed
@@ -123,8 +121,7 @@ LOSS_LOGITS = 2**25  # turned into float32 at a time: all of a batch would need 
 LN2 = math.log(2)  # here, so that a train.py which replaces math.log moves nothing
 SANE_BPB = (0.05, 20)  # no honest model is outside
 LOG_SECONDS = 1.0  # between two lines of run.log
-# Dense bf16 peak, FLOP/s, by a word of the device's name; NVIDIA's data sheets. A device not listed has no
-# MFU.
+# Dense bf16 peak, FLOP/s, by a word of the device's name (NVIDIA's data sheets); another device has no MFU.
 PEAK_FLOPS = {
     "B200": 2250e12, "H200": 989e12, "GH200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12,
     "L40S": 362e12, "L4": 121e12, "A10": 125e12, "RTX 4090": 165e12, "RTX 3090": 71e12,
@@ -215,7 +212,7 @@ def newest(root):
     """The data set to use: `root` itself if it is one, else the one prepared (or asked for) last."""
     found = [root] if read_meta(root, ("train",)) else data_sets(root)
     if not found:
-        raise Problem(f"no data in {root}; run: python prepare.py")
+        raise Problem(f"no data of this version in {root}; run: python prepare.py")
     return max(found, key=lambda folder: (folder / "meta.json").stat().st_mtime_ns)
 
 
@@ -722,7 +719,7 @@ def facts():
     itself = read_meta(root, ("train",))
     found = {root: itself} if itself else data_sets(root)
     if not found and not wanted:
-        print(f"no data in {root} yet: preparing torch's sources (once, under a minute)", file=sys.stderr)
+        print(f"no data of this version in {root}: preparing torch's sources (once)", file=sys.stderr)
         prepare("pytorch", root)
         found = data_sets(root)
     named = {meta["fingerprint"]: folder for folder, meta in found.items()}
@@ -852,11 +849,8 @@ class Run:
         self._settings, self._folder, self._meta, self._held = _taken.get("hold") or take_hold()
         told, meta = self._settings, self._meta
         self._started, self._budget, self._seed = told.started, told.budget, told.seed
-        self.seq_len, self.vocab_size, self._eval_rows = (
-            meta["seq_len"],
-            meta["vocab_size"],
-            meta["eval_rows"],
-        )
+        self.seq_len, self.vocab_size = meta["seq_len"], meta["vocab_size"]
+        self._eval_rows = meta["eval_rows"]
         self.device = pick_device()
         name = device_name(self.device)
         if told.machine not in (None, name):  # torch falls back to the CPU when a GPU is lost
@@ -1045,7 +1039,7 @@ class Run:
         return self._windows(self._train, starts, self.seq_len)
 
     def _held_rows(self):
-        """(x, y) of the evaluation's shape, from the held-out windows: other ones each time."""
+        """The same from the held-out windows."""
         windows = self._held.reshape(-1, self.seq_len + 1)
         return self._place(np.random.default_rng().choice(windows, self._eval_rows, replace=False))
 
@@ -1054,10 +1048,11 @@ class Run:
         tokens = torch.from_numpy(np.random.default_rng().integers(self.vocab_size - 1, size=x.shape))
         return torch.where(replaced, tokens.to(self.device), x)
 
-    # Probes are drawn from the system's randomness, anew: nobody can know the answers beforehand.
-
     def _probe(self, model, x, y):
-        """Refuses a model that is random in eval() or looks across rows; returns an empty ProbeRecord."""
+        """Refuses a model that is random in eval() or looks across rows; returns an empty ProbeRecord.
+
+        Here and below all is drawn from the system's randomness: nobody can know the answers beforehand.
+        """
         losses = self._losses(model, x, y)
         noise = (self._losses(model, x, y) - losses).abs().mean().item()
         if noise > LEAK_NATS:
@@ -1149,9 +1144,9 @@ class Run:
         seen = self._probe(model, *self._held_rows())
         count, nats = len(self._held), {}
         copies, look = np.bincount(rng.integers(count, size=PROBES), minlength=count), rng.integers(count)
-        for place, number in enumerate(rng.permutation(count)):
+        for number in rng.permutation(count):
             nats[number] = self._probed_losses(model, *self._place(self._held[number]), copies[number], seen)
-            if place == look:
+            if number == look:
                 check_state(before, model)
         easier = (nats[number] - self._losses(model, *self._place(self._held[number])).cpu()).mean().item()
         if easier > LEAK_NATS:
@@ -1230,13 +1225,10 @@ class Run:
             print(f"the text was too short: it was met {summary['epochs']} times; prepare more")
         print("---", *(f"{key + ':':17} {value}" for key, value in summary.items()), sep="\n", flush=True)
         if self._settings.secret:
-            steps, tokens, start = (
-                summary[key] for key in ("num_steps", "total_tokens_M", "startup_seconds")
-            )
-            info = f"{steps} steps, {tokens} M tokens, {memory / 2**10:.1f} GB, first step done at {start} s"
+            info = "{num_steps} steps, {total_tokens_M} M tokens, first step done at {startup_seconds} s"
             result = {
                 "metric": "val_bpb", "value": float(f"{bpb:.6f}"), "memory_mb": round(memory, 1),
-                "info": info, "trained": self._trained, "work": self._tokens,
+                "info": info.format(**summary), "trained": self._trained, "work": self._tokens,
                 "data": self._meta["fingerprint"], "told": self._settings.told,
             }  # fmt: skip
             print(signed_line(self._settings.secret, result), flush=True)
@@ -1481,8 +1473,8 @@ def _stop(number, frame):
 def main():
     parser = argparse.ArgumentParser(description="Prepares the text that train.py learns from, once.")
     parser.add_argument("--source", default="pytorch", metavar="NAME|PATH",
-                        help="pytorch (the installed torch package's Python sources, the default), tinystories "
-                             "or climbmix (from the Hugging Face hub), or a file or folder of yours")  # fmt: skip
+                        help="pytorch (the installed torch's Python sources, the default), tinystories or "
+                             "climbmix (from Hugging Face's hub), or a file or folder of yours")  # fmt: skip
     parser.add_argument("--shards", type=int, metavar="N",
                         help="only the first N files: of climbmix's 6,543 of 90 MB each (default: 10), or of "
                              "tinystories' two, of 22 MB and 2.2 GB")  # fmt: skip

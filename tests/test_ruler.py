@@ -582,11 +582,9 @@ def test_training_a_copy_while_preflight_looks_is_training(make_run, clock, monk
     run.preflight(
         Model(lambda x: clock.tick(next(passes, 0.1)) + 1e-4 * nn.functional.one_hot(x, 300).float())
     )
-    trained = clock.now
     run.progress(), next(run.batches(16))
     clock.now += 0.4
     assert run.progress() * 225 == pytest.approx(100 - 4, abs=1)
-    assert clock.now == trained + 0.4
 
 
 @pytest.mark.parametrize("every", [1, 5, 15, 20, 30])
@@ -756,7 +754,7 @@ def leaks(bigram):
         some(1 / 2): "the future", some(1 / 4): "the future", some(1 / 8): "the future", some(1 / 16): "the future",
         some(1 / 4, 0.3): "the future", some(1 / 16, 1.0): "the future", some(1 / 4, 3.0, 10.0): "the future",
         future: "the future", chunk_means: "the future",
-        other_rows: "other rows", row_before: "other rows", first_row: "other rows|the future",
+        other_rows: "other rows", row_before: "other rows|the future", first_row: "other rows|the future",
         dropout: "dropout", learns: "state", learns_late: "learns during evaluation|evaluation changed",
     }  # fmt: skip
 
