@@ -1,5 +1,4 @@
-"""The ruler: the text, the tokenizer, the clock, the seed and the metric. The agent never edits this
-file.
+"""The ruler: the text, the tokenizer, the clock, the seed and the metric. The agent never edits this file.
 
     python prepare.py                     the Python sources of the installed torch package; no download
     python prepare.py --source PATH       your own .txt, .md, .py, .jsonl, .ndjson (all .gz, too) or .parquet
@@ -7,14 +6,14 @@ file.
     python prepare.py --source climbmix   web text, or tinystories: from the Hugging Face hub (pip install -e '.[hub]')
     python prepare.py --run               train.py, as the loop runs it; --check FILE and --facts are the loop's, too
 
-Reads the source twice (vocabulary, then tokens) and writes
-~/.cache/autoresearch/<source>-<fingerprint>/ (or below $AUTORESEARCH_DATA): train.bin, val.bin and
-test.bin (uint16 tokens, a BOS before each document), tokenizer.tiktoken (tiktoken's rank format) and
-meta.json, which never change; beside the folders prepared.json says which was asked for last. A second
-call finds the folder and does nothing. train.py imports `Run` from here.
+Reads the source twice (vocabulary, then tokens) and writes ~/.cache/autoresearch/<source>-<fingerprint>/ (or below
+$AUTORESEARCH_DATA): train.bin, val.bin and test.bin (uint16 tokens, a BOS before each document), tokenizer.tiktoken
+(tiktoken's rank format) and meta.json, which never change; beside the folders prepared.json says which was asked for
+last. A second call finds the folder and does nothing. train.py imports `Run` from here.
 """
 
 import argparse
+import array
 import ast
 import atexit
 import base64
@@ -22,6 +21,7 @@ import contextlib
 import ctypes
 import errno
 import fcntl
+import gc
 import gzip
 import hashlib
 import hmac
@@ -46,27 +46,20 @@ import warnings
 import zlib
 from collections import Counter, deque
 from pathlib import Path
-from time import (
-    monotonic,
-    process_time,
-    sleep,
-    thread_time,
-)  # bound here: a train.py that replaces time.monotonic moves nothing
+from time import monotonic, process_time, sleep, thread_time  # so time.monotonic may be replaced
 
 import numpy as np
 
 if (
     __name__ != "__main__"
-):  # only the ruler needs torch; `python prepare.py` answers a second call without its seconds
+):  # only the ruler needs torch; a second `python prepare.py` does without its seconds
     import torch
 
 # The sizes of the ruler: sequence length, vocabulary, tokens evaluated, rows of one evaluation batch.
 GPU_SIZES = dict(seq_len=2048, vocab_size=8192, eval_tokens=2**23, eval_rows=32)
-CPU_SIZES = dict(
-    seq_len=256, vocab_size=2048, eval_tokens=2**17, eval_rows=16
-)  # evaluates in about 3 s on two cores
+CPU_SIZES = dict(seq_len=256, vocab_size=2048, eval_tokens=2**17, eval_rows=16)  # evaluates in about 3 s
 
-FORMAT = 2  # of the files written; a new number makes every source be prepared again
+FORMAT = 3  # of the files written; a new number makes every source be prepared again
 HELD_OUT = 20  # one document in 20 is val and one is test, by content hash
 DOCUMENT_CHARS = (
     8192  # a longer text file is cut at the next blank line, so that a book has documents to split
@@ -104,9 +97,8 @@ PATTERN = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{
 
 BUDGET = 300  # seconds of wall clock for the whole process, when the loop doesn't say
 TRAINING_SHARE = 3 / 4  # of the budget, for training on a GPU: a cold compile fits into the rest
-# A run on a CPU, with its start and evaluation, takes a third of its budget there: so it ends in time, with
-# all of its training, beside a busy process on the same core and one on its neighbour, which together make it
-# almost three times as slow.
+# On a CPU a run takes a third of its budget: so it ends in time, with all of its training, beside a busy process
+# on its core and one on the next, which together make it almost three times as slow.
 CPU_SHARE, CPU_OVERHEAD = 1 / 3, 8
 LEAST_SHARE = 1 / 5  # of the budget, for training on a CPU, where the budget is short
 PACE_EVERY = 0.03  # seconds between two samples of the core's speed, each of which takes 1 to 2 ms
@@ -127,15 +119,12 @@ EXIT_SECONDS = 1.0  # kept free at the end, to print and exit
 EVAL_RESERVE = 1.5  # times the measured evaluation time is kept free
 USUAL_PASSES, MOST_PASSES = 4, 6  # evaluation passes of as many tokens that a step takes, and may take
 FORGET = 0.02  # seconds by which the memory of a slow step fades in each second of training
-FREE_START = 4.0  # seconds of work before the first step, on a CPU, beside preflight's; more is training
+FREE_START = 4.0  # seconds of work before the first step, on a CPU, without preflight's; more is training
 OVERRUN = 0.02  # of the training time: more training than that is refused
 OVERRUN_SECONDS = 1.0  # nothing shorter is refused: weights may be swapped between the last step and finish()
-# A round of probes for a leak from the future: so many batches of text, each beside so many copies whose rows
-# change somewhere.
-PROBE_BATCHES, PROBE_COPIES = 3, 7
-MOST_ROUNDS = 5  # of probes, while what they saw is odd, but not certain
-# Chances that an honest model shows what was seen: below the first there is another round, below the second
-# the model is refused.
+PROBES = 24  # for a leak from the future: copies of evaluated batches whose rows change somewhere
+MOST_ROUNDS = 5  # of as many, while what they saw is odd, but not certain
+# Chances that an honest model shows this: below the first there is another round, below the second a refusal.
 ODD, CERTAIN = 1e-2, 1e-6
 FAR = 4  # places before the change: a loss there isn't reached by looking a few tokens ahead
 LEAK_NATS, LEAK_SIGMAS = 0.005, 4  # by which a loss may change when only what it mustn't see changed
@@ -144,8 +133,7 @@ LOSS_LOGITS = 2**25  # turned into float32 at a time: all of a batch would need 
 LN2 = math.log(2)  # here, so that a train.py which replaces math.log moves nothing
 SANE_BPB = (0.05, 20)  # no honest model is outside
 LOG_SECONDS = 1.0  # between two lines of run.log
-# Dense bf16 peak, FLOP/s, by a word of the device's name; NVIDIA's data sheets. A device not listed has no
-# MFU.
+# Dense bf16 peak, FLOP/s, by a word of the device's name (NVIDIA's data sheets); another device has no MFU.
 PEAK_FLOPS = {
     "B200": 2250e12, "H200": 989e12, "GH200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12,
     "L40S": 362e12, "L4": 121e12, "A10": 125e12, "RTX 4090": 165e12, "RTX 3090": 71e12,
@@ -153,18 +141,10 @@ PEAK_FLOPS = {
 
 _stopped = []  # the signals that asked prepare.py to stop
 _sealed = set()  # real paths of the token files, while they may not be opened
-# by --run, before train.py's first line: the loop's secret and settings, and the text that is held out
-_taken = {}
-
-
-SIGNED = {
-    "SEED",
-    "BUDGET",
-    "SPLIT",
-    "PACE",
-    "WORK",
-    "MACHINE",
-}  # of what the loop tells a run: its result repeats them
+_taken = {}  # by --run, before train.py's first line: the loop's secret and settings, and the text that is held out
+SIGNED = (
+    "BUDGET MACHINE PACE SEED SPLIT WORK".split()
+)  # of what the loop tells a run: its result repeats them
 API = """\
 The file trains a language model; its metric is validation bits per byte after a fixed time of training. It must go on using the
 ruler, prepare.py, which you can't change:
@@ -206,9 +186,30 @@ def read_meta(folder, splits=("train", "val", "test")):
             for split in splits
         ]
         sizes.append((len(read_tokenizer(folder / "tokenizer.tiktoken")), meta["vocab_size"] - 1))
-        return meta if all(found == written for found, written in sizes) else None
+        whole = all(found == written for found, written in sizes)
+        return meta if whole and meta["fingerprint"] == fingerprint_of(meta) else None
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return None
+
+
+def fingerprint_of(meta):
+    """The data set's name: a hash of its sizes and of the digests of its files, so of all that moves a number."""
+    named = {key: meta[key] for key in (*CPU_SIZES, "unigram_bpb", "splits", "digests")}
+    return hashlib.sha256(json.dumps(named).encode()).hexdigest()[:12]
+
+
+def digest_of(file):
+    """SHA-256 of a file, by its path or open; about a second a GB."""
+    return hashlib.sha256(np.memmap(file, mode="r")).hexdigest()
+
+
+def check_digests(meta, files):
+    """Ends the process where one of these {path: the open file, or None} isn't what meta.json describes."""
+    for path, file in files.items():
+        if digest_of(file or path) != meta["digests"][path.name]:
+            raise SystemExit(
+                f"{path} is damaged, or not what was prepared; delete its folder, and run: python prepare.py"
+            )
 
 
 def data_sets(root):
@@ -230,7 +231,7 @@ def newest(root):
     """The data set to use: `root` itself if it is one, else the one prepared (or asked for) last."""
     found = [root] if read_meta(root, ("train",)) else data_sets(root)
     if not found:
-        raise Problem(f"no data in {root}; run: python prepare.py")
+        raise Problem(f"no data of this version in {root}; run: python prepare.py")
     last = {name: number for number, name in enumerate(asked_for(root).values())}
     return max(
         found, key=lambda folder: (last.get(folder.name, -1), (folder / "meta.json").stat().st_mtime_ns)
@@ -562,19 +563,15 @@ def write_data_set(folder, source, sizes, progress):
     splits = write_tokens(folder, documents("tokens"), ranks)
     unigram_bpb = check_tokens(folder, splits, sizes)
 
-    digest = hashlib.sha256(json.dumps(sizes).encode())
-    for file in ("tokenizer.tiktoken", *(f"{split}.bin" for split in splits)):
-        with open(folder / file, "rb") as stream:
-            while block := stream.read(2**20):
-                digest.update(block)
-    fingerprint = digest.hexdigest()[:12]
-    meta = dict(source=name, fingerprint=fingerprint, **sizes, unigram_bpb=unigram_bpb, splits=splits)
+    digests = {path.name: digest_of(path) for path in sorted(folder.iterdir())}
+    meta = dict(source=name, fingerprint="", **sizes, unigram_bpb=unigram_bpb, splits=splits, digests=digests)
+    meta["fingerprint"] = fingerprint_of(meta)
     (folder / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
     for path in folder.iterdir():
         path.chmod(0o444)  # a train.py that opens one to write gets an error
         with open(path, "rb") as file:
             os.fsync(file.fileno())
-    return fingerprint
+    return meta["fingerprint"]
 
 
 def prepare(source, root, shards=None):
@@ -650,8 +647,7 @@ def refuse(reason):
 
 
 def end_process(code):
-    """Ends this process with what it has printed, and with its threads; nothing that was left for the
-    exit is called."""
+    """Ends this process with its threads; only what it has printed is kept."""
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
             stream.flush()
@@ -659,33 +655,25 @@ def end_process(code):
 
 
 def read_settings():
-    """What a run is told by the environment: AUTORESEARCH_BUDGET and so on, as Run says; the secret is
-    taken away."""
-
-    def told(name, default=""):
-        return os.environ.get(f"AUTORESEARCH_{name}") or default
-
+    """What the environment tells a run, as Run's docstring lists it; the secret is taken away."""
+    told = {name[13:]: text for name, text in os.environ.items() if name.startswith("AUTORESEARCH_") and text}
+    os.environ.pop("AUTORESEARCH_TOKEN", None)
     return types.SimpleNamespace(
-        started=float(told("STARTED", monotonic())),
-        budget=float(told("BUDGET", BUDGET)),
-        seed=int(told("SEED", 0)),
-        pace=told("PACE"),
-        machine=told("MACHINE"),
-        rival=told("WORK"),
-        split=told("SPLIT", "val"),
-        held_out=told("HELD_OUT"),
-        secret=os.environ.pop("AUTORESEARCH_TOKEN", ""),
-        told={
-            name: os.environ[f"AUTORESEARCH_{name}"]
-            for name in sorted(SIGNED)
-            if f"AUTORESEARCH_{name}" in os.environ
-        },
+        started=float(told.get("STARTED", monotonic())),
+        budget=float(told.get("BUDGET", BUDGET)),
+        seed=int(told.get("SEED", 0)),
+        split=told.get("SPLIT", "val"),
+        pace=float(told.get("PACE", 0)),
+        rival=int(told.get("WORK", 0)),
+        machine=told.get("MACHINE"),
+        held_out=told.get("HELD_OUT"),
+        secret=told.get("TOKEN", ""),
+        told={name: os.environ[key] for name in SIGNED if (key := f"AUTORESEARCH_{name}") in os.environ},
     )
 
 
 def eval_starts(meta, split):
-    """(batches, rows) starts of the windows evaluated: spread evenly, in an order in which no row
-    continues another."""
+    """(batches, rows) starts of the windows evaluated: spread evenly, and no row continues another."""
     T, rows = meta["seq_len"], meta["eval_rows"]
     count = meta["splits"][split]["tokens"] - 1
     windows = min(meta["eval_tokens"], count) // T // rows * rows
@@ -694,8 +682,7 @@ def eval_starts(meta, split):
 
 
 def take_hold():
-    """(settings, folder of the data, its meta.json, the held-out windows (batches, rows, T + 1)); the
-    files are sealed then.
+    """(settings, folder of the data, its meta.json, held-out windows (batches, rows, T + 1)); seals files.
 
     In a cage there is no file of what is held out: it is read from a descriptor that the loop opened.
     """
@@ -704,13 +691,12 @@ def take_hold():
         folder = newest(data_root())
     except Problem as problem:
         raise SystemExit(str(problem)) from None
-    meta = read_meta(folder, ("train",))
-    path = folder / f"{settings.split}.bin"
-    with open(int(settings.held_out) if settings.held_out else path, "rb") as file:
+    meta, name = read_meta(folder, ("train",)), f"{settings.split}.bin"
+    with open(int(settings.held_out) if settings.held_out else folder / name, "rb") as file:
         tokens = np.memmap(file, dtype=np.uint16, mode="r")
-        windows = tokens[
-            eval_starts(meta, settings.split)[..., None] + np.arange(meta["seq_len"] + 1)
-        ]  # copied
+        check_digests(meta, {folder / name: file, folder / "tokenizer.tiktoken": None})
+        places = np.arange(meta["seq_len"] + 1)
+        windows = tokens[eval_starts(meta, settings.split)[..., None] + places]  # copied
     if not _sealed:
         sys.addaudithook(_guard)
     _sealed.update(os.path.realpath(folder / f"{split}.bin") for split in meta["splits"] if split != "train")
@@ -718,22 +704,21 @@ def take_hold():
 
 
 def run_train():
-    """Runs train.py, which stands beside this file, as the loop does; the process ends with it.
+    """Runs train.py, which stands beside this file; the process ends with it.
 
-    Before its first line the secret, the settings and the held-out text are taken, so that nothing it
-    does can reach them.
+    Secret, settings and held-out text are taken before its first line: nothing it does moves them.
     """
     path, code = Path(__file__).with_name("train.py"), 0
     _taken["hold"] = take_hold()
-    main = types.ModuleType("__main__")
+    main = sys.modules["__main__"] = types.ModuleType("__main__")
     main.__file__, sys.argv = str(path), [str(path)]
-    sys.modules["__main__"] = main
     try:
         exec(compile(path.read_bytes(), str(path), "exec"), vars(main))
     except SystemExit as ended:
-        code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
-        if ended.code is not None and not isinstance(ended.code, int):
-            print(ended.code, file=sys.stderr)
+        code = ended.code or 0
+        if not isinstance(code, int):
+            print(code, file=sys.stderr)
+            code = 1
     except BaseException as error:
         traceback.print_exception(error.with_traceback(error.__traceback__.tb_next))
         code = 1
@@ -741,15 +726,13 @@ def run_train():
 
 
 def bits_per_byte(nats, targets, lengths):
-    """Total bits over total bytes. nats, targets: same shape; lengths: bytes by token id; a target of 0
-    bytes counts in neither."""
+    """Total bits over total bytes. nats, targets: same shape; lengths: bytes by token, or 0."""
     counted = lengths[targets]
     return float((nats.double() * (counted > 0)).sum() / (LN2 * counted.sum()))
 
 
 def signed_line(secret, result):
-    """`result: SIGNATURE JSON`, the line that the loop reads: HMAC-SHA256 by the run's secret, over the
-    JSON as it stands."""
+    """`result: SIGNATURE JSON`, as the loop reads it: HMAC-SHA256 of the JSON, by the run's secret."""
     text = json.dumps(result)
     return f"result: {hmac.new(secret.encode(), text.encode(), 'sha256').hexdigest()} {text}"
 
@@ -761,7 +744,7 @@ def device_name(device):
 
 
 def pick_device():
-    """The device to run on. A GPU that torch can't use ends the process: torch only warns, and takes the CPU."""
+    """The device to run on. A GPU that torch can't use ends the process, where torch would take the CPU."""
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         if torch.cuda.is_available():
@@ -777,84 +760,76 @@ def check_compiler():
     """Ends the process where Triton, which torch.compile uses on a GPU, couldn't build its launchers."""
     headers = Path(sysconfig.get_paths("posix_prefix")["include"], "Python.h")
     if not (shutil.which("gcc") or shutil.which("clang")) or not headers.exists():
-        raise SystemExit(
-            f"compiling for a GPU needs a C compiler and {headers}, as from apt install gcc python3-dev"
-        )
+        packages = "as from apt install gcc python3-dev"
+        raise SystemExit(f"compiling for a GPU needs a C compiler and {headers}, {packages}")
 
 
 def facts():
     """What the loop must know of this ruler and this machine, as a line of JSON.
 
-    noise: the deviation of the difference of two runs on one seed that is assumed before any is
-    measured, in bits per byte; settings: what a branch notes and tells each run as AUTORESEARCH_NAME,
-    here MACHINE, the device's name, and PACE, what the sample of WorkClock takes in CPU seconds: as noted, else measured now. fixed:
-    constants of train.py that a search leaves alone.
+    noise: assumed deviation of the difference of two runs on one seed, bits per byte. settings: what a branch
+    notes and tells each run as AUTORESEARCH_NAME. fixed: constants of train.py that a search leaves alone.
     """
-    device, noted = pick_device(), os.environ.get("AUTORESEARCH_PACE")
+    device, root = pick_device(), data_root()
+    noted, wanted = (os.environ.get(f"AUTORESEARCH_{name}") for name in ("PACE", "FINGERPRINT"))
     if device.type == "cuda":
         check_compiler()
     torch.ones(8, 8, device=device).mm(torch.ones(8, 8, device=device)).sum().item()  # does it compute?
-    root, wanted = data_root(), os.environ.get("AUTORESEARCH_FINGERPRINT")
     itself = read_meta(root, ("train",))
-    if not itself and not data_sets(root) and not wanted:
-        print(
-            f"no data in {root} yet: preparing the embedded corpus, torch's Python sources (once, under a minute)",
-            file=sys.stderr,
-        )
-        prepare("pytorch", root)
     found = {root: itself} if itself else data_sets(root)
+    if not found and not wanted:
+        print(f"no data of this version in {root}: preparing torch's sources (once)", file=sys.stderr)
+        prepare("pytorch", root)
+        found = data_sets(root)
     named = {meta["fingerprint"]: folder for folder, meta in found.items()}
     if wanted and wanted not in named:
-        raise SystemExit(
-            f"this branch was measured on the data set {wanted}, not in {root}; bring it back, or begin anew with --tag"
-        )
+        raise SystemExit(f"this branch was measured on the data set {wanted}, not in {root}; bring it back, "
+                         "or begin anew with --tag")  # fmt: skip
     folder = named[wanted] if wanted else newest(root)
     name, meta = device_name(device), read_meta(folder, ("train",))
+    check_digests(meta, {folder / file: None for file in ("train.bin", "tokenizer.tiktoken")})
     if device.type == "cpu" and meta["seq_len"] == GPU_SIZES["seq_len"]:
-        raise SystemExit(f"{folder} was prepared for a GPU, and torch finds none: does nvidia-smi show it? If there is none, "
-                         "prepare the text again, in its smaller sizes for a CPU: python prepare.py")  # fmt: skip
-    devices = {
-        "cuda": [
-            f"cuda:{n}" for n in range(torch.cuda.device_count()) if torch.cuda.get_device_name(n) == name
-        ],
-        "cpu": [f"cpu:{core}" for core in sorted(os.sched_getaffinity(0))]
-        if hasattr(os, "sched_getaffinity")
-        else ["cpu"],
-    }
+        raise SystemExit(f"{folder} was prepared for a GPU, and torch finds none: does nvidia-smi show "
+                         "it? If there is none, prepare the text again, in its smaller sizes for a CPU: "
+                         "python prepare.py")  # fmt: skip
+    devices, settings = [device.type], {"MACHINE": name}
+    if device.type == "cuda":
+        alike = (n for n in range(torch.cuda.device_count()) if torch.cuda.get_device_name(n) == name)
+        devices = [f"cuda:{n}" for n in alike]
+    if device.type == "cpu":
+        settings["PACE"] = noted or f"{measure_pace():.3g}"
+        if hasattr(os, "sched_getaffinity"):
+            devices = [f"cpu:{core}" for core in sorted(os.sched_getaffinity(0))]
     return json.dumps({
-        "metric": "val_bpb", "better": "lower", "edits": "train.py", "devices": devices.get(device.type, [device.type]),
-        "device": name, "software": f"torch {torch.__version__}", "data": meta["fingerprint"],
-        "noise": NOISE[device.type], "api": API, "folder": str(folder.resolve()),
+        "metric": "val_bpb", "better": "lower", "edits": "train.py", "api": API, "noise": NOISE[device.type],
+        "devices": devices, "device": name, "software": f"torch {torch.__version__}", "settings": settings,
+        "data": meta["fingerprint"], "folder": str(folder.resolve()),
         "held_out": {split: str((folder / f"{split}.bin").resolve()) for split in ("val", "test")},
-        "settings": {"MACHINE": name} | ({"PACE": noted or f"{measure_pace():.3g}"} if device.type == "cpu" else {}),
-        "fixed": ["GPU" if device.type in ("cpu", "mps") else "CPU"],
+        "fixed": ["CPU" if device.type == "cuda" else "GPU"],
     })  # fmt: skip
 
 
 class WorkClock(threading.Thread):
-    """Counts what this process computes on a CPU: its CPU seconds, as many as equal work takes at the
-    noted pace.
+    """Counts what this process computes on a CPU: its CPU seconds, corrected by how fast the core is.
 
-    A core that is shared with other machines (its other hyperthread, caches, memory) takes up to
-    twice as long for equal work, from one tenth of a second to the next. So a thread times a small
-    sample of training's kind of work on the same core, again and again; the mean of its speeds, over
-    the time that has passed, says how much was done in it. CPU seconds for equal training varied by 5
-    % between windows of 16 s on a shared virtual machine, those corrected so by 0.5 %. What the
-    sample itself takes doesn't count; what other threads of the process compute does. pace: CPU
-    seconds of a sample; None: CPU seconds count as they are.
+    A core that is shared with other machines (its other hyperthread, caches, memory) takes up to twice as
+    long for equal work, from one tenth of a second to the next. So a thread times a small sample of
+    training's kind of work on the same core, again and again, and CPU seconds count by the mean of its
+    speeds. For equal training they varied by 5 % between windows of 16 s on a shared virtual machine, those
+    corrected so by 0.5 %. The sample's own don't count; those of other threads do, and a child's when it was
+    waited for. pace: CPU seconds of a sample; without one CPU seconds count as they are.
     """
 
     def __init__(self, pace=None):
         super().__init__(daemon=True)
         generator = torch.Generator().manual_seed(0)
-        self.table, self.matrix = (
-            torch.randn(rows, 128, generator=generator) for rows in (2**16, CPU_SIZES["vocab_size"])
-        )
+        sizes = 2**16, CPU_SIZES["vocab_size"]
+        self.table, self.matrix = (torch.randn(size, 128, generator=generator) for size in sizes)
         self.places = torch.randperm(len(self.table), generator=generator).split(256)
         self.pace, self.most, self.stopped = pace, 0.0, False
         # How many, the sum of their speeds (one over seconds), CPU seconds of this thread.
         self.samples = 0, 0.0, 0.0
-        self.began = process_time()
+        self.began = process_time() + children_time()
         self.start()
         atexit.register(self.stop)  # a thread that is still within torch when Python ends aborts the process
 
@@ -870,9 +845,8 @@ class WorkClock(threading.Thread):
                 sleep(PACE_EVERY)
                 count, speeds, _ = self.samples
                 began = thread_time()
-                rows = self.table[self.places[count % len(self.places)]][
-                    :64
-                ]  # gathered from 32 MB, as embeddings are
+                places = self.places[count % len(self.places)][:64]
+                rows = self.table[places]  # gathered from 32 MB, as embeddings are
                 rows.mm(self.matrix.mT).softmax(1).mm(self.matrix)  # as the output layer
                 ended = thread_time()
                 self.samples = count + 1, speeds + 1 / (ended - began), ended
@@ -884,22 +858,25 @@ class WorkClock(threading.Thread):
 
     def __call__(self):
         """Seconds of work since the start; never fewer than before."""
-        seconds = process_time() - self.began - self.samples[2]
+        seconds = process_time() + children_time() - self.began - self.samples[2]
         self.most = max(self.most, seconds * self.speed() * self.pace if self.pace else seconds)
         return self.most
 
 
+def children_time():
+    """CPU seconds of the child processes that have ended and were waited for."""
+    return sum(os.times()[2:4])
+
+
 def keep_freed_memory():
-    """Has glibc keep what is freed, for the next step: else the kernel clears 4,000 pages a step anew,
-    13 % of the time and most of its scatter."""
+    """Has glibc keep what is freed: clearing 4,000 pages a step anew took 13 % of it, and most scatter."""
     if hasattr(libc := ctypes.CDLL(None), "mallopt"):
         for option in (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD):
             libc.mallopt(option, 2**30)
 
 
 def measure_pace():
-    """CPU seconds of WorkClock's sample on this core, beside work that goes through memory as training
-    does."""
+    """CPU seconds of WorkClock's sample on this core, beside work that uses memory as training does."""
     torch.set_num_threads(1)
     clock, memory, end = WorkClock(), torch.ones(2**22), monotonic() + PACE_SECONDS
     while monotonic() < end:
@@ -912,55 +889,49 @@ def _guard(event, args):
     """Refuses to open a sealed file, also by a name that is relative to an open folder."""
     if event == "open" and _sealed and isinstance(args[0], (str, bytes, os.PathLike)):
         path = os.fsdecode(args[0])
-        if os.path.realpath(path) in _sealed or os.path.basename(path) in ("val.bin", "test.bin"):
-            refuse(
-                f"train.py opened {os.path.basename(path)}: val and test are held out, train comes from one Run's batches()"
-            )
+        name = os.path.basename(path)
+        if os.path.realpath(path) in _sealed or name in ("val.bin", "test.bin"):
+            refuse(f"train.py opened {name}: val and test are held out, train comes from one Run's batches()")
 
 
 class Run:
     """One experiment: seeds everything, picks the device, opens the data and starts the clock.
 
-    `device` (torch.device), `seq_len`, `vocab_size` and `train_tokens` (in the train split) are the
-    ruler's facts. Reads AUTORESEARCH_BUDGET (300 s of wall clock for the whole process), _STARTED
-    (time.monotonic() at spawn), _SEED (0), _PACE (of the machine when the night began, from facts();
-    on a CPU), _WORK (tokens that the file which was edited trained on, with this seed), _DATA
-    (~/.cache/autoresearch) and _SPLIT (val; test in the closing audit, which prints test_bpb). On a
-    CPU a run is one thread, and its training is measured in its work (WorkClock).
+    `device` (torch.device), `seq_len`, `vocab_size` and `train_tokens` (in the train split) are for train.py.
+    Reads AUTORESEARCH_BUDGET (300 s of wall clock for the whole process), _STARTED (time.monotonic() at
+    spawn), _SEED (0), _PACE (from facts(); on a CPU), _WORK (tokens that the file which was edited trained
+    on, with this seed), _DATA (~/.cache/autoresearch) and _SPLIT (val; test in the closing audit, which
+    prints test_bpb). On a CPU a run is one thread, and its training is measured in its work (WorkClock).
     """
 
     def __init__(self):
-        settings, folder, self._meta, self._held = _taken.get("hold") or take_hold()
-        self._started, self._budget, self._seed = settings.started, settings.budget, settings.seed
-        self._pace, self._rival = settings.pace, settings.rival
-        self._split, self._secret = settings.split, settings.secret
-        self._folder, self._was_told = folder, settings.told
-        self.seq_len, self.vocab_size, self._eval_rows = (
-            self._meta[key] for key in ("seq_len", "vocab_size", "eval_rows")
-        )
+        self._settings, self._folder, self._meta, self._held = _taken.get("hold") or take_hold()
+        told, meta = self._settings, self._meta
+        self._started, self._budget, self._seed = told.started, told.budget, told.seed
+        self.seq_len, self.vocab_size = meta["seq_len"], meta["vocab_size"]
+        self._eval_rows = meta["eval_rows"]
         self.device = pick_device()
         name = device_name(self.device)
-        if settings.machine not in ("", name):  # torch falls back to the CPU when a GPU is lost
-            raise SystemExit(f"{HELD_UP}: the device is {name} and was {settings.machine}")
+        if told.machine not in (None, name):  # torch falls back to the CPU when a GPU is lost
+            raise SystemExit(f"{HELD_UP}: the device is {name} and was {told.machine}")
         random.seed(self._seed)
         np.random.seed(self._seed)
         torch.manual_seed(self._seed)
-        self._train = np.memmap(folder / "train.bin", dtype=np.uint16, mode="r")
+        self._train = np.memmap(self._folder / "train.bin", dtype=np.uint16, mode="r")
         self.train_tokens = len(self._train)
-        _sealed.add(os.path.realpath(folder / "train.bin"))
-        self._lengths = torch.from_numpy(byte_lengths(read_tokenizer(folder / "tokenizer.tiktoken")))
+        _sealed.add(os.path.realpath(self._folder / "train.bin"))
+        self._lengths = torch.from_numpy(byte_lengths(read_tokenizer(self._folder / "tokenizer.tiktoken")))
         self._iterators = self._tokens = 0  # made by batches(), drawn from them
         # Training's clock, and its seconds for training.
         self._work, self._allowance = monotonic, TRAINING_SHARE * self._budget
         if self.device.type == "cpu":
             torch.set_num_threads(1)
             keep_freed_memory()
-            self._work = WorkClock(float(self._pace) if self._pace else None)
+            self._work = WorkClock(told.pace)
             self._allowance = max(CPU_SHARE * self._budget - CPU_OVERHEAD, LEAST_SHARE * self._budget)
         # By training's clock: the first batch, the start of training, when progress() said 1.
         self._first_batch = self._clock = self._told = None
-        # Shares of the allowance: told last, and given to training in all.
-        self._done, self._trained = 0.0, 1.0
+        self._done, self._trained = 0.0, 1.0  # shares of the allowance: told last, given to training in all
         self._calls = self._first_step_tokens = 0  # of progress(); drawn in the first step
         self._last_call = self._slowest_step = 0.0  # time of the last progress(); seconds of work
         self._startup = 0.0  # wall clock from the start of the process to the end of the first step
@@ -970,17 +941,15 @@ class Run:
         self._model = None  # from preflight() until training begins
         self._logged = -math.inf
         self._start = -self._work()  # becomes the seconds of work before the first step, without preflight's
-        print(f"data: {folder.name}  device: {device_name(self.device)}  torch: {torch.__version__}  "
-              f"seed: {self._seed}  budget: {self._budget:g} s", flush=True)  # fmt: skip
+        print(f"data: {self._folder.name}  device: {name}  torch: {torch.__version__}  seed: {self._seed}  "
+              f"budget: {self._budget:g} s", flush=True)  # fmt: skip
 
     # ---- text
 
     def batches(self, batch_size, seq_len=None):
-        """Endless (x, y), int64 (B, T) on the device; y is the next token. T is seq_len, at most (and by
-        default) the ruler's.
+        """Endless (x, y), int64 (B, T) on the device; y is the next token. T: seq_len, or the ruler's.
 
-        Windows of the train split without replacement, in an order and from an offset that the seed
-        draws anew each epoch.
+        Windows of the train split without replacement; the seed draws order and offset anew each epoch.
         """
         T = self.seq_len if seq_len is None else seq_len
         if not 1 <= T <= self.seq_len or batch_size < 1:
@@ -991,9 +960,8 @@ class Run:
     def _serve(self, rng, B, T):
         starts = _window_starts(rng, len(self._train), T)
         while True:
-            x, y = self._windows(
-                self._train, np.fromiter(itertools.islice(starts, B), dtype=np.int64, count=B), T
-            )
+            drawn = np.fromiter(itertools.islice(starts, B), dtype=np.int64, count=B)
+            x, y = self._windows(self._train, drawn, T)
             self._first_batch = self._first_batch or self._work()
             self._tokens += B * T
             yield x, y
@@ -1004,13 +972,12 @@ class Run:
 
     def _place(self, rows):
         """(x, y), int64 (B, T) on the device, of tokens (B, T + 1)."""
-        rows = torch.from_numpy(rows.astype(np.int64))
+        # Of each its own copy: from a freed one of both, a model could read the last token.
+        x, y = (torch.from_numpy(part.astype(np.int64)) for part in (rows[:, :-1], rows[:, 1:]))
         if self.device.type == "cuda":
-            # A new pinned tensor each time: torch's host allocator hands its memory out again only once the
-            # copy is done.
-            rows = rows.pin_memory()
-        rows = rows.to(self.device, non_blocking=self.device.type == "cuda")
-        return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+            # New pinned tensors each time: torch hands their memory out again only once they are copied.
+            x, y = x.pin_memory(), y.pin_memory()
+        return tuple(part.to(self.device, non_blocking=self.device.type == "cuda") for part in (x, y))
 
     # ---- clock
 
@@ -1019,8 +986,7 @@ class Run:
             getattr(torch, self.device.type).synchronize()
 
     def _wait_for_steps(self):
-        """Waits for the steps so far; on CUDA one step stays in flight, because waiting for it would
-        idle the GPU."""
+        """Waits for the steps so far; on CUDA one stays in flight, as waiting for it would idle the GPU."""
         if self.device.type != "cuda" or self._calls < 2:
             self._synchronize()
         if self.device.type == "cuda":
@@ -1030,12 +996,10 @@ class Run:
                 before.synchronize()
 
     def progress(self):
-        """Where training stands, 0 to 1, called once before each step; at 1 (or when evaluation would no
-        longer fit), stop.
+        """Where training stands, 0 to 1, called once before each step; at 1, also for lack of time, stop.
 
-        The clock starts when the first step ends, less what such a step takes without compiling; it
-        starts at the first batch if that step drew more than twice the tokens of the second one
-        (twice is a prefetch).
+        The clock starts when the first step ends, less what such a step takes without compiling; at the first
+        batch if that step drew more than twice the tokens of the second one (twice is a prefetch).
         """
         if self._eval_seconds is None:
             raise RuntimeError("call run.preflight(model) before the first run.progress()")
@@ -1046,32 +1010,29 @@ class Run:
             self._model = None
         self._wait_for_steps()
         now, self._calls = self._work(), self._calls + 1
+        step = now - self._last_call if self._calls > 1 else 0.0
         if self._calls == 1:
             self._start += now
             if self.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()  # of what train.py tried before, and didn't fit
-        if self._calls > 1:
-            step = now - self._last_call
-            if self._calls == 2:
-                # The first step may have compiled: what the next ones take follows from the tokens it drew.
-                passes = self._pass_seconds * self._tokens / (self._eval_rows * self.seq_len)
-                # On a CPU nothing compiles: there a long start is training.
-                early = max(self._start - FREE_START, 0) if self.device.type == "cpu" else 0.0
-                self._clock = now - min(step, USUAL_PASSES * passes) - early
-                self._startup, self._first_step_tokens = monotonic() - self._started, self._tokens
-                step = min(step, MOST_PASSES * passes)
-            if self._calls == 3 and 3 * self._first_step_tokens > 2 * self._tokens:
-                self._clock = self._first_batch
-            # At the fourth call two steps are known, and nothing is guessed any more.
-            faded = self._slowest_step - FORGET * step if self._calls != 4 else 0.0
-            self._slowest_step = max(step, faded)
+        if self._calls == 2:
+            # The first step may have compiled: what the next ones take follows from the tokens it drew.
+            passes = self._pass_seconds * self._tokens / (self._eval_rows * self.seq_len)
+            # On a CPU nothing compiles: there a long start is training.
+            early = max(self._start - FREE_START, 0) if self.device.type == "cpu" else 0.0
+            self._clock = now - min(step, USUAL_PASSES * passes) - early
+            self._startup, self._first_step_tokens = monotonic() - self._started, self._tokens
+            step = min(step, MOST_PASSES * passes)
+        if self._calls == 3 and 3 * self._first_step_tokens > 2 * self._tokens:
+            self._clock = self._first_batch
+        # At the fourth call two steps are known, and nothing is guessed any more.
+        self._slowest_step = max(step, self._slowest_step - FORGET * step if self._calls != 4 else 0.0)
         self._last_call = now
         done = 0.0
         if self._clock:
-            self._done = max(self._done, self._as_rival((now - self._clock) / self._allowance))
-            done = (
-                self._done if self._done + step / self._allowance < 1 + OVERRUN else 1.0
-            )  # one more step would be too much
+            done = self._done = max(self._done, self._as_rival((now - self._clock) / self._allowance))
+            if done + step / self._allowance >= 1 + OVERRUN:  # one more step would be too much
+                done = 1.0
         # The next step must end before evaluation has to start, and the one in flight before it.
         ahead = self._slowest_step * (2 if self.device.type == "cuda" else 1)
         if done >= 1 or self._left(ahead + self._eval_seconds) < 0:
@@ -1081,22 +1042,20 @@ class Run:
         return done
 
     def _as_rival(self, done):
-        """The share of training that is done, by the tokens of the file that was edited while the speed
-        is the same.
+        """The share of training that is done, by the tokens of the edited file if the speed is alike.
 
-        So an edit that costs no time, as another learning rate, is compared at equal training, to the
-        token, and not with what the clock is off by. Speeds don't drift so from keep to keep: what
-        counts is always the clock's own measurement of this run.
+        So an edit that costs no time, as another learning rate, is compared at equal training, to the token,
+        and not with what the clock is off by. Speeds can't drift so from keep to keep: alike is by this run's
+        clock.
         """
-        if not self._rival or done <= 0:
+        if not self._settings.rival or done <= 0:
             return done
-        share = self._tokens / int(self._rival)
+        share = self._tokens / self._settings.rival
         same = abs(share / done - 1) < SAME_SPEED[self.device.type] / math.sqrt(done)
         return share if same or done < TOO_EARLY else done
 
     def _left(self, work):
-        """Seconds that the budget leaves after so many seconds of work, at the speed of the last
-        SLOWNESS_SECONDS."""
+        """Seconds that the budget leaves after so many of work, at the speed of the last SLOWNESS_SECONDS."""
         now = monotonic()
         self._marks.append((now, self._work()))
         while len(self._marks) > 2 and self._marks[1][0] < now - SLOWNESS_SECONDS:
@@ -1106,8 +1065,7 @@ class Run:
         return self._started + self._budget - EXIT_SECONDS - now - slowness * work
 
     def log(self, step, loss, tokens):
-        """A line about once a second. loss: a number or a 0-dim tensor (read only when a line is due);
-        tokens: so far, in all."""
+        """A line about once a second. loss: number or 0-dim tensor, read for a line only; tokens: so far."""
         now = monotonic()
         if now - self._logged < LOG_SECONDS:
             return
@@ -1116,20 +1074,17 @@ class Run:
             raise FloatingPointError(f"the loss is {loss} at step {step}")
         self._logged = now
         seconds = self._work() - self._clock if self._clock else 0.0
-        share = min(seconds / self._allowance, 1)
+        share, left = min(seconds / self._allowance, 1), max(self._started + self._budget - now, 0)
         speed = f"{tokens / seconds:,.0f}" if seconds >= LOG_SECONDS else "-"
-        print(f"step {step}  {share:6.1%}  loss {loss:.4f}  {speed} tokens/s  "
-              f"{max(self._started + self._budget - now, 0):.0f} s left", flush=True)  # fmt: skip
+        print(f"step {step}  {share:6.1%}  loss {loss:.4f}  {speed} tokens/s  {left:.0f} s left", flush=True)
 
     # ---- metric
 
     def _losses(self, model, x, y):
         """Cross-entropy in nats, float32 (B, T), from the logits and nothing else that the model returns."""
-        logits = model(x)
-        if type(logits) is not torch.Tensor or logits.shape != (*x.shape, self.vocab_size):
-            refuse(
-                f"model(x) must return logits {(*x.shape, self.vocab_size)}, not {getattr(logits, 'shape', type(logits))}"
-            )
+        logits, shape = model(x), (*x.shape, self.vocab_size)
+        if type(logits) is not torch.Tensor or logits.shape != shape:
+            refuse(f"model(x) must return logits {shape}, not {getattr(logits, 'shape', type(logits))}")
         rows = max(LOSS_LOGITS // (logits.shape[1] * logits.shape[2]), 1)
         parts = zip(logits.split(rows), y.split(rows), strict=True)
         losses = torch.cat([_cross_entropy(part.float(), targets) for part, targets in parts])
@@ -1143,58 +1098,36 @@ class Run:
         return self._windows(self._train, starts, self.seq_len)
 
     def _held_rows(self):
-        """(x, y) of the evaluation's shape, from the held-out windows: other ones each time."""
+        """The same from the held-out windows."""
         windows = self._held.reshape(-1, self.seq_len + 1)
         return self._place(np.random.default_rng().choice(windows, self._eval_rows, replace=False))
 
-    def _probe(self, model, rows, batches=PROBE_BATCHES, copies=PROBE_COPIES, trained=True):
-        """Refuses a model that is random in eval(), sees the future, looks across rows or, once trained,
-        ignores its input.
+    def _other_tokens(self, x, replaced):
+        """x (B, T) with random tokens where `replaced` is true."""
+        tokens = torch.from_numpy(np.random.default_rng().integers(self.vocab_size - 1, size=x.shape))
+        return torch.where(replaced, tokens.to(self.device), x)
 
-        rows() gives (x, y). All is drawn anew from the system's randomness: nobody can know the
-        answers beforehand.
+    def _probe(self, model, x, y):
+        """Refuses a model that is random in eval() or looks across rows; returns an empty ProbeRecord.
+
+        Here and below all is drawn from the system's randomness: nobody can know the answers beforehand.
         """
-        x, y = rows()
         losses = self._losses(model, x, y)
         noise = (self._losses(model, x, y) - losses).abs().mean().item()
         if noise > LEAK_NATS:
-            refuse(
-                f"the same input gave different losses, by {noise:.3f} nats: dropout in eval(), or a state that evaluation changes?"
-            )
-        self._probe_rows(model, x, y, losses, noise)
-        seen, reacts = ProbeRecord(noise), not trained
-        for _ in range(MOST_ROUNDS):
-            for _ in range(batches):
-                reacts |= self._probe_future(model, *rows(), copies, seen)
-            chance, sentence = seen.verdict()
-            if chance < CERTAIN:
-                refuse(f"the model sees later tokens (the future): {sentence}")
-            if chance > ODD:
-                break
-        if not reacts:
-            refuse("the logits don't depend on the input")
-
-    def _other_tokens(self, x, replaced):
-        """x (B, T) with random tokens where `replaced` is true."""
-        tokens = torch.from_numpy(np.random.default_rng().integers(self.vocab_size - 1, size=x.shape)).to(
-            self.device
-        )
-        return torch.where(replaced, tokens, x)
-
-    def _probe_rows(self, model, x, y, losses, noise):
-        """Refuses a model whose losses in a row depend on the other rows: each row once keeps its tokens
-        where others change."""
+            refuse(f"the same input gave different losses, by {noise:.3f} nats: dropout in eval(), or a "
+                   "state that evaluation changes?")  # fmt: skip
         quarter, changes = np.random.default_rng().permutation(self._eval_rows) % 4, []
-        for kept in range(4):
+        for kept in range(4):  # each row keeps its tokens once, where the others change
             kept = torch.from_numpy(quarter == kept).to(self.device)
             changed = self._losses(model, self._other_tokens(x, ~kept[:, None]), y) - losses
             changes.append(changed.mean(1)[kept])
         if cost := clear_cost(torch.cat(changes), noise):
             refuse(f"the model looks at other rows of the batch: {cost}")
+        return ProbeRecord(noise)
 
-    def _probe_future(self, model, x, y, copies, seen):
-        """Adds to `seen` what the losses before a change do when all tokens from there on are others;
-        whether those after it react.
+    def _probed_losses(self, model, x, y, copies, seen):
+        """Losses of x, on the CPU; `seen` is told those of copies whose tokens change from somewhere on.
 
         The rows as they are come anywhere among their changed copies.
         """
@@ -1202,104 +1135,110 @@ class Run:
         rng = np.random.default_rng()
         splits = rng.integers(1, T, size=(copies, B))
         splits[:, :2] = T - 1, 2 * rng.integers(T // 2) + 1  # the last one and an odd one always
-        futures = torch.arange(T) >= torch.from_numpy(splits)[..., None]  # (copies, B, T)
-        order, found = rng.permutation(copies + 1), {}
-        for copy in order:
-            tokens = x if copy == copies else self._other_tokens(x, futures[copy].to(self.device))
+        splits, found = torch.from_numpy(splits), {}
+        for copy in rng.permutation(copies + 1):
+            tokens = x
+            if copy < copies:
+                tokens = self._other_tokens(x, (torch.arange(T) >= splits[copy][:, None]).to(self.device))
             found[copy] = self._losses(model, tokens, y).cpu()
-        reacts = False
         for copy in range(copies):
-            changes = found[copy] - found[copies]
-            seen.add(changes, torch.from_numpy(splits[copy]))
-            reacts |= bool(changes[futures[copy]].any())
-        return reacts
+            seen.add(found[copy] - found[copies], splits[copy])
+        return found[copies]
+
+    def _check_future(self, model, rows, seen):
+        """Refuses a model that sees the future; what is odd, but not certain, is probed again, on rows()."""
+        for left in reversed(range(MOST_ROUNDS)):
+            chance, sentence = seen.verdict()
+            if chance < CERTAIN:
+                refuse(f"the model sees later tokens (the future): {sentence}")
+            if chance > ODD or not left:
+                return
+            self._probed_losses(model, *rows(), PROBES, seen)
 
     def _check_untrained(self, model):
-        """Refuses a model that has learned something before the clock runs: from other weights, from
-        batches, from a lucky seed."""
+        """Refuses a model that has learned before the clock runs: from weights, batches or a lucky seed."""
         if torch.initial_seed() != self._seed:
             refuse(f"train.py set the seed to {torch.initial_seed()}; the ruler has set it, to {self._seed}")
         with _evaluating(model):
             x, y = self._train_rows()
-            bpb, unigram = (
-                bits_per_byte(self._losses(model, x, y).cpu(), y.cpu(), self._lengths),
-                self._meta["unigram_bpb"],
-            )
+            bpb = bits_per_byte(self._losses(model, x, y).cpu(), y.cpu(), self._lengths)
+        unigram = self._meta["unigram_bpb"]
         if bpb < WARM_START * unigram:
-            refuse(f"before its first step the model has {bpb:.3f} bits per byte, and token frequencies alone {unigram:.3f}: "
-                   "it starts from trained weights, or was trained before the first run.progress()")  # fmt: skip
+            refuse(f"before its first step the model has {bpb:.3f} bits per byte, token frequencies alone "
+                   f"{unigram:.3f}: it starts from trained weights, or was trained before the first "
+                   "run.progress()")  # fmt: skip
 
     def preflight(self, model):
-        """Checks the untrained model (an nn.Module) as finish() will and times its evaluation; returns
-        the seconds kept for it."""
+        """Checks the untrained model as finish() will; returns the seconds kept for evaluation."""
         if not isinstance(model, torch.nn.Module):
             refuse(f"the model must be a torch.nn.Module, not {type(model)}")
-        self._start += self._work()
         with _evaluating(model):
-            self._losses(
-                model, *self._windows(self._train, np.zeros(self._eval_rows, dtype=np.int64), self.seq_len)
-            )  # may compile
+            self._losses(model, *self._train_rows())  # may compile
             self._synchronize()
             began = self._work()
-            self._probe(model, self._train_rows, batches=1, copies=2, trained=False)
+            seen = self._probe(model, *self._train_rows())
+            self._probed_losses(model, *self._train_rows(), 2, seen)
             self._pass_seconds = (self._work() - began) / (6 + 3)
+            self._check_future(model, self._train_rows, seen)
         self._check_untrained(model)
+        self._start -= (1 + 6 + 3 + 1) * self._pass_seconds  # so long it takes, and what is more was training
         self._model = model  # to be looked at once more when training begins
-        seconds = self._pass_seconds * (len(self._held) + 1 + 6 + PROBE_BATCHES * (1 + PROBE_COPIES))
+        seconds = self._pass_seconds * (6 + len(self._held) + PROBES + 1)
         self._eval_seconds = EVAL_RESERVE * seconds
         if self._eval_seconds + self._allowance > self._budget - EXIT_SECONDS:
-            refuse(f"evaluation takes about {seconds:.1f} s and doesn't fit beside {self._allowance:.1f} s of training "
-                   f"in a budget of {self._budget:g} s: make the model smaller")  # fmt: skip
+            refuse(f"evaluation takes about {seconds:.1f} s and doesn't fit beside {self._allowance:.1f} s "
+                   f"of training in a budget of {self._budget:g} s: make the model smaller")  # fmt: skip
         if self._left(self._eval_seconds) < 0:
-            raise SystemExit(
-                f"{HELD_UP}: {monotonic() - self._started:.0f} s of {self._budget:g} had passed before training"
-            )
-        self._start -= self._work()
+            passed = f"{monotonic() - self._started:.0f} s of {self._budget:g}"
+            raise SystemExit(f"{HELD_UP}: {passed} had passed before training")
         return self._eval_seconds
 
     def _evaluate(self, model):
-        """Bits per byte over the held-out windows."""
-        nats, targets = [], []
-        for rows in (*self._held, self._held[0]):
-            x, y = self._place(rows)
-            nats.append(self._losses(model, x, y).cpu())
-            targets.append(y.cpu())
-        easier = (nats[0] - nats.pop()).mean().item()
+        """Bits per byte over the held-out windows.
+
+        Most checks are made between them, in an order that nobody knows: who would cheat when nobody looks
+        can't tell when that is.
+        """
+        before, rng = state_of(model), np.random.default_rng()
+        seen = self._probe(model, *self._held_rows())
+        count, nats = len(self._held), {}
+        copies, look = np.bincount(rng.integers(count, size=PROBES), minlength=count), rng.integers(count)
+        for number in rng.permutation(count):
+            nats[number] = self._probed_losses(model, *self._place(self._held[number]), copies[number], seen)
+            if number == look:
+                check_state(before, model)
+        easier = (nats[number] - self._losses(model, *self._place(self._held[number])).cpu()).mean().item()
         if easier > LEAK_NATS:
-            refuse(f"the model learns during evaluation: the first batch became easier by {easier:.3f} nats")
-        return bits_per_byte(torch.cat(nats), torch.cat(targets[:-1]), self._lengths)
+            refuse(f"the model learns during evaluation: a batch became easier by {easier:.3f} nats")
+        self._check_future(model, self._held_rows, seen)
+        if not seen.reacts:
+            refuse("the logits don't depend on the input")
+        check_state(before, model)
+        targets = torch.from_numpy(self._held[..., 1:].astype(np.int64))
+        return bits_per_byte(torch.stack([nats[number] for number in range(count)]), targets, self._lengths)
 
     def _check_ruler(self):
         """Refuses to measure where train.py has put something of its own in the ruler's place."""
-        own = zip((globals(), vars(Run)), _as_imported, strict=True)
-        replaced = [
-            name for here, before in own for name, value in before.items() if here.get(name) is not value
-        ]
+        meta, replaced = read_meta(self._folder, ("train",)), []
+        for here, before in ((globals(), _as_imported[0]), (vars(Run), _as_imported[1])):
+            replaced += [name for name, value in before.items() if here.get(name) is not value]
         replaced += sorted(vars(self).keys() & _as_imported[1].keys())
         if _taken and type(self) is not Run:
             replaced.append(f"Run by {type(self).__name__}")
-        here = self.seq_len, self.vocab_size, self._eval_rows, self.train_tokens, self._lengths.tolist()
-        meta = read_meta(self._folder, ("train",))
         lengths = byte_lengths(read_tokenizer(self._folder / "tokenizer.tiktoken")).tolist()
-        facts = (
-            *(meta[key] for key in ("seq_len", "vocab_size", "eval_rows")),
-            meta["splits"]["train"]["tokens"],
-            lengths,
-        )
-        names = (
-            "run.seq_len",
-            "run.vocab_size",
-            "the rows of a batch",
-            "run.train_tokens",
-            "the bytes of tokens",
-        )
-        replaced += [name for name, fact, value in zip(names, facts, here, strict=True) if fact != value]
+        for name, here, there in (
+            ("run.seq_len", self.seq_len, meta["seq_len"]),
+            ("run.vocab_size", self.vocab_size, meta["vocab_size"]),
+            ("run.train_tokens", self.train_tokens, meta["splits"]["train"]["tokens"]),
+            ("the rows of a batch", self._eval_rows, meta["eval_rows"]),
+            ("the bytes of tokens", self._lengths.tolist(), lengths),
+        ):
+            replaced += [name] * (here != there)
         if replaced:
             refuse(f"train.py replaced {', '.join(replaced)} in prepare.py")
 
     def finish(self, model, depth=None, flops_per_token=None):
-        """Evaluates, probes again and prints the summary. flops_per_token: of forward and backward, for
-        the MFU."""
+        """Evaluates, probes again and prints the summary. flops_per_token: both ways, for the MFU."""
         if self._eval_seconds is None:
             raise RuntimeError("call run.preflight(model) before training")
         model.eval()
@@ -1313,23 +1252,17 @@ class Run:
             refuse(f"training went on for {late:.1f} s after its time: stop when run.progress() reaches 1")
         self._check_ruler()
         with torch.no_grad():
-            before = state_of(model)
-            self._probe(model, self._held_rows)
             bpb = self._evaluate(model)
-            after = state_of(model)
-        if changed := [name for name in (*before, *after) if before.get(name) != after.get(name)]:
-            refuse(f"evaluation changed {changed[0]}: a model must not learn or remember anything in eval()")
         if not SANE_BPB[0] < bpb < SANE_BPB[1]:
             refuse(f"{bpb:.6f} bits per byte are not possible for a language model of text")
         training = (self._told or now) - clock
         if self.device.type == "cuda":
             memory = torch.cuda.max_memory_allocated() / 2**20
         else:  # no device memory of its own: the process's resident peak (bytes on macOS, KiB elsewhere)
-            memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (
-                2**20 if sys.platform == "darwin" else 2**10
-            )
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            memory = peak / (2**20 if sys.platform == "darwin" else 2**10)
         summary = {
-            f"{self._split}_bpb": f"{bpb:.6f}",
+            f"{self._settings.split}_bpb": f"{bpb:.6f}",
             "training_seconds": f"{training:.1f}",
             "trained_percent": f"{100 * self._trained:.1f}",
             "startup_seconds": f"{self._startup:.1f}",
@@ -1345,171 +1278,127 @@ class Run:
             summary["mfu_percent"] = f"{100 * flops_per_token * self._tokens / training / peak:.2f}"
         if depth is not None:
             summary["depth"] = str(int(depth))
-        lines = [f"{key + ':':17} {value}" for key, value in summary.items()]
         if self._trained < FULL_TRAINING:
-            share = f"{self._trained:.1%}"
-            print(f"{HELD_UP}: training got {share} of its time, so the number says little", flush=True)
+            print(f"{HELD_UP}: training got {self._trained:.1%} of its time, so the number says little")
         if self._tokens > self.train_tokens:
-            print(f"the text was too short: it was met {summary['epochs']} times; prepare more", flush=True)
-        print("---", *lines, sep="\n", flush=True)
-        if self._secret:
-            result = {"metric": "val_bpb", "value": float(f"{bpb:.6f}"), "memory_mb": round(memory, 1), "trained": self._trained,
-                      "work": self._tokens, "data": self._meta["fingerprint"], "told": self._was_told,
-                      "info": f"{summary['num_steps']} steps, {summary['total_tokens_M']} M tokens, {memory / 2**10:.1f} GB, "
-                              f"{summary['startup_seconds']} s to the end of the first step"}  # fmt: skip
-            print(signed_line(self._secret, result), flush=True)
+            print(f"the text was too short: it was met {summary['epochs']} times; prepare more")
+        print("---", *(f"{key + ':':17} {value}" for key, value in summary.items()), sep="\n", flush=True)
+        if self._settings.secret:
+            info = "{num_steps} steps, {total_tokens_M} M tokens, first step done at {startup_seconds} s"
+            result = {
+                "metric": "val_bpb", "value": float(f"{bpb:.6f}"), "memory_mb": round(memory, 1),
+                "info": info.format(**summary), "trained": self._trained, "work": self._tokens,
+                "data": self._meta["fingerprint"], "told": self._settings.told,
+            }  # fmt: skip
+            print(signed_line(self._settings.secret, result), flush=True)
 
 
 # What train.py may import: modules, and of some of them only these names. Files, processes, other code and
 # the frames of the callers are nothing that a model needs.
 IMPORTS = {
-    "prepare": {"Run"}, "torch": None, "numpy": None, "math": None, "random": None, "time": None, "types": {"SimpleNamespace"},
-    "functools": None, "itertools": None, "collections": None, "dataclasses": None, "typing": None, "contextlib": None, "enum": None,
-    "copy": None, "string": None, "operator": {"itemgetter", "mul", "add"}, "statistics": None, "heapq": None, "bisect": None, "abc": None,
-    "zlib": {"crc32", "adler32"}, "hashlib": None, "threading": None, "queue": None, "warnings": None, "einops": None,
-    "triton": None, "__future__": None, "gc": {"enable", "disable", "collect", "freeze"},
-}  # fmt: skip
+    "prepare": {"Run"}, "types": {"SimpleNamespace"}, "operator": {"itemgetter", "mul", "add"},
+    "zlib": {"crc32", "adler32"}, "gc": {"enable", "disable", "collect", "freeze"},
+    # Not enumerate(), which has the clock's thread:
+    "threading": {"Thread", "Lock", "RLock", "Event", "Condition", "Semaphore", "local"},
+} | dict.fromkeys("""
+    torch numpy math random time functools itertools collections dataclasses typing contextlib enum copy
+    statistics heapq bisect abc hashlib queue warnings einops triton __future__
+""".split())  # fmt: skip
 # Built-in names that reach outside, or around the rules below:
 BUILTINS = set("""
-    open exec eval compile __import__ globals locals vars setattr delattr input breakpoint __builtins__ __loader__
-    __spec__ memoryview
+    open exec eval compile __import__ globals locals vars setattr delattr input breakpoint __builtins__
+    __loader__ __spec__ memoryview
 """.split())  # fmt: skip
-# Attributes, of whatever: files, processes, other modules that a module holds, frames, and what replaces
-# torch's own functions.
+# Attributes, of whatever: files, processes, other modules that a module holds, frames, text that is run or
+# names attributes, and what replaces torch's own functions.
 ATTRIBUTES = set("""
-    load save open from_file fromfile tofile memmap open_memmap loadtxt savetxt genfromtxt savez fromregex DataSource
-    load_library load_inline cpp_extension hub package ctypeslib f2py library overrides classes multiprocessing
-    DataLoader ProcessPoolExecutor os sys builtins importlib ctypes inspect subprocess socket shutil pathlib pickle io
-    tempfile traceback signal mmap glob platform runpy atexit tb_frame tb_next f_back f_locals f_globals gi_frame
-    cr_frame ag_frame with_traceback func_globals mro TorchFunctionMode TorchDispatchMode monitor inductor
-    register_module_forward_hook register_module_forward_pre_hook
+    load save open from_file fromfile tofile memmap open_memmap loadtxt savetxt genfromtxt savez fromregex
+    DataSource load_library load_inline cpp_extension hub package ctypeslib f2py library overrides classes
+    multiprocessing DataLoader ProcessPoolExecutor os sys builtins importlib ctypes inspect subprocess socket
+    shutil pathlib pickle io tempfile traceback signal mmap glob platform runpy atexit types weakref copyreg
+    tb_frame tb_next f_back f_locals f_globals gi_frame cr_frame ag_frame with_traceback func_globals mro
+    TorchFunctionMode TorchDispatchMode monitor inductor register_module_forward_hook
+    register_module_forward_pre_hook format format_map get_type_hints ForwardRef testing benchmark
 """.split())  # fmt: skip
-PUBLIC = {
-    "device",
-    "seq_len",
-    "vocab_size",
-    "train_tokens",
-    "batches",
-    "preflight",
-    "progress",
-    "log",
-    "finish",
-}  # of a Run
-FREE = re.compile(
-    r"__(init|name|len|call|iter|next|getitem|setitem|contains|enter|exit|post_init|repr|new|class|version)__|_foreach_\w+"
-)
+# Of a Run:
+PUBLIC = set("device seq_len vocab_size train_tokens batches preflight progress log finish".split())
+# Names between underscores that are everyday ones:
+FREE = re.compile(r"_foreach_\w+|__(init|name|len|call|iter|next|getitem|setitem|contains|enter|exit"
+                  r"|post_init|repr|new|class|version)__")  # fmt: skip
 
 
 def reaches_outside(source):
-    """What in a train.py reaches outside what the ruler offers, a sentence for the model; empty if
-    nothing does.
+    """What in a train.py reaches outside what the ruler offers, a sentence for the model; empty: nothing.
 
-    It reads the code and doesn't run it: so it finds what is written in the open, before it costs a
-    run.
+    It reads the code and doesn't run it: so it finds what is written in the open, before it costs a run.
     """
-    tree = ast.parse(source)
+    nodes = [*ast.walk(ast.parse(source))]
     modules, runs = {}, {"run"}  # names bound to modules; names bound to a Run
-    for node in ast.walk(tree):
+    for node in nodes:
         if isinstance(node, ast.Import):
-            for name in node.names:
-                modules[name.asname or name.name.partition(".")[0]] = name.name
+            modules |= {name.asname or name.name.partition(".")[0]: name.name for name in node.names}
         elif isinstance(node, ast.ImportFrom):
             modules |= {name.asname or name.name: f"{node.module}.{name.name}" for name in node.names}
         elif isinstance(node, ast.Assign) and ast.unparse(node.value) in ("prepare.Run()", "Run()"):
             runs |= {target.id for target in node.targets if isinstance(target, ast.Name)}
-    calls = {id(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
-    own = {node.name for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
-    for node in ast.walk(tree):
-        found = _reach(node, modules, runs, calls, own)
-        if found:
-            return f"line {node.lineno}, {found}: a train.py uses torch, numpy and prepare.Run()'s public names alone"
+    called = {id(node.func) for node in nodes if isinstance(node, ast.Call)}
+    own = {"self", "cls"} | {node.name for node in nodes if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+    for node in nodes:
+        if found := _reach(node, modules, runs, id(node) in called, own):
+            rule = "a train.py uses torch, numpy and prepare.Run()'s public names alone"
+            return f"line {node.lineno}, {found}: {rule}"
     return ""
 
 
-def _reach(node, modules, runs, calls, own):
+def _reach(node, modules, runs, called, own):
     """What one node of the syntax tree reaches for, or nothing."""
     if isinstance(node, (ast.Import, ast.ImportFrom)):
         for name in node.names:
             path = name.name if isinstance(node, ast.Import) else f"{node.module}.{name.name}"
             first, *rest = path.split(".")
-            allowed = IMPORTS.get(first, set())
-            outside = (
-                first not in IMPORTS
-                or getattr(node, "level", 0)
-                or allowed is not None
-                and set(rest) - allowed
-            )
-            if (
-                outside
-                or set(rest) & ATTRIBUTES
-                or any(part.startswith("_") for part in rest)
-                or rest == ["*"]
-            ):
+            allowed = IMPORTS.get(first, ())
+            listed = allowed is None or {*rest} <= {*allowed}
+            private = {part for part in rest if part.startswith("_")}
+            if first not in IMPORTS or not listed or private or {*rest} & {"*", *ATTRIBUTES}:
                 return f"import {path}"
-    if isinstance(node, ast.Name) and (
-        node.id in BUILTINS or node.id.startswith("__") and not FREE.fullmatch(node.id)
-    ):
-        return node.id
-    if isinstance(node, ast.Name) and node.id == "getattr":
-        return None if id(node) in calls else "getattr"
-    if (
-        isinstance(node, ast.Call)
-        and isinstance(node.func, ast.Name)
-        and node.func.id in ("getattr", "hasattr")
-    ):
-        name = node.args[1] if len(node.args) > 1 else None
-        mine = (
-            isinstance(node.args[0], ast.Name) and node.args[0].id in {"self", "cls"} if node.args else False
-        )
-        if (
-            not isinstance(name, ast.Constant)
-            or f"{name.value}".startswith("__" if mine else "_")
-            or name.value in ATTRIBUTES
-        ):
+    elif isinstance(node, ast.Name):
+        dunder = node.id.startswith("__") and not FREE.fullmatch(node.id)
+        kept = node.id == "getattr" or modules.get(node.id) == "prepare.Run"  # under another name
+        if node.id in BUILTINS or dunder or kept and not called:
+            return node.id
+    elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("getattr", "hasattr"):
+        of, name = (*node.args, None, None)[:2]
+        private = "__" if isinstance(of, ast.Name) and of.id in ("self", "cls") else "_"
+        plain = isinstance(name, ast.Constant) and not f"{name.value}".startswith(private)
+        if not plain or name.value in ATTRIBUTES:
             return ast.unparse(node)[:60]
-    if isinstance(node, ast.FunctionDef) and node.name.startswith("__torch"):
+    elif isinstance(node, ast.FunctionDef) and node.name.startswith("__torch"):
         return node.name
-    if isinstance(node, ast.Attribute):
-        whole, changed = ast.unparse(node)[:60], isinstance(node.ctx, (ast.Store, ast.Del))
-        root = node.value
+    elif isinstance(node, ast.Attribute):
+        whole, root, changed = ast.unparse(node)[:60], node.value, not isinstance(node.ctx, ast.Load)
         while isinstance(root, (ast.Attribute, ast.Subscript)):
             root = root.value
-        root = root.id if isinstance(root, ast.Name) else ""
-        mine = isinstance(node.value, ast.Name) and node.value.id in {"self", "cls", *own}
-        kernel = node.attr == "load" and modules.get(root, "").startswith("triton")
-        if (
-            node.attr in ATTRIBUTES
-            and not kernel
-            or node.attr.startswith("_")
-            and not FREE.fullmatch(node.attr)
-            and not mine
-        ):
+        root, direct = getattr(root, "id", ""), isinstance(node.value, ast.Name)
+        module = modules.get(root, "")
+        kernel = node.attr == "load" and module.startswith("triton")
+        private = node.attr.startswith("_") and not FREE.fullmatch(node.attr) and not (direct and root in own)
+        unlisted = direct and IMPORTS.get(module) is not None and node.attr not in IMPORTS[module]
+        of_run = direct and root in runs and (node.attr not in PUBLIC or changed)
+        if node.attr in ATTRIBUTES and not kernel or private or unlisted or of_run:
             return whole
-        if isinstance(node.value, ast.Name) and root in runs and (node.attr not in PUBLIC or changed):
+        if whole == "prepare.Run" and not called:
             return whole
-        if (
-            changed
-            and root in modules
-            and not modules[root].startswith("torch.backends")
-            and not whole.startswith("torch.backends.")
-        ):
+        if changed and module and not any(path.startswith("torch.backends") for path in (module, whole)):
             return f"an assignment to {whole}"
-        allowed = IMPORTS.get(modules.get(root, ""))
-        if isinstance(node.value, ast.Name) and allowed is not None and node.attr not in allowed:
-            return whole
-        if whole == "prepare.Run" and id(node) not in calls:
-            return whole
-    if isinstance(node, ast.Name) and modules.get(node.id) == "prepare.Run" and id(node) not in calls:
-        return node.id
     return None
 
 
 def peak_flops(device):
     """Dense bf16 FLOP/s of the device of this name, None where it isn't known."""
-    return next(
-        (flops for name, flops in PEAK_FLOPS.items() if re.search(rf"\b{name}\b(?! (Ti|D|Laptop))", device)),
-        None,
-    )
+    for name, flops in PEAK_FLOPS.items():
+        if re.search(rf"\b{name}\b(?! (Ti|D|Laptop))", device):
+            return flops
+    return None
 
 
 @contextlib.contextmanager
@@ -1524,45 +1413,40 @@ def _evaluating(model):
 
 
 def _cross_entropy(logits, targets):
-    """(B, T, vocab) and (B, T) -> nats (B, T); not torch's own function, which a train.py could have
-    replaced.
+    """(B, T, vocab), (B, T) -> nats (B, T); not torch's own function, which a train.py could have replaced.
 
-    Less their maximum, so that no constant which is added to all of them makes float32 round the
-    loss.
+    Less their maximum, so that no constant which is added to all of them makes float32 round the loss.
     """
     logits = logits - logits.amax(-1, keepdim=True)
     return logits.exp().sum(-1).log() - logits.gather(-1, targets[..., None]).squeeze(-1)
 
 
 def clear_cost(changes, noise):
-    """What losses that must not depend on what was replaced rise by, in words; empty where it may be
-    chance."""
+    """By how much what was replaced makes losses rise, in words; empty where that may be chance."""
     mean, error = changes.mean().item(), changes.std().item() / math.sqrt(len(changes))
-    return (
-        f"replacing them costs {mean:.3f} +- {error:.3f} nats"
-        if mean > LEAK_NATS + noise + LEAK_SIGMAS * error
-        else ""
-    )
+    clear = mean > LEAK_NATS + noise + LEAK_SIGMAS * error
+    return f"replacing them costs {mean:.3f} +- {error:.3f} nats" if clear else ""
 
 
 class ProbeRecord:
-    """What losses did at places that a causal model can't let react: just before a change, and far
-    before it.
+    """What losses did at places that a causal model can't let react: just before a change, and far before it.
 
-    An honest model doesn't react at all, but for one whose rounding depends on a whole batch: that
-    reacts at both in the same way, up as often as down. Who sees the next token loses where that is
-    another one: just before the change, by more than what happens far before it. So each limit that
-    the far places exceed at a known rate is exceeded by the near ones too often, if the model leaks
-    at some of the positions; and if it leaks a little at all, the near ones lose on average.
+    An honest model doesn't react at all, but for one whose rounding depends on a whole batch: that reacts at
+    both in the same way, up as often as down. Who sees the next token loses where that is another one: just
+    before the change, by more than what happens far before it. So each limit that the far places exceed at a
+    known rate is exceeded by the near ones too often, if the model leaks at some of the positions; and if it
+    leaks a little at all, the near ones lose on average.
     """
 
     def __init__(self, noise):
-        self.noise, self.near, self.far = noise, [], []
+        self.noise, self.near, self.far, self.reacts = noise, [], [], False
 
     def add(self, changes, splits):
         """changes: of the losses (B, T), where row b has other tokens from splits[b] on."""
-        self.near.append(changes.gather(1, splits[:, None] - 1)[:, 0])
-        self.far.append(changes[torch.arange(changes.shape[1]) < (splits - FAR)[:, None]])
+        places, splits = torch.arange(changes.shape[1]), splits[:, None]
+        self.near.append(changes.gather(1, splits - 1)[:, 0])
+        self.far.append(changes[places < splits - FAR])
+        self.reacts |= bool(changes[places >= splits].any())
 
     def verdict(self):
         """(the chance that an honest model shows this or more, a sentence that says what was seen)."""
@@ -1574,9 +1458,8 @@ class ProbeRecord:
             limit = max(far.quantile(share).item() if len(far) else 0.0, LEAK_NATS + 10 * self.noise)
             rate = ((far > limit).sum().item() + 1) / (len(far) + 1)
             count = int((near > limit).sum())
-            chances[poisson_tail(count, rate * len(near))] = (
-                f"{count} of {len(near)} losses rise by more than {limit:.3f} nats"
-            )
+            sentence = f"{count} of {len(near)} losses rise by more than {limit:.3f} nats"
+            chances[poisson_tail(count, rate * len(near))] = sentence
         return min(chances.items())
 
 
@@ -1586,66 +1469,55 @@ def poisson_tail(count, mean):
 
 
 def state_of(model):
-    """{name: checksum} of all that a model can remember: tensors, numbers and containers of its modules
-    and of train.py's globals."""
-    found, seen = {}, {}  # seen: by id, and held, so that no other value gets the same id
-
-    def walk(name, value, depth):
+    """{name: checksum} of all that can remember something: what the model and train.py's globals hold."""
+    found, left = {}, [("model", model)]
+    seen = {}  # by id, and held, so that no other value gets the same id
+    if _taken:
+        left += [item for item in vars(sys.modules["__main__"]).items() if item[0] != "__builtins__"]
+    while left:
+        name, value = left.pop()
         if isinstance(value, (bool, int, float, complex, str, bytes, type(None))):
             found[name] = hash(value)
-            return
-        if id(value) in seen or depth > 12:
-            return
-        seen[id(value)] = value
-        if isinstance(value, torch.Tensor):
-            data = value.detach().cpu().contiguous().flatten()
-            found[name] = (
-                tuple(value.shape),
-                zlib.crc32(data.view(torch.uint8).numpy()) if data.numel() else 0,
-            )
-        elif isinstance(value, np.ndarray):
-            found[name] = (
-                value.shape,
-                zlib.crc32(np.ascontiguousarray(value).view(np.uint8)) if value.size else 0,
-            )
-        elif isinstance(value, (dict, types.MappingProxyType)):
-            found[name] = len(value)
-            for key, item in list(value.items()):
-                walk(f"{name}[{key!r:.40}]", item, depth + 1)
-        elif isinstance(value, (list, tuple, set, frozenset, deque)):
-            found[name] = len(value)
-            for number, item in enumerate(list(value)):
-                walk(f"{name}[{number}]", item, depth + 1)
-        elif isinstance(value, types.FunctionType) and f"{value.__module__}".partition(".")[0] not in (
-            "torch",
-            "numpy",
-        ):
-            cells = [cell.cell_contents for cell in value.__closure__ or () if cell != types.CellType()]
-            walk(f"{name}()", [cells, value.__defaults__, vars(value)], depth + 1)
-        elif isinstance(value, torch.nn.Module) or "__main__" in (
-            type(value).__module__,
-            getattr(value, "__module__", ""),
-        ):
-            for key, item in list(vars(value).items()):
-                if key != "training":
-                    walk(f"{name}.{key}", item, depth + 1)
-            if not isinstance(value, type):
-                walk(f"{name}.__class__", type(value), depth + 1)
-
-    walk("model", model, 0)
-    walk(
-        "train.py",
-        {key: item for key, item in vars(sys.modules["__main__"]).items() if key != "__builtins__"}
-        if _taken
-        else {},
-        0,
-    )
+        elif id(value) not in seen:
+            seen[id(value)] = value
+            found[name], parts = _parts(value)
+            left += [(f"{name}.{part}", item) for part, item in parts]
     return found
 
 
+def _parts(value):
+    """(a checksum of what a value holds itself, [(name, what else it holds)])."""
+    if isinstance(value, torch.Tensor):
+        value = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+    if isinstance(value, (np.ndarray, bytearray, array.array)):
+        return (np.shape(value), zlib.crc32(np.ascontiguousarray(value).view(np.uint8).data)), []
+    if isinstance(value, (dict, types.MappingProxyType)):
+        return len(value), [(f"{key!r:.40}", item) for key, item in list(value.items())]
+    home = value if isinstance(value, (type, types.FunctionType)) else type(value)
+    home = f"{home.__module__}"
+    # What is a library's or the ruler's has caches, which may change.
+    others = home.startswith(("torch._", "numpy", "prepare"))
+    if others or isinstance(value, (types.ModuleType, types.CodeType)):
+        return 0, []
+    if isinstance(value, types.FunctionType):
+        cells = [cell.cell_contents for cell in value.__closure__ or () if cell != types.CellType()]
+        outside = home.startswith("torch")
+        return 0, [] if outside else enumerate([cells, value.__defaults__, value.__kwdefaults__, vars(value)])
+    if isinstance(value, type):
+        return 0, vars(value).items() if home == "__main__" else []
+    parts = [*vars(value).items()] if hasattr(value, "__dict__") else []
+    return len(parts), parts + [*enumerate(gc.get_referents(value))]
+
+
+def check_state(before, model):
+    """Refuses a model when anything has changed since state_of(model) was `before`."""
+    after = state_of(model)
+    if changed := [name for name in (*before, *after) if before.get(name) != after.get(name)]:
+        refuse(f"evaluation changed {changed[0]}: a model must not learn or remember anything in eval()")
+
+
 def _window_starts(rng, tokens, T):
-    """Endless starts of windows of T + 1 tokens: each epoch has its own offset and order, and covers
-    every token once."""
+    """Endless starts of windows of T + 1 tokens: each epoch, at an offset of its own, has each token once."""
     while True:
         offset = rng.integers(T)
         yield from rng.permutation((tokens - 1 - offset) // T) * T + offset
@@ -1658,33 +1530,22 @@ def _stop(number, frame):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description="Prepares the text that train.py learns from. A second call does nothing."
-    )
+    parser = argparse.ArgumentParser(description="Prepares the text that train.py learns from, once.")
     parser.add_argument("--source", default="pytorch", metavar="NAME|PATH",
-                        help="pytorch (the installed torch package's Python sources, the default), tinystories or climbmix (from the "
-                             "Hugging Face hub), or a file or folder of your own")  # fmt: skip
-    parser.add_argument("--shards", type=int, metavar="N", help="only the first N files: of climbmix's 6,543 of 90 MB each (default: 10), "
-                        "or of tinystories' two, of 22 MB and 2.2 GB")  # fmt: skip
-    parser.add_argument(
-        "--run", action="store_true", help="run train.py, which stands beside this file, as the loop does"
-    )
-    parser.add_argument(
-        "--facts", action="store_true", help="what a number depends on beside the code, as a line of JSON"
-    )
-    parser.add_argument(
-        "--check",
-        metavar="FILE",
-        type=Path,
-        help="say what in a train.py reaches outside of what the ruler offers",
-    )
+                        help="pytorch (the installed torch's Python sources, the default), tinystories or "
+                             "climbmix (from Hugging Face's hub), or a file or folder of yours")  # fmt: skip
+    parser.add_argument("--shards", type=int, metavar="N",
+                        help="only the first N files: of climbmix's 6,543 of 90 MB each (default: 10), or of "
+                             "tinystories' two, of 22 MB and 2.2 GB")  # fmt: skip
+    parser.add_argument("--run", action="store_true", help="train.py, as the loop runs it")
+    parser.add_argument("--facts", action="store_true", help="what a number depends on, as a line of JSON")
+    parser.add_argument("--check", metavar="FILE", type=Path, help="what in a train.py isn't allowed")
     args = parser.parse_args()
     if args.check:
         try:
-            print(reaches_outside(args.check.read_bytes()) or "ok")
+            return print(reaches_outside(args.check.read_bytes()) or "ok")
         except RecursionError:
-            print("line 1, code that is nested too deeply to be checked")
-        return
+            return print("line 1, code that is nested too deeply to be checked")
     if args.run or args.facts:
         import prepare as ruler  # this file, as train.py imports it: with torch
 
@@ -1696,7 +1557,8 @@ def main():
     except (Problem, OSError, KeyboardInterrupt) as error:
         reason, code = str(error), 2
         if isinstance(error, OSError):
-            reason = f"{error.strerror}: {error.filename or data_root()}; make room or set AUTORESEARCH_DATA (what was prepared is intact)"
+            reason = (f"{error.strerror}: {error.filename or data_root()}; make room or set "
+                      "AUTORESEARCH_DATA (what was prepared is intact)")  # fmt: skip
         if isinstance(error, KeyboardInterrupt):
             reason, code = "stopped; nothing is half-written", 130
         print(f"prepare.py: {reason}", file=sys.stderr)

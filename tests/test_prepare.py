@@ -96,7 +96,7 @@ def test_every_document_is_in_exactly_one_split_and_reads_back_unchanged(tiny, s
 def test_meta_json_says_what_was_written(tiny, source, tmp_path):
     folder, _ = prepare.prepare(str(source), tmp_path / "data")
     meta = json.loads((folder / "meta.json").read_text())
-    assert list(meta) == ["source", "fingerprint", *SIZES, "unigram_bpb", "splits"]
+    assert list(meta) == ["source", "fingerprint", *SIZES, "unigram_bpb", "splits", "digests"]
     assert folder.name == f"{meta['source']}-{meta['fingerprint']}"
     assert sum(facts["bytes"] for facts in meta["splits"].values()) == sum(
         len(text.encode()) for text in documents()

@@ -1,14 +1,19 @@
 """Claims about the ruler: bits per byte, the clock, the seed, and what it refuses."""
 
+import functools
 import hmac
 import json
 import math
 import os
+import queue
 import random
+import shutil
 import subprocess
 import sys
 import threading
 import time
+import types
+from collections import deque
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +24,7 @@ from torch import nn
 
 import prepare
 
-EVAL_PASSES = 2048 // 16 // 16 + 1 + 6 + prepare.PROBE_BATCHES * (1 + prepare.PROBE_COPIES)
+EVAL_PASSES = 2048 // 16 // 16 + 1 + 6 + prepare.PROBES
 
 
 class Clock:
@@ -39,6 +44,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch):
     monkeypatch.setattr(prepare, "monotonic", clock := Clock())
+    monkeypatch.setattr(prepare, "state_of", lambda model: {})  # models hold this clock, and move it
     return clock
 
 
@@ -221,6 +227,15 @@ def test_y_is_the_next_token_of_x(data, make_run):
 def test_batches_that_the_ruler_does_not_have_are_refused(make_run, batch_size, seq_len):
     with pytest.raises(ValueError, match="the ruler has"):
         make_run().batches(batch_size, seq_len)
+
+
+def test_no_buffer_that_has_the_last_token_is_left_for_a_model_to_find(make_run, monkeypatch):
+    freed = []
+    monkeypatch.setattr(
+        prepare.torch, "from_numpy", lambda array, made=torch.from_numpy: freed.append(array) or made(array)
+    )
+    x, y = next(make_run().batches(3))
+    assert {array.shape for array in freed if array.ndim == 2} == {x.shape}
 
 
 # ---- clock
@@ -499,6 +514,13 @@ def test_what_other_threads_compute_counts_too():
     assert clock() > 0.19
 
 
+def test_what_a_child_computes_counts_when_it_was_waited_for():
+    clock = prepare.WorkClock()
+    subprocess.run([sys.executable, "-c", "import time\nwhile time.process_time() < 0.3: pass"], check=True)
+    clock.stop()
+    assert clock() > 0.29
+
+
 def test_the_clocks_thread_is_gone_before_python_ends():
     """It was not, once: then the process was aborted within torch, one time in three."""
     code = "import atexit, prepare; clocks = []; atexit.register(lambda: print(clocks[0].is_alive())); clocks += [prepare.WorkClock()]"
@@ -552,6 +574,17 @@ def test_a_first_step_of_one_large_batch_is_training(make_run, clock):
         next(small)
         clock.now += 1
     assert clock.now - 1000 == pytest.approx(225, abs=3)
+
+
+def test_training_a_copy_while_preflight_looks_is_training(make_run, clock, monkeypatch):
+    run, passes = make_run(budget=300), iter([100.1])  # the first one isn't timed
+    monkeypatch.setattr(prepare, "FREE_START", 4.0)
+    run.preflight(
+        Model(lambda x: clock.tick(next(passes, 0.1)) + 1e-4 * nn.functional.one_hot(x, 300).float())
+    )
+    run.progress(), next(run.batches(16))
+    clock.now += 0.4
+    assert run.progress() * 225 == pytest.approx(100 - 4, abs=1)
 
 
 @pytest.mark.parametrize("every", [1, 5, 15, 20, 30])
@@ -690,8 +723,8 @@ def leaks(bigram):
         )
         return logits
 
-    def learns_late(x):  # only once the probes are over
-        return learns(x, 0.5 * (state["calls"] >= 6 + prepare.PROBE_BATCHES * (1 + prepare.PROBE_COPIES)))
+    def learns_late(x):  # not from the first probes on
+        return learns(x, 0.5 * (state["calls"] >= 20))
 
     def some(
         share, strength=3.0, far=0.0
@@ -721,7 +754,7 @@ def leaks(bigram):
         some(1 / 2): "the future", some(1 / 4): "the future", some(1 / 8): "the future", some(1 / 16): "the future",
         some(1 / 4, 0.3): "the future", some(1 / 16, 1.0): "the future", some(1 / 4, 3.0, 10.0): "the future",
         future: "the future", chunk_means: "the future",
-        other_rows: "other rows", row_before: "other rows", first_row: "other rows|the future",
+        other_rows: "other rows", row_before: "other rows|the future", first_row: "other rows|the future",
         dropout: "dropout", learns: "state", learns_late: "learns during evaluation|evaluation changed",
     }  # fmt: skip
 
@@ -999,6 +1032,45 @@ def test_a_device_that_is_not_known_has_no_peak(device, peak):
     assert prepare.peak_flops(device) == peak
 
 
+@pytest.mark.parametrize(
+    "kind", ["namespace", "deque", "slots", "bytearray", "queue", "partial", "cache", "default"]
+)
+def test_whatever_remembers_something_is_looked_at(kind):
+    class Slots:
+        __slots__ = ("kept",)
+
+    @functools.cache
+    def cached(number):
+        return torch.tensor(number)
+
+    def default(kept=[]):  # noqa: B006
+        return kept
+
+    slots, buffer, kept = Slots(), bytearray(4), []
+    slots.kept = kept
+    holder = {
+        "namespace": types.SimpleNamespace(kept=kept), "deque": deque([kept]), "slots": slots, "bytearray": buffer,
+        "queue": queue.Queue(), "partial": functools.partial(print, kept), "cache": cached, "default": default,
+    }[kind]  # fmt: skip
+    change = {"bytearray": lambda: buffer.extend(b"x"), "queue": lambda: holder.put(1), "cache": lambda: cached(1),
+              "default": lambda: default().append(1)}.get(kind, lambda: kept.append(1))  # fmt: skip
+    model = Model()
+    model.holder = holder
+    before = prepare.state_of(model)
+    prepare.check_state(before, model)
+    change()
+    with pytest.raises(SystemExit, match="evaluation changed model"):
+        prepare.check_state(before, model)
+
+
+def test_a_compiled_model_that_compiles_again_remembers_nothing():
+    model = torch.compile(Model(lambda x: x.float() * 2), backend="eager")
+    before = prepare.state_of(model)
+    for size in (3, 4, 5):
+        model(torch.ones(size, size))
+    prepare.check_state(before, model)
+
+
 TRAIN = """
 import os
 import prepare
@@ -1103,6 +1175,45 @@ def test_a_branch_goes_on_with_its_data_or_not_at_all(monkeypatch, data):
         assert facts_of(monkeypatch, named, FINGERPRINT=fingerprint)["folder"] == str(data.resolve())
     with pytest.raises(SystemExit, match="measured on the data set 0000, not in .*--tag"):
         facts_of(monkeypatch, data.parent, FINGERPRINT="0000")
+
+
+@pytest.fixture
+def copied(data, tmp_path, monkeypatch):
+    """A copy of the data set, which a test may change; no file of it is sealed."""
+    folder = Path(shutil.copytree(data, tmp_path / "copy"))
+    for path in folder.iterdir():
+        path.chmod(0o644)
+    monkeypatch.setenv("AUTORESEARCH_DATA", str(folder))
+    prepare._sealed.clear()
+    yield folder
+    prepare._sealed.clear()
+
+
+@pytest.mark.parametrize(
+    "key, value", [("eval_tokens", 256), ("eval_rows", 8), ("unigram_bpb", 99.0), ("seq_len", 8)]
+)
+def test_a_meta_json_with_other_sizes_is_no_data_set(copied, key, value):
+    meta = json.loads((copied / "meta.json").read_text())
+    (copied / "meta.json").write_text(json.dumps(meta | {key: value}))
+    assert prepare.read_meta(copied) is None
+    with pytest.raises(SystemExit, match="run: python prepare.py"):
+        prepare.take_hold()
+
+
+@pytest.mark.parametrize("name", ["val.bin", "tokenizer.tiktoken"])
+def test_a_file_that_is_not_what_was_prepared_ends_a_run(copied, name):
+    content = (copied / name).read_bytes()
+    (copied / name).write_bytes(content.replace(b" 0\n", b" X\n").replace(b" 1\n", b" 0\n").replace(b" X\n", b" 1\n")
+                                if name.startswith("token") else content[:2] + content[:-2])  # fmt: skip
+    with pytest.raises(SystemExit, match=f"{name} is damaged, or not what was prepared; delete its folder"):
+        prepare.take_hold()
+
+
+def test_a_train_file_that_is_not_what_was_prepared_has_no_facts(copied, monkeypatch):
+    content = (copied / "train.bin").read_bytes()
+    (copied / "train.bin").write_bytes(content[2:] + content[:2])
+    with pytest.raises(SystemExit, match="train.bin is damaged"):
+        facts_of(monkeypatch, copied)
 
 
 def test_a_machine_that_does_not_compute_has_no_facts(monkeypatch, data):
