@@ -449,6 +449,9 @@ def work_clock(monkeypatch):
     """work_clock(pace) -> a WorkClock whose thread doesn't run; sample(seconds) is one of its samples."""
     monkeypatch.setattr(prepare, "process_time", lambda: Times.process)
     monkeypatch.setattr(prepare.WorkClock, "start", lambda self: None)
+    monkeypatch.setattr(
+        prepare, "children_time", lambda: 0.0
+    )  # else those of the tests before this one count
     Times.process, Times.thread = 5.0, 0.0
 
     def make(pace):
