@@ -564,6 +564,7 @@ def test_an_edit_that_reaches_outside_is_refused_before_it_runs(name):
     assert prepare.reaches_outside(TRAIN.replace("import os\n", "")) == ""
 
 
+@pytest.mark.slow
 def test_a_cheat_that_changes_the_loop_has_no_row_and_the_next_start_asks_the_person(project, server):
     cheat = block("def main():", "def main():\n    open('../../../loop.py', 'a').write('#')", "a cheat")
     server.replies += [cheat, block("WIDTH = 64", "WIDTH = 128", "twice the width")]

@@ -119,6 +119,7 @@ def test_each_graph_is_compiled_once(run_main):
     assert run.losses[-1] < run.losses[0] and run.logits.dtype == torch.float32
 
 
+@pytest.mark.slow
 def test_a_card_with_less_memory_compiles_the_loss_once_for_each_number_of_sequences_tried(run_main):
     run, graphs = run_main(most_rows=1)
     assert graphs == [[8], [4, 4], [2, 2], [1, 1], []]

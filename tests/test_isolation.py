@@ -617,6 +617,7 @@ def test_a_run_that_changes_gits_config_is_told_and_never_counts(project, server
     assert crash["description"] == f"a cheat [{changed}]" and f"{changed}; going on" in out
 
 
+@pytest.mark.slow
 @LINUX
 def test_a_persons_shell_in_a_run_folder_is_left_alone(project):
     project.offline("--experiments", 1)
@@ -838,12 +839,14 @@ def ref_lock(project):
     return project.folder / ".git" / "refs" / "heads" / "autoresearch" / "t.lock"
 
 
+@pytest.mark.slow
 def test_a_lock_that_a_killed_git_left_is_removed_and_no_run_is_repeated_for_it(project, server):
     project.constants(LOCK_SECONDS=1)
     out = waits_and_goes_on(project, server, ref_lock(project).touch)
     assert out.count("#1 ") == 1
 
 
+@pytest.mark.slow
 def test_a_row_that_cannot_be_written_to_the_checkout_is_written_there_later(project, server):
     path = project.folder / "results.tsv"
 
@@ -856,6 +859,7 @@ def test_a_row_that_cannot_be_written_to_the_checkout_is_written_there_later(pro
     assert out.count("#1 ") == 1 and path.read_text() == project.git("show", "autoresearch/t:results.tsv")
 
 
+@pytest.mark.slow
 def test_a_branch_that_is_away_for_a_moment_is_not_gone(project, server):
     heads, away = (project.folder / ".git" / "refs" / name for name in ("heads", "away"))
 
@@ -867,12 +871,14 @@ def test_a_branch_that_is_away_for_a_moment_is_not_gone(project, server):
     waits_and_goes_on(project, server, lambda: threading.Thread(target=blink).start())
 
 
+@pytest.mark.slow
 def test_a_repository_around_this_one_is_not_taken_for_it(project, server):
     subprocess.run(["git", "init", "--quiet", project.folder.parent], check=True)
     git, away = project.folder / ".git", project.folder / "away"
     waits_and_goes_on(project, server, lambda: git.rename(away), lambda: away.rename(git), "going on in")
 
 
+@pytest.mark.slow
 def test_ctrl_c_while_a_row_cannot_be_written_ends_the_loop(project, server):
     project.constants(WAITS="(0.05, 0.2)", LOCK_SECONDS=2)
     server.replies += [lambda request: project.wait_for(project.rows) or ref_lock(project).touch() or TWICE]

@@ -1066,6 +1066,7 @@ def test_whatever_remembers_something_is_looked_at(kind):
         prepare.check_state(before, model)
 
 
+@pytest.mark.slow
 def test_a_compiled_model_that_compiles_again_remembers_nothing():
     model = torch.compile(Model(lambda x: x.float() * 2), backend="eager")
     before = prepare.state_of(model)

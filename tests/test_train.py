@@ -149,6 +149,7 @@ def test_a_step_is_the_same_however_many_sequences_go_at_a_time(micro_batch):
     torch.testing.assert_close(*gradients)
 
 
+@pytest.mark.slow
 def test_the_graph_compiles_in_one_piece():
     model, _ = make(logit_cap=15.0)  # as on a GPU
     compiled = torch.compile(model, backend="eager", fullgraph=True, dynamic=False)
