@@ -2040,7 +2040,7 @@ def read_report(folder, tag, file):
 def report(folder, tag, file, console):
     """The morning after, or any time before it: the table, then the picture."""
     night, path, painted = read_report(folder, tag, file), folder / "progress.png", "nothing to draw yet"
-    console.print(*night.render(), sep="\n")
+    console.print(*night.render(), sep="\n", soft_wrap=True)
     try:
         if night.rows:
             night.paint(path)

@@ -236,6 +236,17 @@ def test_a_row_that_was_written_is_read_back_as_it_was():
     assert metric == "loss" and repr(again) == repr(rows)  # nan equals nothing, not even itself
 
 
+def test_a_row_of_the_report_is_one_line_however_narrow_the_window(tmp_path):
+    row = loop.Row("1234567", 1.0, 0.5, "keep", "a description of more than eighty columns " * 2, runs=[1.0])
+    (tmp_path / "a.tsv").write_text(loop.header("val_bpb") + row.line())
+    console = Console(file=io.StringIO(), width=60)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop.Report, "paint", lambda report, path: None)
+        loop.report(tmp_path, "", str(tmp_path / "a.tsv"), console)
+    (line,) = [line for line in console.file.getvalue().splitlines() if "1234567" in line]
+    assert line.endswith(row.description.strip())
+
+
 @pytest.mark.parametrize("error", [0.00009949, 0.0000995, 0.0000997, 0.00009999, 0.0001, 0.0001004])
 def test_a_row_reads_back_as_it_was_written_however_small_its_error(error):
     row = loop.Row("1234567", 1.0, 0.5, "discard", "an idea", 0.00123456, error, [1.0])
