@@ -67,6 +67,7 @@ FACTS_SECONDS = 900  # for the ruler's facts: it may prepare the text; a driver 
 LEAVE_SECONDS = 7  # that processes may outlive their run: torch's loaders look for their parent every 5 s
 MAX_PROCESSES = 512  # of one run: a fork bomb ends the run, not the night; torch's compiler starts up to 32
 MEMORY_SHARE = 0.85  # of the machine's memory, for all runs together
+ORPHAN_SECONDS = 2  # for a worker to notice that its loop is gone: it looks four times a second
 LOG_BYTES = 100e6  # a run that prints more is stopped
 LOG_TAIL = 65_536  # bytes of its end that are read
 CACHE_BYTES = 2e9  # limit of the branch's compile cache: its oldest files go
@@ -1553,11 +1554,16 @@ class Device:
 
 def kill_leftovers(runs, device=None):
     """Ends what a killed loop of this checkout, or a device's killed worker, left running."""
+    found = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
             env = process.environ() if process.pid != os.getpid() else {}
             if env.get("AUTORESEARCH_RUNS") == str(runs) and device in (None, env.get("AUTORESEARCH_DEVICE")):
-                process.kill()
+                found.append(process)
+    # A worker whose loop is gone ends its run by itself, also what has cleared its environment.
+    for process in psutil.wait_procs(found, timeout=ORPHAN_SECONDS)[1]:
+        with contextlib.suppress(psutil.Error):
+            process.kill()
 
 
 def make_room(runs, wanted=()):

@@ -195,9 +195,10 @@ def killed_and_started_again(project, devices=1, **when):
     said = [message_of(project, cells[0]) for cells in rows]
     codes = {message.get("Number"): message.get("Code") for message in said}
     for number, (code, commit) in begun.items():
+        first = message_of(project, commit).get("Rebased", commit)  # it may be tried anew more than once
         if number not in codes:
             found.append(f"the experiment {number}, which was open, has no row")
-        elif codes[number] != code and not any(commit == message.get("Rebased") for message in said):
+        elif codes[number] != code and not any(first == message.get("Rebased") for message in said):
             found.append(f"the experiment {number}, which was open, has the row of another")
     later = results_of(project)
     if lost := [key for key, value in results.items() if later.get(key) != value]:
