@@ -505,9 +505,8 @@ def next_step(moves):
     repeated, one that loses is tried the other way, and when both ways lost the step is halved."""
     direction, step, lost = 1, FIRST_STEP, 0
     for up, status in moves:
-        lost = (
-            1 if status == "keep" else lost + 1
-        )  # after a win the value before it counts as the other way, lost
+        # After a win the value before it counts as the other way, lost.
+        lost = 1 if status == "keep" else lost + 1
         direction = 1 if up == (status == "keep") else -1
         if lost == 2:
             step, lost = step / 2, 0
@@ -798,12 +797,8 @@ class Git:
 
     SETTINGS = ("core.hooksPath=/dev/null", "core.fsmonitor=false", "core.quotePath=false", "gc.auto=0")
     SETTINGS += ("color.ui=false", "log.showSignature=false", "diff.autoRefreshIndex=true")
-    SETTINGS += (
-        "core.safecrlf=false",
-        "core.fileMode=false",
-        "i18n.commitEncoding=UTF-8",
-        "i18n.logOutputEncoding=UTF-8",
-    )
+    SETTINGS += ("core.safecrlf=false", "core.fileMode=false")
+    SETTINGS += ("i18n.commitEncoding=UTF-8", "i18n.logOutputEncoding=UTF-8")
 
     def __init__(self, folder):
         self.folder, self.place = folder, {}
@@ -943,6 +938,7 @@ class Experiment:
         self.description, self.reasoning, self.trailers = read_message(self.message)
         self.number = count_in(self.trailers.get("Number", ""))
         self.parent = self.trailers.get("Parent", "")  # the commit of the experiment whose file it edits
+        self.first = self.trailers.get("Rebased", self.commit)  # its commit when it was tried first
         self.folder = f"{self.number:04}-{self.commit[:7]}"  # where its runs are
 
 
@@ -1071,7 +1067,7 @@ class Ledger:
             return None
         ours = [self.best.commit]
         for experiment in self.unfinished():
-            ours += [experiment.commit, experiment.trailers.get("Rebased", experiment.commit)]
+            ours += [experiment.commit, experiment.first]
         if not all(self.git.differs(commit, self.edits) for commit in ours):
             return None
         text = self.git("cat-file", "blob", self.git("hash-object", "-w", "--", self.edits).strip())
@@ -1154,7 +1150,7 @@ class Ledger:
         if git.differs(self.ref, "results.tsv"):
             ours = [one.commit for one in ended if one.row.status == "keep"][-2:]
             for one in ended[-1:]:
-                ours += filter(git.find, {one.commit, one.trailers.get("Rebased", one.commit)})
+                ours += filter(git.find, {one.commit, one.first})
             names = ["results.tsv"]
             if (folder / self.edits).is_file() and not all(git.differs(one, self.edits) for one in ours):
                 names.insert(0, self.edits)
@@ -2110,10 +2106,10 @@ class Session:
             (self.folder / f".{name}.new").unlink(missing_ok=True)
 
     def check_files(self):
-        """The ruler and the loop must be as they are committed, and results.tsv hold nothing of the
-        person's."""
+        """Ruler and loop must be as they are committed, and results.tsv hold nothing of the user's."""
         ledger, names = self.ledger, ["prepare.py", "loop.py"]
-        names += [] if self.git.find(ledger.ref) else ["results.tsv"]
+        begun = self.git.find(ledger.ref)
+        names += [] if begun else ["results.tsv"]
         status = self.git("status", "--porcelain", "--ignored", "--", *names).splitlines()
         if changed := ", ".join(line[3:] for line in status):
             raise Stop(
@@ -2128,7 +2124,7 @@ class Session:
             code_hash(self.git.text("HEAD", ledger.edits))
         except Refused as error:
             raise Stop(f"{ledger.edits} as it is committed: {error}; fix and commit it") from None
-        if self.git.find(ledger.ref):
+        if begun:
             ledger.load()
             rows = (ledger.header + "".join(map(Row.line, ledger.rows))).splitlines()
             here = read_text(self.folder / "results.tsv").splitlines()
@@ -2509,7 +2505,7 @@ class Session:
     def settle(self, experiment):
         """Writes an experiment's row, once its runs say enough."""
         ledger, commit, parent = self.ledger, experiment.commit, experiment.parent
-        runs, seeds = ledger.results_of(commit), {key[1] for key in self.in_flight if key[0] == commit}
+        runs = ledger.results_of(commit)
         failed = [run for run in (ledger.results.get((commit, 0, "warm")), *runs) if run and run["cause"]]
         if failed and not parent:
             self.git.move(f"delete {ledger.refs}{experiment.number} {commit}")
@@ -2518,7 +2514,8 @@ class Session:
             raise Stop(f"the baseline failed: {run['cause']}; {advice}", 1)
         if "Refused" in experiment.trailers:
             return self.finish(experiment, "crash", f"refused: {experiment.trailers['Refused']}")
-        if parent and ledger.deaths[commit] >= MAX_DEATHS and not seeds:
+        running = any(key[0] == commit for key in self.in_flight)
+        if parent and ledger.deaths[commit] >= MAX_DEATHS and not running:
             return self.finish(experiment, "crash", f"the loop died {MAX_DEATHS} times while it ran")
         if failed:
             return self.finish(experiment, "crash", failed[0]["cause"])
@@ -2563,7 +2560,7 @@ class Session:
             return self.finish(experiment, "discard", f"won, but not as an edit of the best file: {refusal}")
         told = experiment.trailers
         trailers = {name: told[name] for name in ("Model", "Tokens", "Lesson") if name in told}
-        trailers["Rebased"] = told.get("Rebased", experiment.commit)
+        trailers["Rebased"] = experiment.first
         self.say(f"#{experiment.number} won, but another was kept meanwhile: it runs as an edit of that")
         about = experiment.description, experiment.reasoning, trailers
         self.ledger.begin(source, self.program, *about, again=experiment)
@@ -2636,12 +2633,13 @@ class Session:
             self.settle_all()
             self.steer()
         self.think()
-        for device in self.devices:
-            if not self.view.runs[device] and not self.stopping.is_set():
-                self.tidy()
-                if not (key := self.next_key()):
-                    break
-                self.start(device, key)
+        free = [device for device in self.devices if not self.view.runs[device]]
+        if free and not self.stopping.is_set():
+            self.tidy()
+        for device in free:
+            if self.stopping.is_set() or not (key := self.next_key()):
+                break
+            self.start(device, key)
         thinking = sum(not proposal.done for proposal in self.proposals)
         self.view.now = f"{self.model.name} thinks about {thinking} more" if thinking else ""
         asking = self.model and (self.proposals or not self.spent())

@@ -50,9 +50,8 @@ from time import monotonic, process_time, sleep, thread_time  # so time.monotoni
 
 import numpy as np
 
-if (
-    __name__ != "__main__"
-):  # only the ruler needs torch; a second `python prepare.py` does without its seconds
+# Only the ruler needs torch; a second `python prepare.py` does without its seconds.
+if __name__ != "__main__":
     import torch
 
 # The sizes of the ruler: sequence length, vocabulary, tokens evaluated, rows of one evaluation batch.
@@ -213,7 +212,10 @@ def check_digests(meta, files):
 
 
 def data_sets(root):
-    """{folder: meta} of the complete data sets below `root`."""
+    """{folder: meta} of the complete data sets: `root` itself if it is one, of which a cage shows the train
+    split alone, else those below it."""
+    if itself := read_meta(root, ("train",)):
+        return {root: itself}
     found = {path.parent: read_meta(path.parent) for path in root.glob("*/meta.json")}
     return {folder: meta for folder, meta in found.items() if meta}
 
@@ -228,9 +230,8 @@ def asked_for(root):
 
 
 def newest(root):
-    """The data set to use: `root` itself if it is one, else the one prepared (or asked for) last."""
-    found = [root] if read_meta(root, ("train",)) else data_sets(root)
-    if not found:
+    """The data set to use: the one prepared (or asked for) last."""
+    if not (found := data_sets(root)):
         raise Problem(f"no data of this version in {root}; run: python prepare.py")
     last = {name: number for number, name in enumerate(asked_for(root).values())}
     return max(
@@ -775,8 +776,7 @@ def facts():
     if device.type == "cuda":
         check_compiler()
     torch.ones(8, 8, device=device).mm(torch.ones(8, 8, device=device)).sum().item()  # does it compute?
-    itself = read_meta(root, ("train",))
-    found = {root: itself} if itself else data_sets(root)
+    found = data_sets(root)
     if not found and not wanted:
         print(f"no data of this version in {root}: preparing torch's sources (once)", file=sys.stderr)
         prepare("pytorch", root)
@@ -786,7 +786,7 @@ def facts():
         raise SystemExit(f"this branch was measured on the data set {wanted}, not in {root}; bring it back, "
                          "or begin anew with --tag")  # fmt: skip
     folder = named[wanted] if wanted else newest(root)
-    name, meta = device_name(device), read_meta(folder, ("train",))
+    name, meta = device_name(device), found[folder]
     check_digests(meta, {folder / file: None for file in ("train.bin", "tokenizer.tiktoken")})
     if device.type == "cpu" and meta["seq_len"] == GPU_SIZES["seq_len"]:
         raise SystemExit(f"{folder} was prepared for a GPU, and torch finds none: does nvidia-smi show "
