@@ -1891,7 +1891,7 @@ class View:
         below = [(self.state(name, run), "bold" if run else "") for name, run in [*self.runs.items()]]
         below += [(text, "") for text in (self.now, *self.totals()) if text]
         room = max(height - len(below) - 1, 0)
-        latest = max(len(self.said) - min(room // 4, 6), 0)
+        latest = max(len(self.said) - max(min(room // 4, 6), room - len(self.rows)), 0)
         said = [(text.splitlines()[-1], "") for text in [*self.said][latest:]]
         rows = [(shown(row), STYLES[row.status]) for row in self.rows[-room:]]
         rows = rows[max(len(rows) + len(said) - room, 0) :]
@@ -1903,9 +1903,10 @@ class View:
         if not run:
             return f"{name}  free"
         percent = min(float((PERCENT.findall(run.line) or [0])[-1]), 100)
-        size = min(self.console.width // 5, 30)
+        size = min(self.console.width // 8, 30)
         bar = ("━" * round(size * percent / 100)).ljust(size, "─")
-        left = max(run.began + self.budget - time.monotonic(), 0)
+        seconds = time.monotonic() - run.began
+        left = max(min(self.budget - seconds, seconds * (100 / percent - 1) if percent else math.inf), 0)
         return f"{name}  {bar} {percent:3.0f} %  {left:3.0f} s left  {run.what}  ·  {run.line}"
 
 
@@ -2209,22 +2210,31 @@ class Session:
             self.model = Model(self.args.model, self.say)
         self.ask_ruler()
         self.check_cage()
-        who = self.model.name if self.model else "audit" if audit else "offline, a pattern search"
-        who += "" if self.caged or self.args.sandbox == "off" else "  ·  NO SANDBOX"
-        self.view.title = f"{ledger.name}  ·  {self.facts['device']} ({', '.join(self.devices)})  ·  {who}"
-        each = f"of at most {self.budget:g} s each"
-        stops = "Ctrl-C stops, the same command goes on"
         if audit:
             self.compared = ledger.ended()[0], ledger.best
             self.audits = [(one.commit, seed, "test") for seed in AUDIT_SEEDS for one in self.compared]
-            return self.say(f"{len(self.audits)} runs {each}; {stops}")
-        self.check_out()
-        if not self.model and not constants(ledger.source, self.facts.get("fixed", ())):
-            raise Stop(f"{ledger.edits} has no top-level constants (NAME = 1.0) that --offline could search")
+        else:
+            self.check_out()
+            if not self.model and not constants(ledger.source, self.facts.get("fixed", ())):
+                none = f"{ledger.edits} has no top-level constants (NAME = 1.0) that --offline could search"
+                raise Stop(none)
+        self.announce()
+
+    def announce(self):
+        """Says what happens now, on what, for how long, what it costs and how to stop it."""
+        used, name = len(self.devices), self.ledger.name
+        who = self.model.name if self.model else "audit" if self.audits else "offline search"
+        who += "" if self.caged or self.args.sandbox == "off" else "  ·  NO SANDBOX"
+        self.view.title = f"{name}  ·  {who}  ·  {used} x {self.facts['device']}"
         self.say(self.view.title, seen=True)
-        first = "going on with" if rows else "first the baseline (two runs), then"
-        pace = 3600 / self.budget * len(self.devices)
-        self.say(f"{first} runs {each}, {pace:.0f} or more an hour; {stops}")
+        first = "going on with" if self.ledger.rows else f"first {self.ledger.edits} as it is, alone; then"
+        plan = f"{first} experiments, {3600 / self.budget * used:.0f} or more an hour"
+        self.say(f"{len(self.audits)} runs on new seeds and unseen text" if self.audits else plan)
+        of = f"{used} of {len(self.facts['devices'])} devices; --devices chooses"
+        self.say(f"a run takes at most {self.budget:g} s, on {of}")
+        if self.model:
+            self.say("the model is asked for an edit a run; --tokens N limits what that costs")
+        self.say("Ctrl-C stops, the same command goes on; --report shows the results")
 
     # ---- what is next
 

@@ -1789,7 +1789,7 @@ def running(project):
 
 def test_a_night_offline_says_how_long_it_takes_waits_for_nothing_and_says_where_the_results_are(project):
     out = project.offline("--experiments", 2, PYTHONIOENCODING="ascii")  # a terminal that isn't UTF-8, too
-    assert "first the baseline (two runs), then runs of at most 20 s each, 180 or more an hour" in out
+    assert "first train.py as it is, alone; then experiments, 180 or more an hour" in out
     assert "results.tsv on branch autoresearch/t; git show COMMIT" in out and "devices busy" in out
     assert "Traceback" not in out and "going on in" not in out
     assert len(project.rows()) == 3 and out.isascii()
@@ -1870,7 +1870,7 @@ def test_ctrl_c_ends_runs_and_requests_and_the_next_start_goes_on_without_asking
     )
 
 
-@pytest.mark.parametrize("line", ["first the baseline", "#1 search"])
+@pytest.mark.parametrize("line", ["first train.py", "#1 search"])
 def test_a_loop_that_is_killed_leaves_nothing_running_and_goes_on(project, line):
     process = project.start("--offline", "--budget", "20", "--tag", "t")
     project.read_until(process, line)
