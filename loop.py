@@ -734,7 +734,8 @@ def outcome(rows, sign=1):
 def counts(rows):
     """How many there were of each kind; the baseline is no experiment."""
     number = Counter(row.status for row in rows) - Counter(["keep"])
-    return f"{number.total()} experiments, {number['keep']} kept, {number['crash']} crashed"
+    of = "experiment" if number.total() == 1 else "experiments"
+    return f"{number.total()} {of}, {number['keep']} kept, {number['crash']} crashed"
 
 
 def audit_report(pairs, first, best, rows, sign):
@@ -2146,6 +2147,7 @@ class Session:
         env |= as_environment({"FINGERPRINT": began.get("data", "")} | began.get("settings", {}))
         if data := env.get("AUTORESEARCH_DATA"):  # the ruler stands in another folder
             env["AUTORESEARCH_DATA"] = os.path.abspath(os.path.expanduser(data))
+        self.say("asking prepare.py about the text and this machine, a few seconds")
         facts = self.facts = ask_facts([sys.executable, "prepare.py"], place, env, stderr=None)
         if isinstance(facts, str):
             raise Stop("the ruler doesn't start, see above; is everything installed? pip install -e .")
@@ -2482,7 +2484,7 @@ class Session:
             run.line = line
 
         failed, result = 0, self.devices[device].run(job, tell)
-        while self.machine_failed(result):
+        while self.machine_failed(result) and not self.stopping.is_set():
             tell(f"the machine: {result['cause']}")
             self.say(f"{device}: {result['cause']}; going on in {backoff(failed):.0f} s")
             if self.stopping.wait(backoff(failed)):
@@ -2807,7 +2809,8 @@ def main():
     for line in session.view.totals() if not console.is_interactive else ():  # there the view stands above
         session.say(line)
     name = session.ledger.name
-    session.say(f"results: results.tsv on branch {name}; git show COMMIT for any row; logs in runs/")
+    session.say(f"results.tsv on branch {name} has the rows; runs/ has the logs")
+    session.say("python loop.py --report shows what was kept; git show COMMIT is a row's edit")
     return 0
 
 

@@ -262,7 +262,8 @@ def test_a_night_of_plain_lines_tells_each_run_each_row_and_how_it_goes(project)
         "cpu:0: #0 baseline", "cpu:0: #0 baseline", "keep", "cpu:0: #1 twice the [width]", "keep",
         "cpu:0: #2 one layer", "discard",
     ]  # fmt: skip
-    assert lines[:5] == [
+    assert lines[:6] == [
+        "asking prepare.py about the text and this machine, a few seconds",
         "autoresearch/t  ·  local-model  ·  1 x cpu, stand-in",
         "first train.py as it is, alone; then experiments, 180 or more an hour",
         "a run takes at most 20 s, on 1 of 1 devices; --devices chooses",
@@ -357,7 +358,12 @@ def test_a_window_is_drawn_to_its_measure_and_the_screen_comes_back_after_a_sign
         terminal.wait_for(lambda sent, measure=measure: whole_frame(sent[measure[0] :], *measure[1:]))
     os.kill(terminal.pid, signal.SIGTERM)
     code, after = terminal.end()
-    assert code == 0 and "no baseline yet" in after and "results: results.tsv" in after
+    assert (
+        code == 0
+        and "no baseline yet" in after
+        and "results.tsv on branch" in after
+        and "going on" not in after
+    )
 
 
 def whole_frame(sent, columns, rows):
