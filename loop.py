@@ -1661,7 +1661,7 @@ class Model:
 
     def listed(self):
         """The names of the server's models, or of the first few."""
-        page = self.client.models.list()
+        page = self.first(self.client.models.list)
         if not (models := getattr(page, "data", None)):
             reason = getattr(page, "error", page)
             raise ValueError(f"the server lists no model; load one, or name it with --model ({reason})")
@@ -1679,20 +1679,27 @@ class Model:
         question = {"role": "user", "content": "Answer with the one word: ready"}
         faults, forms = [], itertools.product(({}, STREAM, {"stream": True}), (False, True))
         for self.name, self.form in itertools.product(names, forms):
-            for failed in range(FIRST_TRIES):
-                try:
-                    return self.call([{"role": "system", "content": "A test."}, question])
-                except self.openai.APIConnectionError:
-                    raise  # nobody is there: another form won't help
-                except (self.openai.APIError, ValueError) as error:
-                    faults.append(error)
-                    status = getattr(error, "status_code", None)
-                    if status in DENIED or status in NOT_NOW and failed == FIRST_TRIES - 1:
-                        raise
-                    if status not in NOT_NOW:
-                        break
-                    self.put_off(error, failed, time.sleep)
+            try:
+                return self.first(self.call, [{"role": "system", "content": "A test."}, question])
+            except self.openai.APIConnectionError:
+                raise  # nobody is there: another form won't help
+            except (self.openai.APIError, ValueError) as error:
+                faults.append(error)
+                if getattr(error, "status_code", None) in (*DENIED, *NOT_NOW):
+                    raise
         raise faults[0]
+
+    def first(self, call, *args):
+        """The answer to a call before there is a model: a server that loads it, or asks to wait, is waited
+        for."""
+        for failed in range(FIRST_TRIES - 1):
+            try:
+                return call(*args)
+            except self.openai.APIError as error:
+                if getattr(error, "status_code", None) not in NOT_NOW:
+                    raise
+                self.put_off(error, failed, time.sleep)
+        return call(*args)
 
     def put_off(self, error, failed, wait):
         """Says what failed and waits: as long as the server says, or longer each time."""
