@@ -2232,12 +2232,14 @@ class Session:
     def announce(self):
         """Says what happens now, on what, for how long, what it costs and how to stop it."""
         used, name = len(self.devices), self.ledger.name
-        who = self.model.name if self.model else "audit" if self.audits else "offline search"
+        # A server's name for a model may be the path of its file.
+        model = self.model and self.model.name.rpartition("/")[2]
+        who = model or ("audit" if self.audits else "offline search")
         who += "" if self.caged or self.args.sandbox == "off" else "  ·  NO SANDBOX"
         self.view.title = f"{name}  ·  {who}  ·  {used} x {self.facts['device']}"
         self.say(self.view.title, seen=True)
         first = "going on with" if self.ledger.rows else f"first {self.ledger.edits} as it is, alone; then"
-        plan = f"{first} experiments, {3600 / self.budget * used:.0f} or more an hour"
+        plan = f"{first} {3600 / self.budget * used:.0f} or more experiments an hour"
         self.say(f"{len(self.audits)} runs on new seeds and unseen text" if self.audits else plan)
         of = f"{used} of {len(self.facts['devices'])} devices; --devices chooses"
         self.say(f"a run takes at most {self.budget:g} s, on {of}")
@@ -2660,7 +2662,7 @@ class Session:
                 break
             self.start(device, key)
         thinking = sum(not proposal.done for proposal in self.proposals)
-        self.view.now = f"{self.model.name} thinks about {thinking} more" if thinking else ""
+        self.view.now = f"the model thinks about {thinking} more" if thinking else ""
         asking = self.model and (self.proposals or not self.spent())
         if not self.in_flight and not self.finished and (self.over() or not asking):
             return False
@@ -2816,8 +2818,8 @@ def main():
     for line in session.view.totals() if not console.is_interactive else ():  # there the view stands above
         session.say(line)
     name = session.ledger.name
-    session.say(f"results.tsv on branch {name} has the rows; runs/ has the logs")
-    session.say("python loop.py --report shows what was kept; git show COMMIT is a row's edit")
+    session.say(f"results.tsv on {name} has the rows, runs/ the logs")
+    session.say("see them: python loop.py --report; the edit of a row: git show COMMIT")
     return 0
 
 

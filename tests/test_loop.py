@@ -1789,8 +1789,8 @@ def running(project):
 
 def test_a_night_offline_says_how_long_it_takes_waits_for_nothing_and_says_where_the_results_are(project):
     out = project.offline("--experiments", 2, PYTHONIOENCODING="ascii")  # a terminal that isn't UTF-8, too
-    assert "first train.py as it is, alone; then experiments, 180 or more an hour" in out
-    assert "results.tsv on branch autoresearch/t has the rows" in out and "devices busy" in out
+    assert "first train.py as it is, alone; then 180 or more experiments an hour" in out
+    assert "results.tsv on autoresearch/t has the rows" in out and "devices busy" in out
     assert "Traceback" not in out and "going on in" not in out
     assert len(project.rows()) == 3 and out.isascii()
     check(project)
@@ -1859,7 +1859,7 @@ def test_ctrl_c_ends_runs_and_requests_and_the_next_start_goes_on_without_asking
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     hold.set()
-    assert process.returncode == 0 and "Traceback" not in err and "results.tsv on branch" in out
+    assert process.returncode == 0 and "Traceback" not in err and "results.tsv on autoresearch/t" in out
     assert not survivors(project.folder) and project.status() == "" and described(project) == ["baseline"]
     commit = project.git("rev-parse", "refs/autoresearch/t/open/1").strip()
     session = project.night("--budget", 90, "--experiments", 1)

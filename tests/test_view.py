@@ -265,7 +265,7 @@ def test_a_night_of_plain_lines_tells_each_run_each_row_and_how_it_goes(project)
     assert lines[:6] == [
         "asking prepare.py about the text and this machine, a few seconds",
         "autoresearch/t  ·  local-model  ·  1 x cpu, stand-in",
-        "first train.py as it is, alone; then experiments, 180 or more an hour",
+        "first train.py as it is, alone; then 180 or more experiments an hour",
         "a run takes at most 20 s, on 1 of 1 devices; --devices chooses",
         "the model is asked for an edit a run; --tokens N limits what that costs",
         "Ctrl-C stops, the same command goes on; --report shows the results",
@@ -361,7 +361,7 @@ def test_a_window_is_drawn_to_its_measure_and_the_screen_comes_back_after_a_sign
     assert (
         code == 0
         and "no baseline yet" in after
-        and "results.tsv on branch" in after
+        and "results.tsv on autoresearch/t" in after
         and "going on" not in after
     )
 
