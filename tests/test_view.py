@@ -337,7 +337,9 @@ def test_the_last_picture_and_what_was_said_stay_when_the_night_ends(project, se
     project.write("train.py", PLAIN)
     project.commit("plain")
     server.replies += [BETTER, "no edit", WORSE]
-    terminal = Terminal(project, "--experiments", 2, OPENAI_BASE_URL=server.url)
+    terminal = Terminal(
+        project, "--experiments", 2, "--model", "/models/local-model", OPENAI_BASE_URL=server.url
+    )
     code, after = terminal.end()
     assert code == 0 and after.index("reply refused") < after.index("autoresearch/t  ·  local-model")
     assert re.search(r"keep +1\.0578.* -0\.0078\+-0\.000\d  twice the \[width\]", after)
