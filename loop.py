@@ -56,10 +56,17 @@ from pathlib import Path
 from stat import S_ISDIR, S_ISREG
 from statistics import NormalDist, fmean, median, median_low, stdev
 
-import psutil
-from rich.console import Console, Group
-from rich.live import Live
-from rich.text import Text
+try:
+    import psutil
+    from rich.console import Console, Group
+    from rich.live import Live
+    from rich.text import Text
+except ModuleNotFoundError as error:  # another Python than the environment's
+    print(
+        f"loop.py: {error.name} is missing; run .venv/bin/python loop.py, or pip install -e .",
+        file=sys.stderr,
+    )
+    sys.exit(2)
 
 BUDGET = 300  # seconds of wall clock for one run, start-up, compiling and evaluation included
 KILL_GRACE = 5  # seconds after the budget, for a clean exit

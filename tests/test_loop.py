@@ -1893,6 +1893,12 @@ def test_a_loop_that_cannot_start_prints_one_line_and_exits_2_and_one_whose_base
     assert "loop.py: the baseline failed: RuntimeError: no such layer" in out and "far too much" in out
 
 
+def test_a_python_without_the_packages_is_told_which_one_has_them(project):
+    how = dict(cwd=project.folder, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-S", "loop.py", "--offline"], **how)
+    assert done.returncode == 2 and ".venv/bin/python loop.py" in done.stderr and done.stderr.count("\n") == 1
+
+
 # ---- pure parts
 
 
