@@ -1981,9 +1981,10 @@ class Report:
         yield Text(f"{self.name}: {self.metric} of what was kept, in order\n", "bold")
         yield from self.table(self.kept)
         if near:
-            yield Text("\nworth a second look, not a standard error worse:\n")
+            yield Text("\nnear misses, at most a standard error worse:\n")
             yield from self.table(sorted(near, key=self.gain, reverse=True)[:NEAR_MISSES])
-        yield Text("\n".join(["", *lines, f"clear: by more than {CLEAR} standard errors"]))
+        lines.append(f"clear: by more than {CLEAR} standard errors; git show COMMIT: the edit of a row")
+        yield Text("\n".join(["", *lines]))
 
     def paint(self, path):
         """Each experiment a dot with its standard error, the best so far a line, the largest gains named."""

@@ -86,7 +86,7 @@ def test_kept_rows_stand_in_order_with_their_change_and_near_misses_below():
         (2, False, "0.9861", 1, "+0.0001+-0.0010"),
     ]
     out = screen(read(FIVE)).lower()
-    assert out.index("warmdown") < out.index("worth a second look") < out.index("add 5% warmup")
+    assert out.index("warmdown") < out.index("near misses") < out.index("add 5% warmup")
     assert out.index("add 5% warmup") < out.index("5 experiments")
 
 
