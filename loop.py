@@ -2001,7 +2001,7 @@ class Report:
         worst = max(story) + max(max(story) - min(story), 6 * median(errors)) / 2
         inside = {n for n in measured if values[n] <= worst} | kept
         figure = Figure((12, 6.75), dpi=150)
-        axes = figure.add_axes((0.07, 0.08, 0.63, 0.8))
+        axes = figure.add_axes((0.07, 0.08, 0.59, 0.8))
         for name, numbers, marker, colour in (
             ("discarded", inside - kept, "o", grey),
             ("kept", kept, "D", green),
@@ -2023,7 +2023,7 @@ class Report:
             how = dict(textcoords="offset points", ha="right", va="top", fontsize=7)
             axes.annotate(n, (n, rows[n].value), (-4, -3), **how)
         names = as_unicode("\n".join(f"{n}{told(rows[n])[:64]}" for n in named))
-        figure.text(0.715, 0.88, names, va="top", fontsize=7, linespacing=1.5, parse_math=False)
+        figure.text(0.675, 0.88, names, va="top", fontsize=7, linespacing=1.5, parse_math=False)
         title = as_unicode(f"{self.name}:  {'  ·  '.join(outcome(rows, self.sign))}")
         axes.set_title(title, loc="left", pad=28, fontsize=11, parse_math=False)
         better = "lower" if self.sign > 0 else "higher"
