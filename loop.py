@@ -798,7 +798,9 @@ class Git:
     SETTINGS = ("core.hooksPath=/dev/null", "core.fsmonitor=false", "core.quotePath=false", "gc.auto=0")
     SETTINGS += ("color.ui=false", "log.showSignature=false", "diff.autoRefreshIndex=true")
     SETTINGS += ("core.safecrlf=false", "core.fileMode=false")
-    SETTINGS += ("i18n.commitEncoding=UTF-8", "i18n.logOutputEncoding=UTF-8")
+    SETTINGS += ("i18n.logOutputEncoding=UTF-8",)
+
+    WHO = "autoresearch <autoresearch@localhost>"
 
     def __init__(self, folder):
         self.folder, self.place = folder, {}
@@ -826,8 +828,7 @@ class Git:
     def __call__(self, *args, stdin="", **environment):
         settings = [part for setting in self.SETTINGS for part in ("-c", setting)]
         command = ["git", *settings, "--no-optional-locks", *args]
-        for role in ("AUTHOR", "COMMITTER"):
-            environment |= {f"GIT_{role}_NAME": "autoresearch", f"GIT_{role}_EMAIL": "autoresearch@localhost"}
+        environment["GIT_COMMITTER_NAME"], environment["GIT_COMMITTER_EMAIL"] = self.WHO.rstrip(">").split(" <")
         # A GIT_DIR or GIT_INDEX_FILE, as hooks and dotfiles have them, names another repository.
         theirs = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
         theirs |= {name: value for name, value in os.environ.items() if name.startswith("GIT_CONFIG")}
@@ -865,33 +866,41 @@ class Git:
         head, _, text = self("cat-file", "--batch", stdin=f"{commit}:{self.prefix}{name}\n").partition("\n")
         return text[:-1] if " blob " in head else None
 
-    def differs(self, commit, name):
-        """Whether a file in the checkout is another than in a commit, as git sees it: line ends, filters and
+    def blobs(self, name, *commits):
+        """What stands for a file's text in each of these commits: equal for equal texts."""
+        asked = "".join(f"{commit}:{self.prefix}{name}\n" for commit in commits)
+        return self("cat-file", "--batch-check=%(objectname)", stdin=asked).splitlines()
+
+    def differs(self, commit, *names):
+        """Which of these files in the checkout aren't as in a commit, as git sees it: line ends, filters and
         modes are no change."""
-        return bool(self("diff", "--name-only", "--no-ext-diff", commit, "--", name))
+        return self("diff", "--name-only", "--relative", "--no-ext-diff", commit, "--", *names).splitlines()
 
     def branch(self):
         return self.ask("symbolic-ref", "--quiet", "HEAD").removeprefix("refs/heads/")
 
     def commit(self, parents, files, message):
         """The hash of a new commit: the first parent's tree with `files` ({name: text}) in it."""
-        index = Path(self.dir, "autoresearch-index")
-        private, entries = {"GIT_INDEX_FILE": str(index)}, ""
-        index.unlink(missing_ok=True)
-        self("read-tree", parents[0], **private)
-        staged = self("ls-files", "--stage", "--full-name", "--", *files, **private).splitlines()
-        modes = {line.partition("\t")[2]: line[:6] for line in staged}
-        for name, text in files.items():
-            path, blob = self.prefix + name, self("hash-object", "-w", "--stdin", stdin=text).strip()
-            entries += f"{modes.get(path, '100644')} {blob}\t{path}\0"
-        self("update-index", "-z", "--index-info", stdin=entries, **private)
-        tree = self("write-tree", **private).strip()
-        links = [part for parent in parents for part in ("-p", parent)]
-        return self("commit-tree", tree, *links, "-F", "-", stdin=message).strip()
+        files = {self.prefix + name: text for name, text in files.items()}
+        listed = self("ls-tree", "-z", "--full-tree", parents[0], "--", *files).split("\0")
+        modes = {line.partition("\t")[2]: line[:6] for line in listed}
+        ref = f"refs/autoresearch/new-{os.getpid()}"  # fast-import wants one; it is never written
+        lines = [f"commit {ref}", "mark :1", f"committer {self.WHO} now", as_data(message)]
+        lines += [f"{word} {parent}" for word, parent in zip(("from", "merge"), parents, strict=False)]
+        for path, text in files.items():
+            name = json.dumps(path, ensure_ascii=False)
+            lines += [f"M {modes.get(path, '100644')} inline {name}", as_data(text)]
+        lines += ["get-mark :1", f"reset {ref}", f"from {'0' * len(parents[0])}", ""]
+        return self("fast-import", "--quiet", "--date-format=now", stdin="\n".join(lines)).strip()
 
     def move(self, *changes):
         """Several refs at once, all or none: `update REF NEW OLD`, `create REF NEW`, `delete REF OLD`."""
         self("update-ref", "--stdin", stdin="".join(f"{change}\n" for change in changes))
+
+
+def as_data(text):
+    """Text as git fast-import reads it: its length in bytes first."""
+    return f"data {len(text.encode('utf-8', 'surrogateescape'))}\n{text}"
 
 
 def read_message(message):
@@ -1118,7 +1127,8 @@ class Ledger:
         return self.experiments[commit]
 
     def record(self, experiment, row, body, trailers):
-        """Appends a row: the branch advances to a commit with two parents, its tip and the experiment."""
+        """Appends a row: the branch advances to a commit with two parents, its tip and the experiment. False
+        where the checkout doesn't follow."""
         git, commit, tip = self.git, experiment.commit, self.tip()
         row.commit = git("rev-parse", "--short=7", commit).strip()
         parent = self.experiments[experiment.parent].row if experiment.parent else row
@@ -1128,9 +1138,9 @@ class Ledger:
         source = self.source_of(commit) if row.status == "keep" else self.source
         lines = "".join(other.line() for other in [*self.rows, row])
         files = {"results.tsv": self.header + lines, self.edits: source}
-        ran, before, now = (git.text(version, "program.md") for version in (commit, f"{commit}^", tip))
-        if now and now == before != ran:  # else the user took it away, or committed another one meanwhile
-            files["program.md"] = ran
+        ran, before, now = git.blobs("program.md", commit, f"{commit}^", tip)
+        if now == before != ran:  # else the user took it away, or committed another one meanwhile
+            files["program.md"] = git.text(commit, "program.md")
         experiment.row_message = write_message(f"{row.status}: {row.description}", body, trailers)
         after = git.commit([tip, commit], files, experiment.row_message)
         git.move(f"update {self.ref} {after} {tip}", f"delete {self.refs}{experiment.number} {commit}")
@@ -1139,27 +1149,27 @@ class Ledger:
         experiment.source = source if row.status == "keep" else ""  # memory, over 10,000 experiments
         self.experiments[commit] = self.experiments.pop(commit)
         self.set_best()
-        self.sync_checkout()
+        return self.sync_checkout()
 
     def sync_checkout(self):
         """The checkout follows the branch, where it holds what the loop put there: the file that the last row
-        edited, or was an edit of."""
+        edited, or was an edit of. False where another branch is checked out."""
         git, folder, ended = self.git, self.git.folder, self.ended()
         if not self.checked_out():
-            return
-        if git.differs(self.ref, "results.tsv"):
-            ours = [one.commit for one in ended if one.row.status == "keep"][-2:]
+            return False
+        if "results.tsv" in (behind := git.differs(self.ref, "results.tsv", self.edits)):
+            ours = [one.commit for one in reversed(ended) if one.row.status == "keep"][:2]
             for one in ended[-1:]:
-                ours += filter(git.find, {one.commit, one.first})
-            names = ["results.tsv"]
-            if (folder / self.edits).is_file() and not all(git.differs(one, self.edits) for one in ours):
-                names.insert(0, self.edits)
-            for name in names:
+                ours += [one.commit, *filter(git.find, {one.first} - {one.commit})]
+            there = self.edits in behind and (folder / self.edits).is_file()
+            follows = there and not all(git.differs(one, self.edits) for one in ours)
+            for name in [self.edits] * follows + ["results.tsv"]:
                 replace_file(folder / name, git("cat-file", "--filters", f"{self.ref}:{git.prefix}{name}"))
         with contextlib.suppress(
             subprocess.CalledProcessError
         ):  # the index is held: the next row tries again
             git("reset", "--quiet", "--", "results.tsv", self.edits, "program.md")
+        return True
 
 
 # ------------------------------------------------------------------------- the worker: one run after another
@@ -2584,7 +2594,11 @@ class Session:
         body = f"{self.facts['metric']} {value:.6f}, {last.get('info', '')}"
         if status == "crash":
             body = "\n".join(f"| {line}" for line in last.get("tail", "").splitlines()) or one_line(remark)
-        ledger.record(experiment, row, body, {"Work": ",".join(str(run["work"]) for run in runs)})
+        work = {"Work": ",".join(str(run["work"]) for run in runs)}
+        if not ledger.record(experiment, row, body, work):
+            self.say(
+                f"another branch is checked out: the row went to {ledger.name}, no file here was touched"
+            )
         self.say(shown(row), seen=True)
         if len(ledger.rows) % PACK_ROWS == 0:
             self.git("repack", "-d", "-q")
@@ -2592,10 +2606,6 @@ class Session:
             with contextlib.suppress(OSError):
                 merge_cache(self.runs_folder / experiment.folder / "cache", self.runs_folder / "cache")
         self.draw_picture()
-        if not ledger.checked_out():
-            self.say(
-                f"another branch is checked out: the row went to {ledger.name}, no file here was touched"
-            )
 
     def draw_picture(self):
         """Has progress.png drawn by another process, at the lowest priority, unless one is still at it."""

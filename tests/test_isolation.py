@@ -752,7 +752,7 @@ def test_a_git_that_fails_for_a_while_costs_no_row_and_no_proposal(project, serv
 def test_a_git_that_fails_once_while_a_row_is_written_costs_no_row(project):
     project.constants(WAITS="(0.05, 0.2)")
     once, real = project.folder.parent / "once", shutil.which("git")
-    fails = f'case "$GIT_INDEX_FILE $*" in /*results.tsv*) [ -e {once} ] && rm {once} && exit 128;; esac'
+    fails = f'case "$*" in *ls-tree*results.tsv*) [ -e {once} ] && rm {once} && exit 128;; esac'
     path = tools(project.folder.parent, git=f'{fails}\nexec {real} "$@"')
     once.touch()
     out = project.offline("--experiments", 2, PATH=f"{path}:{os.environ['PATH']}")
