@@ -795,12 +795,9 @@ def stuck(rows):
 class Git:
     """The checkout that holds this file. Commits are made beside the user's index, hooks and identity."""
 
-    SETTINGS = ("core.hooksPath=/dev/null", "core.fsmonitor=false", "core.quotePath=false", "gc.auto=0")
-    SETTINGS += ("color.ui=false", "log.showSignature=false", "diff.autoRefreshIndex=true")
-    SETTINGS += ("core.safecrlf=false", "core.fileMode=false")
-    SETTINGS += ("i18n.logOutputEncoding=UTF-8",)
-
-    WHO = "autoresearch <autoresearch@localhost>"
+    SETTINGS = """core.hooksPath=/dev/null core.fsmonitor=false core.quotePath=false core.safecrlf=false
+        core.fileMode=false gc.auto=0 color.ui=false log.showSignature=false diff.autoRefreshIndex=true
+        i18n.logOutputEncoding=UTF-8 user.name=autoresearch user.email=autoresearch@localhost""".split()
 
     def __init__(self, folder):
         self.folder, self.place = folder, {}
@@ -825,14 +822,13 @@ class Git:
         if not self.find("HEAD"):
             raise Stop("this repository has no commit yet; run: git add -A && git commit -m start")
 
-    def __call__(self, *args, stdin="", **environment):
+    def __call__(self, *args, stdin=""):
         settings = [part for setting in self.SETTINGS for part in ("-c", setting)]
         command = ["git", *settings, "--no-optional-locks", *args]
-        environment["GIT_COMMITTER_NAME"], environment["GIT_COMMITTER_EMAIL"] = self.WHO.rstrip(">").split(" <")
         # A GIT_DIR or GIT_INDEX_FILE, as hooks and dotfiles have them, names another repository.
         theirs = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
         theirs |= {name: value for name, value in os.environ.items() if name.startswith("GIT_CONFIG")}
-        environment = {**theirs, "LC_ALL": "C", **self.place, **environment}
+        environment = {**theirs, "LC_ALL": "C", **self.place}
         # A session of its own: Ctrl-C is for the loop, and must not stop a commit half-way.
         how = dict(cwd=self.folder, env=environment, start_new_session=True, capture_output=True, check=True)
         while True:
@@ -885,7 +881,8 @@ class Git:
         listed = self("ls-tree", "-z", "--full-tree", parents[0], "--", *files).split("\0")
         modes = {line.partition("\t")[2]: line[:6] for line in listed}
         ref = f"refs/autoresearch/new-{os.getpid()}"  # fast-import wants one; it is never written
-        lines = [f"commit {ref}", "mark :1", f"committer {self.WHO} now", as_data(message)]
+        who = "autoresearch <autoresearch@localhost>"
+        lines = [f"commit {ref}", "mark :1", f"committer {who} now", as_data(message)]
         lines += [f"{word} {parent}" for word, parent in zip(("from", "merge"), parents, strict=False)]
         for path, text in files.items():
             name = json.dumps(path, ensure_ascii=False)
