@@ -711,6 +711,9 @@ def run_train():
     """
     path, code = Path(__file__).with_name("train.py"), 0
     _taken["hold"] = take_hold()
+    if cache := os.environ.get("AUTORESEARCH_CACHE"):
+        for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "CUDA_CACHE_PATH"):
+            os.environ[name] = str(Path(cache, name.partition("_")[0].lower()))
     main = sys.modules["__main__"] = types.ModuleType("__main__")
     main.__file__, sys.argv = str(path), [str(path)]
     try:
@@ -805,7 +808,7 @@ def facts():
         "devices": devices, "device": name, "software": f"torch {torch.__version__}", "settings": settings,
         "data": meta["fingerprint"], "folder": str(folder.resolve()),
         "held_out": {split: str((folder / f"{split}.bin").resolve()) for split in ("val", "test")},
-        "fixed": ["CPU" if device.type == "cuda" else "GPU"],
+        "fixed": ["CPU" if device.type == "cuda" else "GPU"], "budget": BUDGET,
     })  # fmt: skip
 
 

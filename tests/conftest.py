@@ -121,7 +121,7 @@ def server():
 FACTS = {
     "metric": "val_bpb", "better": "lower", "edits": "train.py", "device": "cpu, stand-in", "software": "none",
     "data": "0123456789ab", "noise": 0.0007, "api": "It must go on calling prepare.finish().", "held_out": {},
-    "settings": {"PACE": "0.0101"}, "fixed": ["SECONDS"],
+    "settings": {"PACE": "0.0101"}, "fixed": ["SECONDS"], "budget": 300,
 }  # fmt: skip
 
 
