@@ -1,12 +1,11 @@
-"""All pairs of points that are nearer to each other than a radius: a grid of cells, of which each looks at those around it.
-
-Collisions in games, atoms in molecules and crowds need it at every step.
+"""All pairs of points that are nearer to each other than a radius, by a grid of cells, each of which looks at
+those around it. Collisions in games, atoms in molecules and crowds need this at every step.
 """
 
 from math import floor, sqrt
 
 CELL = 3.0  # width of a cell, in radiuses
-FEW = 200  # so many points are compared each with each
+FEW = 20  # so many points are compared each with each
 
 
 def pairs_within(points, radius):
