@@ -6,11 +6,13 @@ keeps or reverts it with git, and writes a row of results.tsv. Again and again.
     python loop.py --report    the results so far, at any time; draws progress.png
     python loop.py --audit     is the gain real? baseline and best on unseen data
 
+Started in a folder that holds a ruler.py, it works on that: an experiment of your own, as in examples/.
+
 To read the code, begin with Session.turn: a free device takes next_key's run, a finished one is taken, its
 experiment settled (judge), finished and recorded (Ledger.record), while proposals are thought about.
 
-Reads program.md (your goals, before every proposal), train.py and prepare.py, the ruler.
-Writes the branch autoresearch/TAG, with results.tsv and the kept train.py on it, and what
+Reads program.md (your goals, before every proposal), the ruler, prepare.py or ruler.py, and the file that it
+names, train.py. Writes the branch autoresearch/TAG, with results.tsv and the kept file on it, and what
 git ignores: runs/ (code and log of each run) and progress.png (each experiment a dot).
 """
 
@@ -68,11 +70,10 @@ except ModuleNotFoundError as error:  # another Python than the environment's
     )
     sys.exit(2)
 
-BUDGET = 300  # seconds of wall clock for one run, start-up, compiling and evaluation included
 KILL_GRACE = 5  # seconds after the budget, for a clean exit
 FACTS_SECONDS = 900  # for the ruler's facts: it may prepare the text; a driver may hang
-LEAVE_SECONDS = 7  # that processes may outlive their run: torch's loaders look for their parent every 5 s
-MAX_PROCESSES = 512  # of one run: a fork bomb ends the run, not the night; torch's compiler starts up to 32
+LEAVE_SECONDS = 7  # that processes may outlive their run: data loaders look for their parent every 5 s
+MAX_PROCESSES = 512  # of one run: a fork bomb ends the run, not the night; a compiler starts up to 32
 MEMORY_SHARE = 0.85  # of the machine's memory, for all runs together
 ORPHAN_SECONDS = 2  # for a worker to notice that its loop is gone: it looks four times a second
 LOG_BYTES = 100e6  # a run that prints more is stopped
@@ -104,7 +105,10 @@ STREAM = {"stream": True, "stream_options": {"include_usage": True}}
 REFUSALS = 2  # times that a reply which can't be applied goes back to the model, before it becomes a row
 MAX_REPLY = 200_000  # characters: what is longer isn't an edit
 
-PRIOR_NOISE = 0.0007  # standard deviation of a run, assumed for logs without a column of changes
+RULER = "prepare.py"  # beside this file
+OWN_RULER = "ruler.py"  # of a project in another folder; it imports from the other one
+METRIC = "val_bpb"  # of a results.tsv that has such a column; else its second column is the metric's
+PRIOR_NOISE = 0.0007  # standard deviation of a run, assumed for such logs without a column of changes
 PRIOR_RUNS = 2  # the ruler's prior of the noise counts as so many experiments with two runs
 MAX_RUNS = 3  # of one experiment: on the seeds 0, 1 and 2
 MEDIAN_SQUARE = 0.455  # median of the square of a normal deviation of 1
@@ -174,7 +178,7 @@ EPILOG = """\
 environment:
   OPENAI_API_KEY        of the model's provider; a server of your own may need none
   OPENAI_BASE_URL       your own server, e.g. http://localhost:11434/v1
-  AUTORESEARCH_DATA     where prepare.py put the text (~/.cache/autoresearch)
+  AUTORESEARCH_DATA     where the ruler's data are (~/.cache/autoresearch)
 
 Edit program.md at any time to steer. `git show COMMIT` is the edit of any row, kept or
 not. Exit status: 2 for what you have to fix first, 1 for what failed, else 0.
@@ -610,11 +614,11 @@ def read_rows(text, name):
     their names, whatever lies between; Stop where there is no header.
 
     Logs without a column `change`, the community's, had each run on a seed of its own: their changes are the
-    differences to the last kept row before, as sure as the noise of a run allows.
+    differences to the last kept row before, as sure as the noise of a run allows, where that is known.
     """
     head, *lines = text.removeprefix("\ufeff").replace("\r\n", "\n").split("\n")
     names, rows, unread = [column.strip() for column in head.split("\t")], [], []
-    metric = "val_bpb" if "val_bpb" in names else names[1] if names[1:] else ""
+    metric = METRIC if METRIC in names else names[1] if names[1:] else ""
     if not {metric, "status"} <= {*names}:
         raise Stop(
             f"{name} begins with no header line that names {COLUMNS[:42]} (tabs between): {one_line(head)!r}"
@@ -637,7 +641,8 @@ def read_rows(text, name):
         for row, parent in zip(rows, kept_before(rows), strict=False):
             if parent and row.runs:
                 row.change = row.value - parent.value
-                row.error = PRIOR_NOISE * math.sqrt(1 / len(parent.runs) + 1 / len(row.runs))
+                noise = PRIOR_NOISE if metric == METRIC else math.nan
+                row.error = noise * math.sqrt(1 / len(parent.runs) + 1 / len(row.runs))
     return metric, rows, unread
 
 
@@ -801,7 +806,7 @@ def stuck(rows):
 
 
 class Git:
-    """The checkout that holds this file. Commits are made beside the user's index, hooks and identity."""
+    """The checkout that holds the project. Commits are made beside the user's index, hooks and identity."""
 
     SETTINGS = """core.hooksPath=/dev/null core.fsmonitor=false core.quotePath=false core.safecrlf=false
         core.fileMode=false gc.auto=0 color.ui=false log.showSignature=false diff.autoRefreshIndex=true
@@ -811,7 +816,7 @@ class Git:
         self.folder, self.place = folder, {}
         try:
             self.prefix = self("rev-parse", "--show-prefix").strip()  # where it is in a larger repository
-            self.dir, top = self("rev-parse", "--absolute-git-dir", "--show-toplevel").splitlines()
+            self.dir, self.top = self("rev-parse", "--absolute-git-dir", "--show-toplevel").splitlines()
         except FileNotFoundError:
             raise Stop("git is not installed; the loop keeps its results in git") from None
         except subprocess.CalledProcessError as error:
@@ -821,11 +826,14 @@ class Git:
                     f"{folder} is not a git repository; run: git init && git add -A && git commit -m start"
                 )
             raise Stop(reason) from None
-        self.place = {"GIT_DIR": self.dir, "GIT_WORK_TREE": top}  # not another one, while a disk is away
+        self.place = {"GIT_DIR": self.dir, "GIT_WORK_TREE": self.top}  # not another, while a disk is away
+        # The branches of a project with its own ruler, in a folder of a repository, are its own, too.
+        own = re.findall(r"\w+", self.prefix) if (folder / OWN_RULER).is_file() else []
+        self.space = "-".join(["autoresearch", *own])
         if self.prefix and not self("ls-files", "--", "."):  # somebody's dotfiles are no place for a night
             raise Stop(
-                f"{folder} lies in another repository, {top}, which holds nothing of it; make it one of its "
-                "own: git init && git add -A && git commit -m start"
+                f"{folder} lies in another repository, {self.top}, which holds nothing of it; make it one of "
+                "its own: git init && git add -A && git commit -m start"
             )
         if not self.find("HEAD"):
             raise Stop("this repository has no commit yet; run: git add -A && git commit -m start")
@@ -960,12 +968,12 @@ class Ledger:
     """What the loop remembers: the branch with its rows, refs to what is open, and a file of runs."""
 
     def __init__(self, git, tag):
-        self.git, self.name, self.edits = git, f"autoresearch/{tag}", "train.py"
-        self.ref, self.refs = f"refs/heads/{self.name}", f"refs/autoresearch/{tag}/open/"
-        self.file = Path(git.dir, "autoresearch", tag.replace("/", "--") + ".jsonl")
-        self.header, self.rows = header("val_bpb"), []
+        self.git, self.name, self.edits = git, f"{git.space}/{tag}", ""  # the file, once the ruler named it
+        self.ref, self.refs = f"refs/heads/{self.name}", f"refs/{self.name}/open/"
+        self.file = Path(git.dir, git.space, tag.replace("/", "--") + ".jsonl")
+        self.header, self.rows = header(METRIC), []
         self.experiments = {}  # {commit: Experiment}, those with a row in the order of the rows
-        self.best, self.source = None, ""  # the last Experiment that was kept, and its file
+        self.best = None  # the last Experiment that was kept
         self.results = {}  # {(commit, seed, split): result} of finished runs
         self.deaths = Counter()  # {commit: runs that were begun and neither finished nor stopped}
 
@@ -1028,7 +1036,11 @@ class Ledger:
 
     def set_best(self):
         self.best = next((one for one in reversed(self.ended()) if one.row.status == "keep"), None)
-        self.source = self.source_of(self.best.commit) if self.best else self.git.text(self.ref, self.edits)
+
+    @property
+    def source(self):
+        """The best file so far."""
+        return self.source_of(self.best.commit) if self.best else self.git.text(self.ref, self.edits)
 
     def source_of(self, commit):
         """The file as an experiment edited it."""
@@ -1195,8 +1207,7 @@ def as_environment(told):
 def environment(folder, cache, **told):
     """The environment of a run: a short list of what it may see, a home and a temporary folder of its own."""
     kept = {name: value for name, value in os.environ.items() if ALLOWED.fullmatch(name)}
-    for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "CUDA_CACHE_PATH"):
-        kept[name] = str(cache / name.partition("_")[0].lower())
+    kept["AUTORESEARCH_CACHE"] = str(cache)
     kept |= {"HOME": str(folder / "home"), "TMPDIR": str(folder / "tmp"), "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
     kept |= {"PYTHONUNBUFFERED": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     kept["PYTHONUSERBASE"] = site.getuserbase()  # packages of pip --user are found by HOME otherwise
@@ -1279,9 +1290,14 @@ def lay_out(folder, files):
     if cache.is_symlink() or not cache.is_dir():
         remove(cache)
         shutil.copytree(shared, cache, symlinks=True) if shared.is_dir() else cache.mkdir()
+    write_files(folder, files)
+    return cache
+
+
+def write_files(folder, files):
+    """Files of these names and texts, as git has them."""
     for name, text in files.items():
         (folder / name).write_bytes(text.encode("utf-8", "surrogateescape"))
-    return cache
 
 
 def files_below(*paths):
@@ -1422,7 +1438,7 @@ def run_job(job, tell):
         remove(compiled_at(job))
         compiled_at(job).symlink_to(cache)
     env = environment(folder, compiled_at(job), **places, **told) | visible
-    command = [*(cage(job, folder, cache, devices) if job["caged"] else ()), sys.executable, "prepare.py"]
+    command = [*(cage(job, folder, cache, devices) if job["caged"] else ()), sys.executable, job["ruler"]]
     if job["probe"]:
         return {"cause": "", "facts": ask_facts(command, folder, env)}
     before = {} if job["caged"] else files_below(*job["watched"])
@@ -1869,7 +1885,7 @@ class View:
     console: Console
     live: bool = False  # whether it is on the screen now
     title: str = ""
-    budget: float = BUDGET
+    budget: float = 300.0  # seconds, until the ruler says
     sign: int = 1  # of a difference that is a gain, see direction()
     rows: list = field(default_factory=list)
     runs: dict = field(default_factory=dict)  # {device: Run, None where it is free}
@@ -1957,7 +1973,8 @@ class Report:
     def __post_init__(self):
         self.kept = [number for number, row in enumerate(self.rows) if row.status == "keep" and row.runs]
         # Where what was kept rose, or what was not fell, higher is better.
-        changes = [row.change if row.status == "keep" else -row.change for row in self.rows if row.error > 0]
+        known = [row for row in self.rows if not math.isnan(row.change)]
+        changes = [row.change if row.status == "keep" else -row.change for row in known]
         self.sign = -1 if sum(changes) > 0 else 1
 
     def gain(self, number):
@@ -2003,7 +2020,7 @@ class Report:
         values = {n: self.sign * rows[n].value for n in measured}  # lower is better
         # What was kept is the story: what is far above is cut.
         story = [values[n] for n in kept] or [*values.values()] or [0.0]
-        errors = [row.error for row in rows if row.error > 0] or [PRIOR_NOISE]
+        errors = [row.error for row in rows if row.error > 0] or [0.0]
         worst = max(story) + max(max(story) - min(story), 6 * median(errors)) / 2
         inside = {n for n in measured if values[n] <= worst} | kept
         figure = Figure((12, 6.75), dpi=150)
@@ -2052,14 +2069,16 @@ def read_report(folder, tag, file):
         if not text:
             raise Stop(f"{file} can't be read; --report takes a results.tsv, or nothing for the branch's own")
         return Report(one_line(Path(file).name), *read_rows(text, file))
-    git, name = Git(folder), f"autoresearch/{tag.removeprefix('autoresearch/')}" if tag else ""
-    if not name and not (name := git.branch()).startswith("autoresearch/"):
+    git = Git(folder)
+    space = f"{git.space}/"
+    name = space + tag.removeprefix(space) if tag else ""
+    if not name and not (name := git.branch()).startswith(space):
         newest = "--sort=-committerdate", "--count=1", "--format=%(refname:lstrip=2)"
-        name = git("for-each-ref", *newest, "refs/heads/autoresearch/").strip()
+        name = git("for-each-ref", *newest, f"refs/heads/{space}").strip()
     if not name or not git.find(f"refs/heads/{name}"):
-        name = name or "autoresearch/TAG yet"
+        name = name or f"{space}TAG yet"
         raise Stop(f"no branch {name}; run: python loop.py, or name a file: --report FILE")
-    return Report(name, *read_rows(git.text(f"refs/heads/{name}", "results.tsv") or header("val_bpb"), name))
+    return Report(name, *read_rows(git.text(f"refs/heads/{name}", "results.tsv") or header(METRIC), name))
 
 
 def report(folder, tag, file, console):
@@ -2086,9 +2105,12 @@ class Session:
         self.args, self.folder, self.runs_folder = args, folder, folder / "runs"
         self.git, self.view = Git(folder), View(console)
         here, today = self.git.branch(), f"{datetime.now():%Y-%m-%d}"
-        tag = args.tag or (here if here.startswith("autoresearch/") else today)
-        self.ledger = Ledger(self.git, tag.removeprefix("autoresearch/"))
+        space = f"{self.git.space}/"
+        tag = args.tag or (here if here.startswith(space) else today)
+        self.ledger = Ledger(self.git, tag.removeprefix(space))
         self.say, self.view.rows = self.view.say, self.ledger.rows
+        own = (folder / OWN_RULER).is_file()
+        self.script = OWN_RULER if own else RULER  # what is asked, and started for each run
         self.model, self.painter, self.program = None, None, ""
         self.devices = {}  # {name: Device}
         self.in_flight = {}  # {(commit, seed, split): the device on which it runs}
@@ -2125,28 +2147,27 @@ class Session:
         (self.runs_folder / ".gitignore").write_text("*\n")
         kill_leftovers(self.runs_folder)
         remove(*self.runs_folder.glob("check-*"))
-        for name in ("results.tsv", self.ledger.edits):
-            (self.folder / f".{name}.new").unlink(missing_ok=True)
 
-    def check_files(self):
-        """Ruler and loop must be as they are committed, and results.tsv hold nothing of the user's."""
-        ledger, names = self.ledger, ["prepare.py", "loop.py"]
-        begun = self.git.find(ledger.ref)
-        names += [] if begun else ["results.tsv"]
-        status = self.git("status", "--porcelain", "--ignored", "--", *names).splitlines()
-        if changed := ", ".join(line[3:] for line in status):
-            raise Stop(
-                f"{changed}: missing or not committed, so the results would belong to nothing; commit it"
-            )
-        for name in ("loop.py", "prepare.py", ledger.edits, "program.md"):
+    def check_committed(self, *names):
+        """These files of the project must be in git."""
+        for name in names:
             if (self.folder / name).is_symlink():
                 raise Stop(f"{name} is a link, of which git keeps no text; put the file itself in its place")
             if self.git.text("HEAD", name) is None:
                 raise Stop(f"{name} is not committed; run: git add {name} && git commit -m start")
-        try:
-            code_hash(self.git.text("HEAD", ledger.edits))
-        except Refused as error:
-            raise Stop(f"{ledger.edits} as it is committed: {error}; fix and commit it") from None
+
+    def check_files(self):
+        """Ruler and loop must be as they are committed, and results.tsv hold nothing of the user's."""
+        ledger, names = self.ledger, [self.script]
+        names += ["loop.py"] if self.script == RULER else []
+        begun = self.git.find(ledger.ref)
+        looked_at = names if begun else [*names, "results.tsv"]
+        status = self.git("status", "--porcelain", "--ignored", "--", *looked_at).splitlines()
+        if changed := ", ".join(line[3:] for line in status):
+            raise Stop(
+                f"{changed}: missing or not committed, so the results would belong to nothing; commit it"
+            )
+        self.check_committed(*names, "program.md")
         if begun:
             ledger.load()
             rows = (ledger.header + "".join(map(Row.line, ledger.rows))).splitlines()
@@ -2157,22 +2178,36 @@ class Session:
                     "results.tsv has uncommitted changes; commit them, or: git checkout -- results.tsv"
                 )
 
+    def check_edited(self):
+        """The file that the ruler names must be in git, and compile."""
+        name = self.ledger.edits
+        for file in ("results.tsv", name):
+            (self.folder / f".{file}.new").unlink(missing_ok=True)  # of a loop that was killed
+        self.check_committed(name)
+        try:
+            code_hash(self.git.text("HEAD", name))
+        except Refused as error:
+            raise Stop(f"{name} as it is committed: {error}; fix and commit it") from None
+
     def ask_ruler(self):
         """What the ruler says of itself and this machine; a branch goes on only with what it began with."""
         began, ledger, place = self.ledger.noted_ruler(), self.ledger, self.runs_folder / "ruler"
-        self.budget = self.view.budget = self.args.budget or began.get("budget", BUDGET)
-        self.ruler = self.git.text(self.git.find(ledger.ref) or "HEAD", "prepare.py")
+        self.ruler = {self.script: self.git.text(self.git.find(ledger.ref) or "HEAD", self.script)}
+        if self.script == OWN_RULER:
+            self.ruler[RULER] = read_text(Path(__file__).with_name(RULER))
         place.mkdir(exist_ok=True)
-        (place / "prepare.py").write_bytes(self.ruler.encode("utf-8", "surrogateescape"))
+        write_files(place, self.ruler)
         env = os.environ | ONE_THREAD | {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
         env |= as_environment({"FINGERPRINT": began.get("data", "")} | began.get("settings", {}))
         if data := env.get("AUTORESEARCH_DATA"):  # the ruler stands in another folder
             env["AUTORESEARCH_DATA"] = os.path.abspath(os.path.expanduser(data))
-        self.say("asking prepare.py about the text and this machine, a few seconds")
-        facts = self.facts = ask_facts([sys.executable, "prepare.py"], place, env, stderr=None)
+        self.say(f"asking {self.script} about the data and this machine, a few seconds")
+        facts = self.facts = ask_facts([sys.executable, self.script], place, env, stderr=None)
         if isinstance(facts, str):
             raise Stop("the ruler doesn't start, see above; is everything installed? pip install -e .")
-        now = {"code": hashlib.sha256(self.ruler.encode()).hexdigest()[:12], "budget": self.budget}
+        self.budget = self.view.budget = self.args.budget or began.get("budget") or facts["budget"]
+        code = "".join(self.ruler.values()).encode("utf-8", "surrogateescape")
+        now = {"code": hashlib.sha256(code).hexdigest()[:12], "budget": self.budget}
         now |= {name: facts[name] for name in SAME}
         self.noted = now | {name: began.get(name, facts[name]) for name in ("noise", "settings")}
         differ = [name for name in now if began.get(name, now[name]) != now[name]]
@@ -2181,6 +2216,7 @@ class Session:
             raise Stop(f"{other}; go back, or begin anew: --tag")
         self.sign = self.view.sign = direction(facts)
         ledger.edits, ledger.header = facts["edits"], header(facts["metric"])
+        self.check_edited()
         for name in self.args.devices.split(",") if self.args.devices else facts["devices"]:
             found = [device for device in facts["devices"] if name in (device, device.rpartition(":")[2])]
             if not found:
@@ -2367,13 +2403,12 @@ class Session:
     def check_reach(self, source):
         """Raises Refused, with the ruler's sentence, where an edit reaches outside what the ruler offers."""
         with tempfile.TemporaryDirectory(prefix="check-", dir=self.runs_folder) as name:
-            folder, command = Path(name), [sys.executable, "prepare.py", "--check", self.ledger.edits]
-            for name, text in {"prepare.py": self.ruler, self.ledger.edits: source}.items():
-                (folder / name).write_text(text, encoding="utf-8", errors="surrogateescape")
+            folder, command = Path(name), [sys.executable, self.script, "--check", self.ledger.edits]
+            write_files(folder, {**self.ruler, self.ledger.edits: source})
             how = dict(cwd=folder, env=environment(folder, folder), stdout=subprocess.PIPE, text=True)
             answer = subprocess.run(command, **how).stdout.strip()
         if not answer:
-            raise OSError(5, "the ruler's check failed", "prepare.py")
+            raise OSError(5, "the ruler's check failed", self.script)
         if answer != "ok":
             raise Refused(f"The ruler doesn't allow this: {answer}.")
 
@@ -2461,17 +2496,16 @@ class Session:
         commit, seed, split = key or ("", 0, "val")
         told = {"SEED": f"{seed}", "SPLIT": "val" if split == "warm" else split, "BUDGET": f"{self.budget:g}"}
         told["WORK"] = f"{self.work_for(commit, seed)}" if key and split == "val" else ""
-        files = {"prepare.py": self.ruler}
-        if key:
-            files[self.ledger.edits] = self.ledger.source_of(commit)
+        files = {**self.ruler, self.ledger.edits: self.ledger.source_of(commit)} if key else self.ruler
         # What an uncaged run mustn't change: packages, data, git's settings, the loop and the ruler.
         watched = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), site.getusersitepackages()]
         watched += [self.facts["folder"], f"{self.git.dir}/config", f"{self.git.dir}/hooks"]
-        watched += [str(self.folder / name) for name in ("loop.py", "prepare.py")]
+        watched += [__file__, str(Path(__file__).with_name(RULER)), str(self.folder / self.script)]
         return {
             "files": files,
+            "ruler": self.script,
             "folder": str(folder or self.runs_folder / "probe" / device),
-            "project": str(self.folder),
+            "project": self.git.top,
             "facts": {name: self.facts[name] for name in ("metric", "data", "folder", "held_out")},
             "told": told | self.noted["settings"],
             "device": device,
@@ -2636,7 +2670,7 @@ class Session:
         """Has progress.png drawn by another process, at the lowest priority, unless one is still at it."""
         busy = self.painter and self.painter.poll() is None
         if importlib.util.find_spec("matplotlib") and not busy:
-            command = ["nice", "-n", "19", sys.executable, "loop.py", "--report", "--tag", self.ledger.name]
+            command = ["nice", "-n", "19", sys.executable, __file__, "--report", "--tag", self.ledger.name]
             how = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
             # It writes nothing into the packages, which runs without a cage are not to change.
             how |= {"env": os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}, "start_new_session": True}
@@ -2781,7 +2815,7 @@ def parse_arguments(words=None):
     parser = argparse.ArgumentParser(description=__doc__, epilog=EPILOG, formatter_class=form)
     for name, kind, meaning in (
         ("--tag", str, "the branch autoresearch/TAG (default: the one checked out, else today's date)"),
-        ("--budget", positive(float), f"hard wall clock of one run, in seconds ({BUDGET}, or the branch's)"),
+        ("--budget", positive(float), "hard wall clock of one run, in seconds (default: as the ruler says)"),
         ("--experiments", positive(int), "stop after so many experiments, the baseline not counted"),
         ("--hours", positive(float), "begin nothing new after so many hours"),
         ("--tokens", positive(int), "ask the model no more after so many tokens; the search goes on"),
@@ -2793,7 +2827,7 @@ def parse_arguments(words=None):
     parser.add_argument("--offline", action="store_true", help=meaning)
     meaning = "show what was kept: of the branch, or of any results.tsv"
     parser.add_argument("--report", nargs="?", const="", metavar="FILE", help=meaning)
-    meaning = "run baseline and best again, on fresh seeds and unseen text"
+    meaning = "run baseline and best again, on fresh seeds and unseen data"
     parser.add_argument("--audit", action="store_true", help=meaning)
     meaning = "runs behind bwrap: where it works, or stop, or never"
     parser.add_argument("--sandbox", choices=("auto", "require", "off"), default="auto", help=meaning)
@@ -2806,7 +2840,8 @@ def plain(error):
 
 
 def main():
-    args, folder, session = parse_arguments(), Path(__file__).resolve().parent, None
+    args, session = parse_arguments(), None
+    folder = Path.cwd() if Path(OWN_RULER).is_file() else Path(__file__).resolve().parent
     codecs.register_error("plain", plain)
     while os.open(os.devnull, os.O_RDWR) < 3:
         pass  # where standard streams are closed, no file of ours may take their place
