@@ -114,6 +114,7 @@ TEXT_NODE = 5  # characters of a string that weigh as much as one node of the sy
 AUDIT_SEEDS = range(900_000_000, 900_000_005)  # which no experiment had
 STUDENT = 12.71, 4.30, 3.18, 2.78  # standard errors of half a 95 % interval, at 1, 2, ... degrees of freedom
 CLEAR = 2  # standard errors by which a change is clear of the noise
+ODD = 3  # standard errors by which a machine's runs are off, before a report names it; and runs that it needs
 
 FIRST_STEP = 0.4  # of the search: a constant is multiplied by e ** 0.4, about 1.5
 MAX_MOVES = 8  # of one constant that are skipped because they were tried
@@ -743,6 +744,28 @@ def counts(rows):
     return f"{number.total()} experiments, {number['keep']} kept, {number['crash']} crashed"
 
 
+def odd_nodes(groups, noise):
+    """A sentence for each machine whose runs are off by more than the noise explains.
+
+    groups: of each experiment, on each seed (what it gained, where its parent ran, where it ran): what it
+    gained on one seed more than on the others may be the seed's, or one of these machines'.
+    """
+    off = {}
+    for group in groups:
+        for gain, before, after in group if len(group) > 1 else ():
+            more = gain - fmean(gain for gain, *_ in group)
+            for node, better in ((after, more), (before, -more)) if before != after else ():
+                off.setdefault(node, []).append(better)
+    for node, gains in sorted(off.items()):
+        mean, error, word = (
+            fmean(gains),
+            noise / math.sqrt(len(gains)),
+            "better" if sum(gains) > 0 else "worse",
+        )
+        if len(gains) >= ODD and abs(mean) > ODD * error:
+            yield f"{node}: {len(gains)} runs were {word} than elsewhere by {abs(mean):.4f} +- {error:.4f}"
+
+
 def audit_report(pairs, first, best, rows, sign):
     """Lines for the morning, from (baseline, best) on each fresh seed; first, best: their rows."""
     gains = [sign * (baseline - after) for baseline, after in pairs]
@@ -1063,6 +1086,24 @@ class Ledger:
                 pairs = zip(parent.row.runs, experiment.row.runs, strict=False)
                 groups.append([one - other for one, other in pairs])
         return noise_of(groups, prior)
+
+    def odd_nodes(self):
+        """Sentences on the machines whose runs are off, as far as the file of runs says where they were."""
+        groups, here, ruler = [], os.uname().nodename, self.noted_ruler()
+        for one in self.ended():
+            pairs = zip(*map(self.results_of, (one.parent, one.commit)), strict=False)
+            pairs = [pair for pair in pairs if not any(run["cause"] for run in pair)]
+            groups.append(
+                [
+                    (
+                        direction(ruler) * (before["value"] - after["value"]),
+                        before.get("node", here),
+                        after.get("node", here),
+                    )
+                    for before, after in pairs
+                ]
+            )
+        return [*odd_nodes(groups, self.noise(ruler["noise"]))] if groups else []
 
     def checked_out(self):
         return self.git.branch() == self.name
@@ -2118,6 +2159,7 @@ class Report:
     metric: str
     rows: list
     unread: list = ()  # of lines that are no rows, a sentence each
+    nodes: list = ()  # a sentence on each machine whose runs are off
 
     def __post_init__(self):
         self.kept = [number for number, row in enumerate(self.rows) if row.status == "keep" and row.runs]
@@ -2150,6 +2192,7 @@ class Report:
             lines.append(f"{hours:.1f} hours, {(len(ends) - 1) / hours:.1f} an hour")
         if tokens := sum(row.llm_tokens for row in rows):
             lines.append(f"{tokens:,} tokens")
+        lines += self.nodes
         yield Text(f"{self.name}: {self.metric} of what was kept, in order\n", "bold")
         yield from self.table(self.kept)
         if near:
@@ -2224,7 +2267,12 @@ def read_report(folder, tag, file):
     if not name or not git.find(f"refs/heads/{name}"):
         name = name or "autoresearch/TAG yet"
         raise Stop(f"no branch {name}; run: python loop.py, or name a file: --report FILE")
-    return Report(name, *read_rows(git.text(f"refs/heads/{name}", "results.tsv") or header("val_bpb"), name))
+    rows, nodes = read_rows(git.text(f"refs/heads/{name}", "results.tsv") or header("val_bpb"), name), []
+    with contextlib.suppress(Stop, KeyError):  # a branch of another version
+        ledger = Ledger(git, name.removeprefix("autoresearch/"))
+        ledger.load()
+        nodes = ledger.odd_nodes()
+    return Report(name, *rows, nodes)
 
 
 def report(folder, tag, file, console):
