@@ -41,6 +41,7 @@ import re
 import resource
 import secrets
 import select
+import shlex
 import shutil
 import signal
 import site
@@ -75,7 +76,10 @@ FACTS_SECONDS = 900  # for the ruler's facts: it may prepare the text; a driver 
 LEAVE_SECONDS = 7  # that processes may outlive their run: data loaders look for their parent every 5 s
 MAX_PROCESSES = 512  # of one run: a fork bomb ends the run, not the night; a compiler starts up to 32
 MEMORY_SHARE = 0.85  # of the machine's memory, for all runs together
-ORPHAN_SECONDS = 2  # for a worker to notice that its loop is gone: it looks four times a second
+ORPHAN_SECONDS = 2  # for a worker to notice that its loop is gone, and to end its run
+BEAT = 3  # seconds after which a worker on another machine that has heard nothing speaks, and is answered
+SILENCE = 20  # seconds without a word from another machine, after which the other side is taken for lost
+LOST = 0.25  # of a machine's failure: a node that is lost during a run; hardly ever by the experiment's fault
 LOG_BYTES = 100e6  # a run that prints more is stopped
 LOG_TAIL = 65_536  # bytes of its end that are read
 CACHE_BYTES = 2e9  # limit of the branch's compile cache: its oldest files go
@@ -121,6 +125,7 @@ TEXT_NODE = 5  # characters of a string that weigh as much as one node of the sy
 AUDIT_SEEDS = range(900_000_000, 900_000_005)  # which no experiment had
 STUDENT = 12.71, 4.30, 3.18, 2.78  # standard errors of half a 95 % interval, at 1, 2, ... degrees of freedom
 CLEAR = 2  # standard errors by which a change is clear of the noise
+ODD = 3  # standard errors by which a machine's runs are off, before a report names it; and runs that it needs
 
 FIRST_STEP = 0.4  # of the search: a constant is multiplied by e ** 0.4, about 1.5
 MAX_MOVES = 8  # of one constant that are skipped because they were tried
@@ -140,6 +145,8 @@ SAME = (
 )  # facts that must match for results to compare
 # Of a run on a CPU: threads of one run would wait for each other, and longer beside other work.
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
+# What isn't told to workers and to what starts them, which may pass on all that it knows, as srun does.
+SECRET = re.compile(r"OPENAI_.*|.*(API_?KEY|TOKEN|SECRET|PASSW).*", re.IGNORECASE)
 # What a run sees of the environment, beside what the loop adds: no key and no other secret.
 ALLOWED = r"(PATH|LANG|LC_\w+|TZ|TERM|USER|LD_LIBRARY_PATH|PYTHONPATH|(OMP|MKL|OPENBLAS)_NUM_THREADS|CUDA_\w+"
 ALLOWED = re.compile(ALLOWED + r"|NVIDIA_(VISIBLE_DEVICES|DRIVER_CAPABILITIES)|SSL_CERT_\w+)")
@@ -750,6 +757,28 @@ def counts(rows):
     return f"{number.total()} {of}, {number['keep']} kept, {number['crash']} crashed"
 
 
+def odd_nodes(groups, noise):
+    """A sentence for each machine whose runs are off by more than the noise explains.
+
+    groups: of each experiment, on each seed (what it gained, where its parent ran, where it ran): what it
+    gained on one seed more than on the others may be the seed's, or one of these machines'.
+    """
+    off = {}
+    for group in groups:
+        for gain, before, after in group if len(group) > 1 else ():
+            more = gain - fmean(gain for gain, *_ in group)
+            for node, better in ((after, more), (before, -more)) if before != after else ():
+                off.setdefault(node, []).append(better)
+    for node, gains in sorted(off.items()):
+        mean, error, word = (
+            fmean(gains),
+            noise / math.sqrt(len(gains)),
+            "better" if sum(gains) > 0 else "worse",
+        )
+        if len(gains) >= ODD and abs(mean) > ODD * error:
+            yield f"{node}: {len(gains)} runs were {word} than elsewhere by {abs(mean):.4f} +- {error:.4f}"
+
+
 def audit_report(pairs, first, best, rows, sign):
     """Lines for the morning, from (baseline, best) on each fresh seed; first, best: their rows."""
     gains = [sign * (baseline - after) for baseline, after in pairs]
@@ -1084,6 +1113,24 @@ class Ledger:
                 groups.append([one - other for one, other in pairs])
         return noise_of(groups, prior)
 
+    def odd_nodes(self):
+        """Sentences on the machines whose runs are off, as far as the file of runs says where they were."""
+        groups, here, ruler = [], os.uname().nodename, self.noted_ruler()
+        for one in self.ended():
+            pairs = zip(*map(self.results_of, (one.parent, one.commit)), strict=False)
+            pairs = [pair for pair in pairs if not any(run["cause"] for run in pair)]
+            groups.append(
+                [
+                    (
+                        direction(ruler) * (before["value"] - after["value"]),
+                        before.get("node", here),
+                        after.get("node", here),
+                    )
+                    for before, after in pairs
+                ]
+            )
+        return [*odd_nodes(groups, self.noise(ruler["noise"]))] if groups else []
+
     def checked_out(self):
         return self.git.branch() == self.name
 
@@ -1195,8 +1242,8 @@ RESULT = re.compile(r"^result: ([0-9a-f]{64}) (\{.*\})$", re.MULTILINE)
 PERCENT = re.compile(r"(\d{1,3}(?:\.\d+)?) ?%")
 
 
-class Orphaned(Exception):
-    """The loop is gone, and with it whoever would read a result."""
+class Orphaned(BaseException):
+    """The loop is gone, and with it whoever would read a result: raised wherever the worker is."""
 
 
 def as_environment(told):
@@ -1247,7 +1294,7 @@ def steps_to(path):
 def compiled_at(job):
     """Where a run finds its experiment's compile cache: at one path for all, as what is compiled names it."""
     runs = Path(job["folder"]).parents[1]
-    return runs / ("compiled" if job["caged"] else f"compiled-{job['device'].replace(':', '-')}")
+    return runs / ("compiled" if job["caged"] else f"compiled-{job['name'].replace(':', '-')}")
 
 
 def cage(job, folder, cache, devices):
@@ -1433,7 +1480,7 @@ def run_job(job, tell):
     cache, log = lay_out(folder, job["files"]), folder / "run.log"
     visible, devices = only_device(job["device"])
     secret, started = secrets.token_hex(32), time.monotonic()
-    places = dict(RUNS=folder.parents[1], DEVICE=job["device"], DATA=job["facts"]["folder"], STARTED=started)
+    places = dict(RUNS=folder.parents[1], DEVICE=job["name"], DATA=job["facts"]["folder"], STARTED=started)
     if not job["caged"]:  # in a cage it is bound there
         remove(compiled_at(job))
         compiled_at(job).symlink_to(cache)
@@ -1494,15 +1541,13 @@ def start_run(job, command, env, log):
 
 def watch(process, log, deadline, job, tell):
     """Waits for a run and what it started, and tells its last line; the reason if it has to be stopped, or
-    leaves something running. Orphaned when the loop ends."""
+    leaves something running."""
     for look in itertools.count(1):
         if time.monotonic() >= deadline:
             return ""  # it may have printed its result all the same
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(min(0.25, max(deadline - time.monotonic(), 0)))
             break
-        if select.select([0], [], [], 0)[0]:
-            raise Orphaned
         if look % 4 == 0:  # each second
             tell(line=one_line(end_of(log).rstrip().rpartition("\n")[2]))
             if reason := excess(log, job["memory"]):
@@ -1515,68 +1560,252 @@ def watch(process, log, deadline, job, tell):
     return ""
 
 
-def worker():
+def differences(was, now, names):
+    """Which of these facts were known to be others, in words; empty where none was."""
+    changed = (name for name in names if was.get(name, now[name]) != now[name])
+    return "; ".join(f"{name} was {was[name]} and is {now[name]}" for name in changed)
+
+
+def why_no_cage(job, facts):
+    """Why runs can't be caged here: without bwrap, or where the ruler finds another machine behind it."""
+    if not shutil.which("bwrap"):
+        return "bwrap (bubblewrap) is not installed"
+    inside = run_job(job | {"facts": facts, "caged": True, "probe": True}, print)["facts"]
+    changed = inside if isinstance(inside, str) else differences(facts, inside, SAME)
+    return changed and f"behind bwrap {changed}"
+
+
+def packages_and_data(facts):
+    """What a run without a cage mustn't change, on any machine."""
+    packages = sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), site.getusersitepackages()
+    return [*packages, facts["folder"]]
+
+
+def run_for_another(job, tell):
+    """Makes a run for a loop on another machine: place, data, device and cage are this one's own.
+
+    What was found out of it `here` goes with the result to the loop, which says it with its next jobs.
+    """
+    host, (*_, experiment, run) = os.uname().nodename, Path(job["folder"]).parts
+    runs = Path.home() / ".cache" / "autoresearch" / "nodes" / f"{host}-{job['branch']}"
+    job |= {"folder": str(runs / experiment / f"{run}-{os.getpid()}"), "project": str(runs)}
+    kill_leftovers(runs, job["name"])
+    old = time.time() - 3600 - 2 * float(job["told"]["BUDGET"])  # what still runs is younger
+    remove(*(path for path in runs.glob("*-*") if path.stat().st_mtime < old))
+    with contextlib.suppress(OSError):  # another worker may do the same
+        merge_cache(runs / job["kept"] / "cache", runs / "cache")
+    try:
+        here = job.get("here") or ask_here(job, tell)
+        facts, why, devices = here["facts"], here["why"], here["facts"]["devices"]
+        if differ := differences(job["facts"], facts, SAME):
+            raise Stop(differ)
+        if why and job["sandbox"] == "require":
+            raise Stop(f"no sandbox: {why}")
+        cards = len(glob.glob("/proc/driver/nvidia/gpus/*")) or os.cpu_count()
+        job["memory"] = psutil.virtual_memory().total * MEMORY_SHARE / min(job["at_once"], cards)
+        job |= {
+            "facts": facts,
+            "watched": packages_and_data(facts),
+            "caged": job["sandbox"] != "off" and not why,
+        }
+        job["device"] = devices[job["number"] % len(devices)]
+        where = {"node": host, "caged": job["caged"], "why": why, "here": here}
+        if job["probe"]:
+            return where | {"cause": "", "facts": facts}
+        result = run_job(job, tell)
+        with open(result["log"], "rb") as log:
+            return result | where | {"text": end_of(log)}
+    except Stop as reason:
+        return {"cause": f"{host} is left out: {reason}", "machine": True, "blame": 0}
+    finally:
+        remove(job["folder"])
+
+
+def ask_here(job, tell):
+    """What a loop on another machine must know of this one: its ruler's facts, and why there is no cage."""
+    tell(line="asking the ruler for its facts")
+    lay_out(Path(job["folder"]), job["files"])
+    env = os.environ | ONE_THREAD | {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
+    env |= as_environment(job["told"] | {"FINGERPRINT": job["facts"].get("data", "")})
+    facts = ask_facts([sys.executable, job["ruler"]], job["folder"], env)
+    if isinstance(facts, str):
+        raise Stop(facts)
+    job["device"] = facts["devices"][0]
+    return {"facts": facts, "why": why_no_cage(job, facts) if job["sandbox"] != "off" else ""}
+
+
+def attend(tell, jobs, silence):
+    """Hears the loop, in a thread of the worker: jobs, and on another machine a word now and then. Tells the
+    main thread when the loop is gone."""
+    rest, quiet = b"", 0
+    with contextlib.suppress(OSError, ValueError):
+        while quiet < (silence or math.inf):
+            if not select.select([0], [], [], BEAT if silence else None)[0]:
+                quiet += BEAT
+                tell()
+                continue
+            if not (part := os.read(0, 65536)):
+                break
+            *lines, rest = (rest + part).split(b"\n")
+            quiet = 0
+            for job in filter(None, map(json.loads, lines)):
+                jobs.put(job)
+    signal.pthread_kill(threading.main_thread().ident, signal.SIGALRM)
+
+
+def worker(silence=None):
     """Makes runs on one device, one after another: jobs are lines of JSON on standard input, the answers on
     standard output. A process of its own, which adopts what its runs leave behind: so ending one run
-    leaves the others alone. It ends with its loop."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)
+    leaves the others alone. It ends with its loop.
+
+    silence: on another machine, seconds after which the loop is taken for gone; there it makes one run.
+    """
+    asked_to_end = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
+
+    def gone(number, frame):
+        for number in (*asked_to_end, signal.SIGALRM):
+            signal.signal(number, signal.SIG_IGN)  # nothing is to come between while it cleans up
+        raise Orphaned
+
+    for number in asked_to_end:
+        signal.signal(number, gone if silence else signal.SIG_IGN)
+    signal.signal(signal.SIGALRM, gone)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a crash's memory image can be as large as the model
+    jobs, ended, cores = queue.SimpleQueue(), False, getattr(os, "sched_getaffinity", int)(0)
 
     def tell(**message):
-        os.write(1, json.dumps(message).encode() + b"\n")
+        sys.stdout.buffer.write(json.dumps(message).encode() + b"\n")
+        sys.stdout.buffer.flush()
 
-    for line in sys.stdin.buffer:
-        try:
-            tell(result=run_job(json.loads(line), tell))
-        except (Orphaned, BrokenPipeError):
-            return
-        except Exception as error:  # a full disk, a missing file, a mistake of ours: nothing was measured
-            tell(result={"cause": one_line(explain(error)), "machine": True})
+    with contextlib.suppress(Orphaned, BrokenPipeError):
+        threading.Thread(target=attend, args=(tell, jobs, silence), daemon=True).start()
+        tell(wants="job", place=f"{os.uname().nodename} {os.environ.get('CUDA_VISIBLE_DEVICES')} {cores}")
+        while not ended:
+            try:
+                result = (run_for_another if silence else run_job)(jobs.get(), tell)
+            except BrokenPipeError:
+                raise
+            except Exception as error:  # a full disk, a missing file, a mistake of ours: nothing was measured
+                result = {"cause": one_line(explain(error)), "machine": True}
+            tell(result=result)
+            ended = silence
+    kill_descendants()
+    os._exit(0)  # whatever the thread is at
 
 
 class Device:
-    """A device, and the worker that makes runs on it, from loop.py as it was at the start of the night."""
+    """A device, and the worker that makes runs on it, from loop.py as it was at the start of the night.
 
-    BOOT = "import sys; exec(compile(eval(sys.stdin.buffer.readline()), 'loop', 'exec'), {'__name__': 'run'})"
+    launch: the words of a command that runs another one on another machine, where each run gets a worker.
+    """
 
-    def __init__(self, name, runs):
-        self.name, self.runs, self.process = name, runs, None
+    BOOT = (
+        'import json, sys; print(json.dumps({"wants": "text"}), flush=True); '
+        'exec(compile(json.loads(sys.stdin.buffer.readline()), "loop", "exec"), {"__name__": sys.argv[1]})'
+    )
+
+    known = {}  # {a place on another machine: what its ruler said, and why there is no cage}
+
+    def __init__(self, name, runs, launch=()):
+        self.name, self.runs, self.launch, self.process = name, runs, launch, None
         self.text = Path(__file__).read_text(encoding="utf-8")
+
+    def start(self):
+        """Starts a shell, and has it become a worker by a line of its input: so nothing need be quoted."""
+        env = {name: value for name, value in os.environ.items() if not SECRET.fullmatch(name)}
+        env |= as_environment({"RUNS": self.runs, "DEVICE": self.name})
+        python, boot, dies = shlex.quote(sys.executable), shlex.quote(self.BOOT), ()
+        if self.launch:
+            python = f'"$AUTORESEARCH_PYTHON" {python} python3'
+            dies = ("setpriv", "--pdeathsig", "TERM") if shutil.which("setpriv") else ()
+        pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        how = dict(cwd=None if self.launch else "/", env=env, start_new_session=True, **pipes)
+        self.process = subprocess.Popen([*dies, *self.launch, "sh"], **how)
+        become = f'exec "$p" -c {boot} {"node" if self.launch else "run"}'
+        become = f'for p in {python}; do command -v "$p" >/dev/null && cd / && {become}; done'
+        self.process.stdin.write(f"{become}; echo there is no python3; exit 1\n".encode())
+        self.process.stdin.flush()
+
+    def send(self, message):
+        self.process.stdin.write(json.dumps(message).encode() + b"\n")
+        self.process.stdin.flush()
+
+    def messages(self):
+        """What the worker says, as dictionaries, until it ends. On another machine it may begin late, after a
+        queue, but not fall silent. Lines that aren't its own, of a shell or an engine, are `said`."""
+        pipe, patience, rest = self.process.stdout.fileno(), None, b""
+        while select.select([pipe], [], [], patience)[0]:
+            if not (part := os.read(pipe, 65536)):
+                return
+            *lines, rest = (rest + part).split(b"\n")
+            for line in lines:
+                message = {"said": one_line(line.decode("utf-8", "replace"))}
+                with contextlib.suppress(ValueError, TypeError):
+                    message = dict(json.loads(line))
+                if self.launch and "wants" in message:
+                    patience = SILENCE if message["wants"] == "job" else FACTS_SECONDS
+                yield message
+        yield {"said": f"not a word in {patience} s"}
 
     def run(self, job, tell):
         """Makes a run, and waits for the worker's result. tell(line) hears the run's last lines."""
-        reason = "it ended"
+        reason, place, blame = "it ended", "", 0 if self.launch else 1
         try:
             if self.process is None or self.process.poll() is not None:
-                env = os.environ | as_environment({"RUNS": self.runs, "DEVICE": self.name})
-                pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
-                self.process = subprocess.Popen([sys.executable, "-c", self.BOOT], cwd="/", env=env, **pipes)
-                self.process.stdin.write(f"{self.text!r}\n".encode())
-            self.process.stdin.write(json.dumps(job).encode() + b"\n")
-            self.process.stdin.flush()
-            for line in self.process.stdout:
-                message = json.loads(line)
+                self.start()
+            else:
+                self.send(job)
+            for message in self.messages():
                 if "result" in message:
-                    return message["result"]
-                tell(message["line"])
+                    return self.bring_home(job, message["result"], place)
+                if message.get("wants") == "text":
+                    self.send(self.text)
+                elif "wants" in message:
+                    place, blame = message["place"], LOST if self.launch else 1
+                    self.send(job if job["probe"] else job | {"here": self.known.get(place)})
+                elif self.launch and place:
+                    self.send(None)  # a word, as the loop is there
+                reason = message.get("said") or reason
+                if line := message.get("line") or message.get("said"):
+                    tell(one_line(line))
         except (OSError, ValueError) as error:
-            reason = str(error)
+            reason = explain(error).strip().splitlines()[-1]
+        if self.process:
+            self.close()
+            self.wait()
         kill_leftovers(self.runs, self.name)
-        return {"cause": f"the worker of {self.name}: {reason}", "machine": True}
+        where = f"{self.name} on {place.split()[0]}" if self.launch and place else self.name
+        return {"cause": one_line(f"the worker of {where}: {reason}"), "machine": True, "blame": blame}
+
+    def bring_home(self, job, result, place):
+        """A result; of a run elsewhere with its log and code, put where those of runs here are."""
+        if not self.launch:
+            return result
+        self.wait()
+        self.known[place] = result.pop("here", None)
+        if "text" in result:
+            where = f"on {result['node']}, {'caged' if result['caged'] else 'no cage'}"
+            result["info"] = f"{result.get('info', '')}, {where}"
+            result["log"] = f"{job['folder']}/run.log"
+            Path(job["folder"]).mkdir(parents=True, exist_ok=True)
+            for name, text in (job["files"] | {"run.log": f"{where}\n{result.pop('text')}"}).items():
+                Path(job["folder"], name).write_bytes(text.encode("utf-8", "surrogateescape"))
+        return result
 
     def close(self):
         """Ends the worker, and with it the run."""
         with contextlib.suppress(OSError):
             self.process.stdin.close()
 
-    def wait(self):
-        """Waits until a worker that was closed has ended."""
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            return self.process.wait(KILL_GRACE)
-        self.process.kill()
+    def wait(self, seconds=KILL_GRACE):
+        """Waits until a worker that was closed has ended, and what started it; in the end by force."""
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                return self.process.wait(seconds)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, number)
 
 
 def kill_leftovers(runs, device=None):
@@ -1969,6 +2198,7 @@ class Report:
     metric: str
     rows: list
     unread: list = ()  # of lines that are no rows, a sentence each
+    nodes: list = ()  # a sentence on each machine whose runs are off
 
     def __post_init__(self):
         self.kept = [number for number, row in enumerate(self.rows) if row.status == "keep" and row.runs]
@@ -2002,6 +2232,7 @@ class Report:
             lines.append(f"{hours:.1f} hours, {(len(ends) - 1) / hours:.1f} an hour")
         if tokens := sum(row.llm_tokens for row in rows):
             lines.append(f"{tokens:,} tokens")
+        lines += self.nodes
         yield Text(f"{self.name}: {self.metric} of what was kept, in order\n", "bold")
         yield from self.table(self.kept)
         if near:
@@ -2078,7 +2309,12 @@ def read_report(folder, tag, file):
     if not name or not git.find(f"refs/heads/{name}"):
         name = name or f"{space}TAG yet"
         raise Stop(f"no branch {name}; run: python loop.py, or name a file: --report FILE")
-    return Report(name, *read_rows(git.text(f"refs/heads/{name}", "results.tsv") or header(METRIC), name))
+    rows, nodes = read_rows(git.text(f"refs/heads/{name}", "results.tsv") or header(METRIC), name), []
+    with contextlib.suppress(Stop, KeyError):  # a branch of another version
+        ledger = Ledger(git, name.removeprefix(space))
+        ledger.load()
+        nodes = ledger.odd_nodes()
+    return Report(name, *rows, nodes)
 
 
 def report(folder, tag, file, console):
@@ -2113,9 +2349,12 @@ class Session:
         self.script = OWN_RULER if own else RULER  # what is asked, and started for each run
         self.model, self.painter, self.program = None, None, ""
         self.devices = {}  # {name: Device}
+        self.launched = {}  # {name: what a job says of its device}, of those on other machines
         self.in_flight = {}  # {(commit, seed, split): the device on which it runs}
         self.finished = deque()  # (key, result) of runs that are not on disk yet
+        self.freed = deque()  # (device, commit, blame) of devices that may have another run
         self.machine_failures = Counter()  # {commit: times that the machine failed around it}
+        self.why = ""  # there is no cage
         self.proposals = []
         self.audits = []  # keys of the audit's runs; empty but for --audit
         self.events, self.stopping, self.interrupted = queue.SimpleQueue(), threading.Event(), False
@@ -2189,6 +2428,33 @@ class Session:
         except Refused as error:
             raise Stop(f"{name} as it is committed: {error}; fix and commit it") from None
 
+    def add_launched(self):
+        """The devices on other machines, as --launch and --at-once name them."""
+        if len(self.args.launch) != len(self.args.at_once or self.args.launch):
+            raise Stop("--at-once: give each --launch one of its own, or none at all")
+        for words, many in itertools.zip_longest(self.args.launch, self.args.at_once, fillvalue=1):
+            kind = Path(words[0]).name
+            branch = hashlib.sha256(f"{os.uname().nodename} {self.ledger.file}".encode()).hexdigest()[:12]
+            first = sum(name.startswith(f"{kind}:") for name in self.devices)
+            for number in range(many):
+                name = f"{kind}:{first + number}"
+                self.devices[name] = Device(name, self.runs_folder, words)
+                self.launched[name] = {"number": number, "at_once": many, "branch": branch}
+                self.launched[name]["sandbox"] = self.args.sandbox
+
+    def ask_nodes(self, began):
+        """The facts of the first other machine that answers, where all runs are made on others."""
+        self.facts, self.caged = {"folder": ""} | began, False  # of a new branch: any will do
+        self.noted = {"settings": began.get("settings", {})}
+        for name in (name for name, told in self.launched.items() if not told["number"]):
+            self.say(f"{name}: asking the ruler for its facts")
+            answer = self.devices[name].run(self.job(name), lambda line: self.say(line))
+            if not answer["cause"]:
+                self.why = answer["why"]
+                return answer["facts"]
+            self.say(answer["cause"])
+        raise Stop(f"no other machine can be used: {answer['cause']}")
+
     def ask_ruler(self):
         """What the ruler says of itself and this machine; a branch goes on only with what it began with."""
         began, ledger, place = self.ledger.noted_ruler(), self.ledger, self.runs_folder / "ruler"
@@ -2201,8 +2467,12 @@ class Session:
         env |= as_environment({"FINGERPRINT": began.get("data", "")} | began.get("settings", {}))
         if data := env.get("AUTORESEARCH_DATA"):  # the ruler stands in another folder
             env["AUTORESEARCH_DATA"] = os.path.abspath(os.path.expanduser(data))
-        self.say(f"asking {self.script} about the data and this machine, a few seconds")
-        facts = self.facts = ask_facts([sys.executable, self.script], place, env, stderr=None)
+        self.add_launched()
+        if self.launched and not self.args.devices:
+            facts = self.facts = self.ask_nodes(began)
+        else:
+            self.say(f"asking {self.script} about the data and this machine, a few seconds")
+            facts = self.facts = ask_facts([sys.executable, self.script], place, env, stderr=None)
         if isinstance(facts, str):
             raise Stop("the ruler doesn't start, see above; is everything installed? pip install -e .")
         self.budget = self.view.budget = self.args.budget or began.get("budget") or facts["budget"]
@@ -2210,14 +2480,14 @@ class Session:
         now = {"code": hashlib.sha256(code).hexdigest()[:12], "budget": self.budget}
         now |= {name: facts[name] for name in SAME}
         self.noted = now | {name: began.get(name, facts[name]) for name in ("noise", "settings")}
-        differ = [name for name in now if began.get(name, now[name]) != now[name]]
-        if differ := "; ".join(f"{name} was {began[name]} and is {now[name]}" for name in differ):
+        if differ := differences(began, now, now):
             other = f"{ledger.name} was measured with another ruler ({differ})"
             raise Stop(f"{other}; go back, or begin anew: --tag")
         self.sign = self.view.sign = direction(facts)
         ledger.edits, ledger.header = facts["edits"], header(facts["metric"])
         self.check_edited()
-        for name in self.args.devices.split(",") if self.args.devices else facts["devices"]:
+        chosen = () if self.launched else facts["devices"]
+        for name in self.args.devices.split(",") if self.args.devices else chosen:
             found = [device for device in facts["devices"] if name in (device, device.rpartition(":")[2])]
             if not found:
                 raise Stop(f"--devices: there is no {name} here, but {', '.join(facts['devices'])}")
@@ -2225,17 +2495,17 @@ class Session:
         self.view.runs = dict.fromkeys(self.devices)
 
     def check_cage(self):
-        """Runs are caged where bwrap works, and the ruler finds the same machine behind it."""
-        self.caged, inside = self.args.sandbox != "off", "bwrap (bubblewrap) is not installed"
-        if self.caged and shutil.which("bwrap"):
-            inside = run_job(self.job(next(iter(self.devices))), print)["facts"]
-        if not self.caged or self.same_machine(inside):
-            return
-        reason = inside if isinstance(inside, str) else f"the device is {inside['device']} behind bwrap"
-        if self.args.sandbox == "require":
-            raise Stop(f"no sandbox: {reason}; fix that, or run without one: --sandbox off")
-        self.caged = False
-        self.say(f"NO SANDBOX, {reason}: an edit can read your files and use the network (README, The cage)")
+        """Runs here are caged where bwrap works, and the ruler finds the same machine behind it."""
+        here = [name for name in self.devices if name not in self.launched]
+        self.caged = self.args.sandbox != "off"
+        if here and self.caged:
+            self.why = why_no_cage(self.job(here[0]), self.facts)
+        if self.why and self.args.sandbox == "require":
+            raise Stop(f"no sandbox: {self.why}; fix that, or run without one: --sandbox off")
+        if self.why:
+            self.caged = False
+            can = "an edit can read your files and use the network (README, The cage)"
+            self.say(f"NO SANDBOX, {self.why}: {can}")
 
     def same_machine(self, facts):
         return isinstance(facts, dict) and all(facts.get(name) == self.facts[name] for name in SAME)
@@ -2322,12 +2592,16 @@ class Session:
             elif seed == experiment.judged:  # nothing yet, or in doubt
                 yield commit, seed, "val"
 
+    def waiting(self):
+        """Those of them that no device makes now."""
+        made = self.ledger.results
+        return (key for key in self.wanted() if key not in self.in_flight and key not in made)
+
     def next_key(self):
         """The next run, of an experiment that was begun or begins now; None if there is nothing to run."""
         while True:
-            for key in self.wanted():
-                if key not in self.in_flight and key not in self.ledger.results:
-                    return key
+            if key := next(self.waiting(), None):
+                return key
             if self.audits or self.over() or not (experiment := self.begin_next()):
                 return None
             self.settle(experiment)
@@ -2498,21 +2772,23 @@ class Session:
         told["WORK"] = f"{self.work_for(commit, seed)}" if key and split == "val" else ""
         files = {**self.ruler, self.ledger.edits: self.ledger.source_of(commit)} if key else self.ruler
         # What an uncaged run mustn't change: packages, data, git's settings, the loop and the ruler.
-        watched = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), site.getusersitepackages()]
-        watched += [self.facts["folder"], f"{self.git.dir}/config", f"{self.git.dir}/hooks"]
+        watched = packages_and_data(self.facts) + [f"{self.git.dir}/config", f"{self.git.dir}/hooks"]
         watched += [__file__, str(Path(__file__).with_name(RULER)), str(self.folder / self.script)]
         return {
             "files": files,
             "ruler": self.script,
             "folder": str(folder or self.runs_folder / "probe" / device),
             "project": self.git.top,
-            "facts": {name: self.facts[name] for name in ("metric", "data", "folder", "held_out")},
+            "facts": {name: fact for name, fact in self.facts.items() if name != "api"},
             "told": told | self.noted["settings"],
+            "name": device,
             "device": device,
             "probe": not key,
             "caged": self.caged,
             "memory": psutil.virtual_memory().total * MEMORY_SHARE / len(self.devices),
             "watched": watched,
+            "kept": self.ledger.best.folder if self.ledger.best else "",
+            **self.launched.get(device, {}),  # and all else is another machine's to know
         }
 
     def work_for(self, commit, seed):
@@ -2535,21 +2811,26 @@ class Session:
         threading.Thread(target=self.wait_for, args=(device, key, job, run), daemon=True).start()
 
     def wait_for(self, device, key, job, run):
-        """Makes a run on its device; where the machine failed, waits until it answers as at the start."""
+        """Makes a run on its device. Where the machine failed, the run goes back, for any device to make, and
+        this one waits until it answers as at the start."""
 
         def tell(line):
             run.line = line
 
         failed, result = 0, self.devices[device].run(job, tell)
-        while self.machine_failed(result) and not self.stopping.is_set():
-            tell(f"the machine: {result['cause']}")
-            self.say(f"{device}: {result['cause']}; going on in {backoff(failed):.0f} s")
+        self.finished.append((key, result))
+        self.events.put(None)
+        answer, cause = result, ""
+        while self.machine_failed(answer) and not self.stopping.is_set():
+            cause = answer["cause"] or cause
+            tell(f"the machine: {cause}")
+            self.say(f"{device}: {cause}; going on in {backoff(failed):.0f} s")
             if self.stopping.wait(backoff(failed)):
                 break
-            if self.same_machine(self.devices[device].run(self.job(device), tell).get("facts")):
-                break
+            answer = self.devices[device].run(self.job(device), tell)
             failed += 1
-        self.finished.append((key, result))
+        # What failed around an experiment and works at the first try may well be the experiment's fault.
+        self.freed.append((device, key[0], result.get("blame", 1) if failed == 1 else 0))
         self.events.put(None)
 
     def machine_failed(self, result):
@@ -2559,10 +2840,11 @@ class Session:
     def take(self, key, result):
         """A finished run: noted, or to be made again where the machine failed."""
         commit, _, split = key
-        failed = self.machine_failed(result)
-        self.machine_failures[commit] = self.machine_failures[commit] + 1 if failed else 0
-        if failed and (self.machine_failures[commit] < MAX_MACHINE_FAILURES or self.ledger.best is None):
-            return self.ledger.note(*key, {"stopped": True})
+        if self.machine_failed(result):
+            blame = self.machine_failures[commit] + result.get("blame", 1)
+            if blame < MAX_MACHINE_FAILURES or self.ledger.best is None:
+                return self.ledger.note(*key, {"stopped": True})
+        self.machine_failures[commit] = 0
         if split == "test":
             description = self.ledger.experiments[commit].description
             self.say(f"{split}: {result['cause'] or result['value']}  {description}")
@@ -2690,7 +2972,10 @@ class Session:
             if key not in self.ledger.results:  # as it is if noting it failed at the last moment
                 self.take(key, result)
             self.finished.popleft()
-            device = self.in_flight.pop(key)
+            del self.in_flight[key]
+        while self.freed:
+            device, commit, blame = self.freed.popleft()
+            self.machine_failures[commit] += blame
             self.view.busy += time.monotonic() - self.view.runs[device].began
             self.view.runs[device] = None
 
@@ -2712,7 +2997,8 @@ class Session:
         thinking = sum(not proposal.done for proposal in self.proposals)
         self.view.now = f"the model thinks about {thinking} more" if thinking else ""
         asking = self.model and (self.proposals or not self.spent())
-        if not self.in_flight and not self.finished and (self.over() or not asking):
+        left = self.in_flight or self.finished or next(self.waiting(), None)  # a device may come back for it
+        if not left and (self.over() or not asking):
             return False
         with contextlib.suppress(queue.Empty):
             self.events.get(timeout=1)
@@ -2813,6 +3099,13 @@ def positive(kind):
 def parse_arguments(words=None):
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, epilog=EPILOG, formatter_class=form)
+    meaning = (
+        "a command that runs another one elsewhere, as in 'ssh -T box' (MANUAL, Many machines); repeatable"
+    )
+    how = dict(action="append", default=[])
+    parser.add_argument("--launch", type=shlex.split, metavar="PREFIX", help=meaning, **how)
+    meaning = "so many runs at once by the --launch before it (1)"
+    parser.add_argument("--at-once", type=positive(int), metavar="N", help=meaning, **how)
     for name, kind, meaning in (
         ("--tag", str, "the branch autoresearch/TAG (default: the one checked out, else today's date)"),
         ("--budget", positive(float), "hard wall clock of one run, in seconds (default: as the ruler says)"),
@@ -2876,3 +3169,5 @@ if __name__ == "__main__":
     sys.exit(main())
 elif __name__ == "run":
     worker()
+elif __name__ == "node":
+    worker(SILENCE)

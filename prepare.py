@@ -139,7 +139,7 @@ _stopped = []  # the signals that asked prepare.py to stop
 _sealed = set()  # real paths of the token files, while they may not be opened
 _taken = {}  # by --run, before train.py's first line: the loop's secret and settings, and the text that is held out
 # Of what the loop tells a run: its result repeats them.
-SIGNED = "BUDGET FINGERPRINT MACHINE PACE SALT SEED SPLIT WORK".split()
+SIGNED = "BUDGET FINGERPRINT MACHINE PACE SALT SEED SOURCE SPLIT WORK".split()
 API = """\
 The file trains a language model; its metric is validation bits per byte after a fixed time of training. It must go on using the
 ruler, prepare.py, which you can't change:
@@ -562,6 +562,7 @@ def write_data_set(folder, source, sizes, progress):
 
     digests = {path.name: digest_of(path) for path in sorted(folder.iterdir())}
     meta = dict(source=name, fingerprint="", **sizes, unigram_bpb=unigram_bpb, splits=splits, digests=digests)
+    meta |= {"shards": len(files)} if name in HUB else {}
     meta["fingerprint"] = fingerprint_of(meta)
     (folder / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
     for path in folder.iterdir():
@@ -817,11 +818,14 @@ def facts():
         check_compiler()
     torch.ones(8, 8, device=device).mm(torch.ones(8, 8, device=device)).sum().item()  # does it compute?
     found = data_sets(root)
-    if not found and not wanted:
-        print(f"no data of this version in {root}: preparing torch's sources, about 20 s", file=sys.stderr)
-        prepare("pytorch", root)
-        found = data_sets(root)
     named = {meta["fingerprint"]: folder for folder, meta in found.items()}
+    told = os.environ.get("AUTORESEARCH_SOURCE") or ("" if wanted else "pytorch")
+    if told and (wanted not in named if wanted else not found):
+        print(f"no such data of this version in {root}: preparing {told} (once)", file=sys.stderr)
+        source, *shards = told.split()
+        prepare(source, root, *map(int, shards))
+        found = data_sets(root)
+        named = {meta["fingerprint"]: folder for folder, meta in found.items()}
     if wanted and wanted not in named:
         raise SystemExit(f"this branch was measured on the data set {wanted}, not in {root}; bring it back, "
                          "or begin anew with --tag")  # fmt: skip
@@ -833,6 +837,8 @@ def facts():
                          "it? If there is none, prepare the text again, in its smaller sizes for a CPU: "
                          "python prepare.py")  # fmt: skip
     devices, settings = cores() if device.type == "cpu" else [device.type], {"MACHINE": name}
+    if meta["source"] in ("pytorch", *HUB):  # which another machine can prepare, too
+        settings["SOURCE"] = f"{meta['source']} {meta.get('shards', '')}".strip()
     if device.type == "cuda":
         alike = (n for n in range(torch.cuda.device_count()) if torch.cuda.get_device_name(n) == name)
         devices = [f"cuda:{n}" for n in alike]

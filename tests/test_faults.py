@@ -8,7 +8,7 @@ import loop
 
 AT_FIRST = (
     "write autoresearch.lock 1", "git update-ref 1", "git symbolic-ref 2", "git update-ref 2", "write t.jsonl 1",
-    "start worker 1", "write t.jsonl 2", "write t.jsonl 4", "git update-ref 3", "write .results.tsv.new 1",
+    "start sh 1", "write t.jsonl 2", "write t.jsonl 4", "git update-ref 3", "write .results.tsv.new 1",
     "rename .results.tsv.new 1",
 )  # fmt: skip
 LATER = (

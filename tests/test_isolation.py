@@ -73,6 +73,7 @@ class Place:
             "files": {"prepare.py": RULER, "train.py": TRAIN.replace("def main():", f"def main():{lines}")},
             "folder": str(self.runs / f"{number:04}-abcdef0" / f"{seed}"),
             "told": told,
+            "name": "cpu",
             "device": "cpu",
             "caged": False,
             "probe": False,
@@ -294,7 +295,10 @@ OTHER_MACHINE = json.dumps(FACTS | {"device": "another", "devices": ["cpu"], "fo
     [
         (None, "is not installed"),
         ("echo 'bwrap: setting up uid map: Permission denied' >&2; exit 1", "setting up uid map: Permission"),
-        (f"echo '{OTHER_MACHINE.replace(chr(39), '')}'", "the device is another behind bwrap"),
+        (
+            f"echo '{OTHER_MACHINE.replace(chr(39), '')}'",
+            "behind bwrap device was cpu, stand-in and is another",
+        ),
     ],
 )
 def test_without_a_cage_one_line_says_so_and_require_refuses_to_run(project, tmp_path, script, reason):
