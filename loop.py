@@ -1955,7 +1955,8 @@ class Model:
             try:
                 return call(*args)
             except self.openai.APIError as error:
-                if getattr(error, "status_code", None) not in NOT_NOW:
+                unpaid = "insufficient_quota" in f"{error.body}"  # a 429 that no waiting changes
+                if unpaid or getattr(error, "status_code", None) not in NOT_NOW:
                     raise
                 self.put_off(error, failed, time.sleep)
         return call(*args)
