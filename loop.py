@@ -6,11 +6,13 @@ keeps or reverts it with git, and writes a row of results.tsv. Again and again.
     python loop.py --report    the results so far, at any time; draws progress.png
     python loop.py --audit     is the gain real? baseline and best on unseen data
 
+Started in a folder that holds a ruler.py, it works on that: an experiment of your own, as in examples/.
+
 To read the code, begin with Session.turn: a free device takes next_key's run, a finished one is taken, its
 experiment settled (judge), finished and recorded (Ledger.record), while proposals are thought about.
 
-Reads program.md (your goals, before every proposal), train.py and prepare.py, the ruler.
-Writes the branch autoresearch/TAG, with results.tsv and the kept train.py on it, and what
+Reads program.md (your goals, before every proposal), the ruler, prepare.py or ruler.py, and the file that it
+names, train.py. Writes the branch autoresearch/TAG, with results.tsv and the kept file on it, and what
 git ignores: runs/ (code and log of each run) and progress.png (each experiment a dot).
 """
 
@@ -39,6 +41,7 @@ import re
 import resource
 import secrets
 import select
+import shlex
 import shutil
 import signal
 import site
@@ -68,13 +71,15 @@ except ModuleNotFoundError as error:  # another Python than the environment's
     )
     sys.exit(2)
 
-BUDGET = 300  # seconds of wall clock for one run, start-up, compiling and evaluation included
 KILL_GRACE = 5  # seconds after the budget, for a clean exit
 FACTS_SECONDS = 900  # for the ruler's facts: it may prepare the text; a driver may hang
-LEAVE_SECONDS = 7  # that processes may outlive their run: torch's loaders look for their parent every 5 s
-MAX_PROCESSES = 512  # of one run: a fork bomb ends the run, not the night; torch's compiler starts up to 32
+LEAVE_SECONDS = 7  # that processes may outlive their run: data loaders look for their parent every 5 s
+MAX_PROCESSES = 512  # of one run: a fork bomb ends the run, not the night; a compiler starts up to 32
 MEMORY_SHARE = 0.85  # of the machine's memory, for all runs together
-ORPHAN_SECONDS = 2  # for a worker to notice that its loop is gone: it looks four times a second
+ORPHAN_SECONDS = 2  # for a worker to notice that its loop is gone, and to end its run
+BEAT = 3  # seconds after which a worker on another machine that has heard nothing speaks, and is answered
+SILENCE = 20  # seconds without a word from another machine, after which the other side is taken for lost
+LOST = 0.25  # of a machine's failure: a node that is lost during a run; hardly ever by the experiment's fault
 LOG_BYTES = 100e6  # a run that prints more is stopped
 LOG_TAIL = 65_536  # bytes of its end that are read
 CACHE_BYTES = 2e9  # limit of the branch's compile cache: its oldest files go
@@ -104,7 +109,10 @@ STREAM = {"stream": True, "stream_options": {"include_usage": True}}
 REFUSALS = 2  # times that a reply which can't be applied goes back to the model, before it becomes a row
 MAX_REPLY = 200_000  # characters: what is longer isn't an edit
 
-PRIOR_NOISE = 0.0007  # standard deviation of a run, assumed for logs without a column of changes
+RULER = "prepare.py"  # beside this file
+OWN_RULER = "ruler.py"  # of a project in another folder; it imports from the other one
+METRIC = "val_bpb"  # of a results.tsv that has such a column; else its second column is the metric's
+PRIOR_NOISE = 0.0007  # standard deviation of a run, assumed for such logs without a column of changes
 PRIOR_RUNS = 2  # the ruler's prior of the noise counts as so many experiments with two runs
 MAX_RUNS = 3  # of one experiment: on the seeds 0, 1 and 2
 MEDIAN_SQUARE = 0.455  # median of the square of a normal deviation of 1
@@ -117,6 +125,7 @@ TEXT_NODE = 5  # characters of a string that weigh as much as one node of the sy
 AUDIT_SEEDS = range(900_000_000, 900_000_005)  # which no experiment had
 STUDENT = 12.71, 4.30, 3.18, 2.78  # standard errors of half a 95 % interval, at 1, 2, ... degrees of freedom
 CLEAR = 2  # standard errors by which a change is clear of the noise
+ODD = 3  # standard errors by which a machine's runs are off, before a report names it; and runs that it needs
 
 FIRST_STEP = 0.4  # of the search: a constant is multiplied by e ** 0.4, about 1.5
 MAX_MOVES = 8  # of one constant that are skipped because they were tried
@@ -136,6 +145,8 @@ SAME = (
 )  # facts that must match for results to compare
 # Of a run on a CPU: threads of one run would wait for each other, and longer beside other work.
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
+# What isn't told to workers and to what starts them, which may pass on all that it knows, as srun does.
+SECRET = re.compile(r"OPENAI_.*|.*(API_?KEY|TOKEN|SECRET|PASSW).*", re.IGNORECASE)
 # What a run sees of the environment, beside what the loop adds: no key and no other secret.
 ALLOWED = r"(PATH|LANG|LC_\w+|TZ|TERM|USER|LD_LIBRARY_PATH|PYTHONPATH|(OMP|MKL|OPENBLAS)_NUM_THREADS|CUDA_\w+"
 ALLOWED = re.compile(ALLOWED + r"|NVIDIA_(VISIBLE_DEVICES|DRIVER_CAPABILITIES)|SSL_CERT_\w+)")
@@ -174,7 +185,7 @@ EPILOG = """\
 environment:
   OPENAI_API_KEY        of the model's provider; a server of your own may need none
   OPENAI_BASE_URL       your own server, e.g. http://localhost:11434/v1
-  AUTORESEARCH_DATA     where prepare.py put the text (~/.cache/autoresearch)
+  AUTORESEARCH_DATA     where the ruler's data are (~/.cache/autoresearch)
 
 Edit program.md at any time to steer. `git show COMMIT` is the edit of any row, kept or
 not. Exit status: 2 for what you have to fix first, 1 for what failed, else 0.
@@ -610,11 +621,11 @@ def read_rows(text, name):
     their names, whatever lies between; Stop where there is no header.
 
     Logs without a column `change`, the community's, had each run on a seed of its own: their changes are the
-    differences to the last kept row before, as sure as the noise of a run allows.
+    differences to the last kept row before, as sure as the noise of a run allows, where that is known.
     """
     head, *lines = text.removeprefix("\ufeff").replace("\r\n", "\n").split("\n")
     names, rows, unread = [column.strip() for column in head.split("\t")], [], []
-    metric = "val_bpb" if "val_bpb" in names else names[1] if names[1:] else ""
+    metric = METRIC if METRIC in names else names[1] if names[1:] else ""
     if not {metric, "status"} <= {*names}:
         raise Stop(
             f"{name} begins with no header line that names {COLUMNS[:42]} (tabs between): {one_line(head)!r}"
@@ -637,7 +648,8 @@ def read_rows(text, name):
         for row, parent in zip(rows, kept_before(rows), strict=False):
             if parent and row.runs:
                 row.change = row.value - parent.value
-                row.error = PRIOR_NOISE * math.sqrt(1 / len(parent.runs) + 1 / len(row.runs))
+                noise = PRIOR_NOISE if metric == METRIC else math.nan
+                row.error = noise * math.sqrt(1 / len(parent.runs) + 1 / len(row.runs))
     return metric, rows, unread
 
 
@@ -745,6 +757,28 @@ def counts(rows):
     return f"{number.total()} {of}, {number['keep']} kept, {number['crash']} crashed"
 
 
+def odd_nodes(groups, noise):
+    """A sentence for each machine whose runs are off by more than the noise explains.
+
+    groups: of each experiment, on each seed (what it gained, where its parent ran, where it ran): what it
+    gained on one seed more than on the others may be the seed's, or one of these machines'.
+    """
+    off = {}
+    for group in groups:
+        for gain, before, after in group if len(group) > 1 else ():
+            more = gain - fmean(gain for gain, *_ in group)
+            for node, better in ((after, more), (before, -more)) if before != after else ():
+                off.setdefault(node, []).append(better)
+    for node, gains in sorted(off.items()):
+        mean, error, word = (
+            fmean(gains),
+            noise / math.sqrt(len(gains)),
+            "better" if sum(gains) > 0 else "worse",
+        )
+        if len(gains) >= ODD and abs(mean) > ODD * error:
+            yield f"{node}: {len(gains)} runs were {word} than elsewhere by {abs(mean):.4f} +- {error:.4f}"
+
+
 def audit_report(pairs, first, best, rows, sign):
     """Lines for the morning, from (baseline, best) on each fresh seed; first, best: their rows."""
     gains = [sign * (baseline - after) for baseline, after in pairs]
@@ -801,18 +835,17 @@ def stuck(rows):
 
 
 class Git:
-    """The checkout that holds this file. Commits are made beside the user's index, hooks and identity."""
+    """The checkout that holds the project. Commits are made beside the user's index, hooks and identity."""
 
-    SETTINGS = ("core.hooksPath=/dev/null", "core.fsmonitor=false", "core.quotePath=false", "gc.auto=0")
-    SETTINGS += ("color.ui=false", "log.showSignature=false", "diff.autoRefreshIndex=true")
-    SETTINGS += ("core.safecrlf=false", "core.fileMode=false")
-    SETTINGS += ("i18n.commitEncoding=UTF-8", "i18n.logOutputEncoding=UTF-8")
+    SETTINGS = """core.hooksPath=/dev/null core.fsmonitor=false core.quotePath=false core.safecrlf=false
+        core.fileMode=false gc.auto=0 color.ui=false log.showSignature=false diff.autoRefreshIndex=true
+        i18n.logOutputEncoding=UTF-8 user.name=autoresearch user.email=autoresearch@localhost""".split()
 
     def __init__(self, folder):
         self.folder, self.place = folder, {}
         try:
             self.prefix = self("rev-parse", "--show-prefix").strip()  # where it is in a larger repository
-            self.dir, top = self("rev-parse", "--absolute-git-dir", "--show-toplevel").splitlines()
+            self.dir, self.top = self("rev-parse", "--absolute-git-dir", "--show-toplevel").splitlines()
         except FileNotFoundError:
             raise Stop("git is not installed; the loop keeps its results in git") from None
         except subprocess.CalledProcessError as error:
@@ -822,24 +855,25 @@ class Git:
                     f"{folder} is not a git repository; run: git init && git add -A && git commit -m start"
                 )
             raise Stop(reason) from None
-        self.place = {"GIT_DIR": self.dir, "GIT_WORK_TREE": top}  # not another one, while a disk is away
+        self.place = {"GIT_DIR": self.dir, "GIT_WORK_TREE": self.top}  # not another, while a disk is away
+        # The branches of a project with its own ruler, in a folder of a repository, are its own, too.
+        own = re.findall(r"\w+", self.prefix) if (folder / OWN_RULER).is_file() else []
+        self.space = "-".join(["autoresearch", *own])
         if self.prefix and not self("ls-files", "--", "."):  # somebody's dotfiles are no place for a night
             raise Stop(
-                f"{folder} lies in another repository, {top}, which holds nothing of it; make it one of its "
-                "own: git init && git add -A && git commit -m start"
+                f"{folder} lies in another repository, {self.top}, which holds nothing of it; make it one of "
+                "its own: git init && git add -A && git commit -m start"
             )
         if not self.find("HEAD"):
             raise Stop("this repository has no commit yet; run: git add -A && git commit -m start")
 
-    def __call__(self, *args, stdin="", **environment):
+    def __call__(self, *args, stdin=""):
         settings = [part for setting in self.SETTINGS for part in ("-c", setting)]
         command = ["git", *settings, "--no-optional-locks", *args]
-        for role in ("AUTHOR", "COMMITTER"):
-            environment |= {f"GIT_{role}_NAME": "autoresearch", f"GIT_{role}_EMAIL": "autoresearch@localhost"}
         # A GIT_DIR or GIT_INDEX_FILE, as hooks and dotfiles have them, names another repository.
         theirs = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
         theirs |= {name: value for name, value in os.environ.items() if name.startswith("GIT_CONFIG")}
-        environment = {**theirs, "LC_ALL": "C", **self.place, **environment}
+        environment = {**theirs, "LC_ALL": "C", **self.place}
         # A session of its own: Ctrl-C is for the loop, and must not stop a commit half-way.
         how = dict(cwd=self.folder, env=environment, start_new_session=True, capture_output=True, check=True)
         while True:
@@ -873,33 +907,42 @@ class Git:
         head, _, text = self("cat-file", "--batch", stdin=f"{commit}:{self.prefix}{name}\n").partition("\n")
         return text[:-1] if " blob " in head else None
 
-    def differs(self, commit, name):
-        """Whether a file in the checkout is another than in a commit, as git sees it: line ends, filters and
+    def blobs(self, name, *commits):
+        """What stands for a file's text in each of these commits: equal for equal texts."""
+        asked = "".join(f"{commit}:{self.prefix}{name}\n" for commit in commits)
+        return self("cat-file", "--batch-check=%(objectname)", stdin=asked).splitlines()
+
+    def differs(self, commit, *names):
+        """Which of these files in the checkout aren't as in a commit, as git sees it: line ends, filters and
         modes are no change."""
-        return bool(self("diff", "--name-only", "--no-ext-diff", commit, "--", name))
+        return self("diff", "--name-only", "--relative", "--no-ext-diff", commit, "--", *names).splitlines()
 
     def branch(self):
         return self.ask("symbolic-ref", "--quiet", "HEAD").removeprefix("refs/heads/")
 
     def commit(self, parents, files, message):
         """The hash of a new commit: the first parent's tree with `files` ({name: text}) in it."""
-        index = Path(self.dir, "autoresearch-index")
-        private, entries = {"GIT_INDEX_FILE": str(index)}, ""
-        index.unlink(missing_ok=True)
-        self("read-tree", parents[0], **private)
-        staged = self("ls-files", "--stage", "--full-name", "--", *files, **private).splitlines()
-        modes = {line.partition("\t")[2]: line[:6] for line in staged}
-        for name, text in files.items():
-            path, blob = self.prefix + name, self("hash-object", "-w", "--stdin", stdin=text).strip()
-            entries += f"{modes.get(path, '100644')} {blob}\t{path}\0"
-        self("update-index", "-z", "--index-info", stdin=entries, **private)
-        tree = self("write-tree", **private).strip()
-        links = [part for parent in parents for part in ("-p", parent)]
-        return self("commit-tree", tree, *links, "-F", "-", stdin=message).strip()
+        files = {self.prefix + name: text for name, text in files.items()}
+        listed = self("ls-tree", "-z", "--full-tree", parents[0], "--", *files).split("\0")
+        modes = {line.partition("\t")[2]: line[:6] for line in listed}
+        ref = f"refs/autoresearch/new-{os.getpid()}"  # fast-import wants one; it is never written
+        who = "autoresearch <autoresearch@localhost>"
+        lines = [f"commit {ref}", "mark :1", f"committer {who} now", as_data(message)]
+        lines += [f"{word} {parent}" for word, parent in zip(("from", "merge"), parents, strict=False)]
+        for path, text in files.items():
+            name = json.dumps(path, ensure_ascii=False)
+            lines += [f"M {modes.get(path, '100644')} inline {name}", as_data(text)]
+        lines += ["get-mark :1", f"reset {ref}", f"from {'0' * len(parents[0])}", ""]
+        return self("fast-import", "--quiet", "--date-format=now", stdin="\n".join(lines)).strip()
 
     def move(self, *changes):
         """Several refs at once, all or none: `update REF NEW OLD`, `create REF NEW`, `delete REF OLD`."""
         self("update-ref", "--stdin", stdin="".join(f"{change}\n" for change in changes))
+
+
+def as_data(text):
+    """Text as git fast-import reads it: its length in bytes first."""
+    return f"data {len(text.encode('utf-8', 'surrogateescape'))}\n{text}"
 
 
 def read_message(message):
@@ -954,12 +997,12 @@ class Ledger:
     """What the loop remembers: the branch with its rows, refs to what is open, and a file of runs."""
 
     def __init__(self, git, tag):
-        self.git, self.name, self.edits = git, f"autoresearch/{tag}", "train.py"
-        self.ref, self.refs = f"refs/heads/{self.name}", f"refs/autoresearch/{tag}/open/"
-        self.file = Path(git.dir, "autoresearch", tag.replace("/", "--") + ".jsonl")
-        self.header, self.rows = header("val_bpb"), []
+        self.git, self.name, self.edits = git, f"{git.space}/{tag}", ""  # the file, once the ruler named it
+        self.ref, self.refs = f"refs/heads/{self.name}", f"refs/{self.name}/open/"
+        self.file = Path(git.dir, git.space, tag.replace("/", "--") + ".jsonl")
+        self.header, self.rows = header(METRIC), []
         self.experiments = {}  # {commit: Experiment}, those with a row in the order of the rows
-        self.best, self.source = None, ""  # the last Experiment that was kept, and its file
+        self.best = None  # the last Experiment that was kept
         self.results = {}  # {(commit, seed, split): result} of finished runs
         self.deaths = Counter()  # {commit: runs that were begun and neither finished nor stopped}
 
@@ -1022,7 +1065,11 @@ class Ledger:
 
     def set_best(self):
         self.best = next((one for one in reversed(self.ended()) if one.row.status == "keep"), None)
-        self.source = self.source_of(self.best.commit) if self.best else self.git.text(self.ref, self.edits)
+
+    @property
+    def source(self):
+        """The best file so far."""
+        return self.source_of(self.best.commit) if self.best else self.git.text(self.ref, self.edits)
 
     def source_of(self, commit):
         """The file as an experiment edited it."""
@@ -1065,6 +1112,24 @@ class Ledger:
                 pairs = zip(parent.row.runs, experiment.row.runs, strict=False)
                 groups.append([one - other for one, other in pairs])
         return noise_of(groups, prior)
+
+    def odd_nodes(self):
+        """Sentences on the machines whose runs are off, as far as the file of runs says where they were."""
+        groups, here, ruler = [], os.uname().nodename, self.noted_ruler()
+        for one in self.ended():
+            pairs = zip(*map(self.results_of, (one.parent, one.commit)), strict=False)
+            pairs = [pair for pair in pairs if not any(run["cause"] for run in pair)]
+            groups.append(
+                [
+                    (
+                        direction(ruler) * (before["value"] - after["value"]),
+                        before.get("node", here),
+                        after.get("node", here),
+                    )
+                    for before, after in pairs
+                ]
+            )
+        return [*odd_nodes(groups, self.noise(ruler["noise"]))] if groups else []
 
     def checked_out(self):
         return self.git.branch() == self.name
@@ -1126,7 +1191,8 @@ class Ledger:
         return self.experiments[commit]
 
     def record(self, experiment, row, body, trailers):
-        """Appends a row: the branch advances to a commit with two parents, its tip and the experiment."""
+        """Appends a row: the branch advances to a commit with two parents, its tip and the experiment. False
+        where the checkout doesn't follow."""
         git, commit, tip = self.git, experiment.commit, self.tip()
         row.commit = git("rev-parse", "--short=7", commit).strip()
         parent = self.experiments[experiment.parent].row if experiment.parent else row
@@ -1136,9 +1202,9 @@ class Ledger:
         source = self.source_of(commit) if row.status == "keep" else self.source
         lines = "".join(other.line() for other in [*self.rows, row])
         files = {"results.tsv": self.header + lines, self.edits: source}
-        ran, before, now = (git.text(version, "program.md") for version in (commit, f"{commit}^", tip))
-        if now and now == before != ran:  # else the user took it away, or committed another one meanwhile
-            files["program.md"] = ran
+        ran, before, now = git.blobs("program.md", commit, f"{commit}^", tip)
+        if now == before != ran:  # else the user took it away, or committed another one meanwhile
+            files["program.md"] = git.text(commit, "program.md")
         experiment.row_message = write_message(f"{row.status}: {row.description}", body, trailers)
         after = git.commit([tip, commit], files, experiment.row_message)
         git.move(f"update {self.ref} {after} {tip}", f"delete {self.refs}{experiment.number} {commit}")
@@ -1147,27 +1213,27 @@ class Ledger:
         experiment.source = source if row.status == "keep" else ""  # memory, over 10,000 experiments
         self.experiments[commit] = self.experiments.pop(commit)
         self.set_best()
-        self.sync_checkout()
+        return self.sync_checkout()
 
     def sync_checkout(self):
         """The checkout follows the branch, where it holds what the loop put there: the file that the last row
-        edited, or was an edit of."""
+        edited, or was an edit of. False where another branch is checked out."""
         git, folder, ended = self.git, self.git.folder, self.ended()
         if not self.checked_out():
-            return
-        if git.differs(self.ref, "results.tsv"):
-            ours = [one.commit for one in ended if one.row.status == "keep"][-2:]
+            return False
+        if "results.tsv" in (behind := git.differs(self.ref, "results.tsv", self.edits)):
+            ours = [one.commit for one in reversed(ended) if one.row.status == "keep"][:2]
             for one in ended[-1:]:
-                ours += filter(git.find, {one.commit, one.first})
-            names = ["results.tsv"]
-            if (folder / self.edits).is_file() and not all(git.differs(one, self.edits) for one in ours):
-                names.insert(0, self.edits)
-            for name in names:
+                ours += [one.commit, *filter(git.find, {one.first} - {one.commit})]
+            there = self.edits in behind and (folder / self.edits).is_file()
+            follows = there and not all(git.differs(one, self.edits) for one in ours)
+            for name in [self.edits] * follows + ["results.tsv"]:
                 replace_file(folder / name, git("cat-file", "--filters", f"{self.ref}:{git.prefix}{name}"))
         with contextlib.suppress(
             subprocess.CalledProcessError
         ):  # the index is held: the next row tries again
             git("reset", "--quiet", "--", "results.tsv", self.edits, "program.md")
+        return True
 
 
 # ------------------------------------------------------------------------- the worker: one run after another
@@ -1176,8 +1242,8 @@ RESULT = re.compile(r"^result: ([0-9a-f]{64}) (\{.*\})$", re.MULTILINE)
 PERCENT = re.compile(r"(\d{1,3}(?:\.\d+)?) ?%")
 
 
-class Orphaned(Exception):
-    """The loop is gone, and with it whoever would read a result."""
+class Orphaned(BaseException):
+    """The loop is gone, and with it whoever would read a result: raised wherever the worker is."""
 
 
 def as_environment(told):
@@ -1188,8 +1254,7 @@ def as_environment(told):
 def environment(folder, cache, **told):
     """The environment of a run: a short list of what it may see, a home and a temporary folder of its own."""
     kept = {name: value for name, value in os.environ.items() if ALLOWED.fullmatch(name)}
-    for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "CUDA_CACHE_PATH"):
-        kept[name] = str(cache / name.partition("_")[0].lower())
+    kept["AUTORESEARCH_CACHE"] = str(cache)
     kept |= {"HOME": str(folder / "home"), "TMPDIR": str(folder / "tmp"), "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
     kept |= {"PYTHONUNBUFFERED": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     kept["PYTHONUSERBASE"] = site.getuserbase()  # packages of pip --user are found by HOME otherwise
@@ -1229,7 +1294,7 @@ def steps_to(path):
 def compiled_at(job):
     """Where a run finds its experiment's compile cache: at one path for all, as what is compiled names it."""
     runs = Path(job["folder"]).parents[1]
-    return runs / ("compiled" if job["caged"] else f"compiled-{job['device'].replace(':', '-')}")
+    return runs / ("compiled" if job["caged"] else f"compiled-{job['name'].replace(':', '-')}")
 
 
 def cage(job, folder, cache, devices):
@@ -1272,9 +1337,14 @@ def lay_out(folder, files):
     if cache.is_symlink() or not cache.is_dir():
         remove(cache)
         shutil.copytree(shared, cache, symlinks=True) if shared.is_dir() else cache.mkdir()
+    write_files(folder, files)
+    return cache
+
+
+def write_files(folder, files):
+    """Files of these names and texts, as git has them."""
     for name, text in files.items():
         (folder / name).write_bytes(text.encode("utf-8", "surrogateescape"))
-    return cache
 
 
 def files_below(*paths):
@@ -1410,12 +1480,12 @@ def run_job(job, tell):
     cache, log = lay_out(folder, job["files"]), folder / "run.log"
     visible, devices = only_device(job["device"])
     secret, started = secrets.token_hex(32), time.monotonic()
-    places = dict(RUNS=folder.parents[1], DEVICE=job["device"], DATA=job["facts"]["folder"], STARTED=started)
+    places = dict(RUNS=folder.parents[1], DEVICE=job["name"], DATA=job["facts"]["folder"], STARTED=started)
     if not job["caged"]:  # in a cage it is bound there
         remove(compiled_at(job))
         compiled_at(job).symlink_to(cache)
     env = environment(folder, compiled_at(job), **places, **told) | visible
-    command = [*(cage(job, folder, cache, devices) if job["caged"] else ()), sys.executable, "prepare.py"]
+    command = [*(cage(job, folder, cache, devices) if job["caged"] else ()), sys.executable, job["ruler"]]
     if job["probe"]:
         return {"cause": "", "facts": ask_facts(command, folder, env)}
     before = {} if job["caged"] else files_below(*job["watched"])
@@ -1471,15 +1541,13 @@ def start_run(job, command, env, log):
 
 def watch(process, log, deadline, job, tell):
     """Waits for a run and what it started, and tells its last line; the reason if it has to be stopped, or
-    leaves something running. Orphaned when the loop ends."""
+    leaves something running."""
     for look in itertools.count(1):
         if time.monotonic() >= deadline:
             return ""  # it may have printed its result all the same
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(min(0.25, max(deadline - time.monotonic(), 0)))
             break
-        if select.select([0], [], [], 0)[0]:
-            raise Orphaned
         if look % 4 == 0:  # each second
             tell(line=one_line(end_of(log).rstrip().rpartition("\n")[2]))
             if reason := excess(log, job["memory"]):
@@ -1492,68 +1560,252 @@ def watch(process, log, deadline, job, tell):
     return ""
 
 
-def worker():
+def differences(was, now, names):
+    """Which of these facts were known to be others, in words; empty where none was."""
+    changed = (name for name in names if was.get(name, now[name]) != now[name])
+    return "; ".join(f"{name} was {was[name]} and is {now[name]}" for name in changed)
+
+
+def why_no_cage(job, facts):
+    """Why runs can't be caged here: without bwrap, or where the ruler finds another machine behind it."""
+    if not shutil.which("bwrap"):
+        return "bwrap (bubblewrap) is not installed"
+    inside = run_job(job | {"facts": facts, "caged": True, "probe": True}, print)["facts"]
+    changed = inside if isinstance(inside, str) else differences(facts, inside, SAME)
+    return changed and f"behind bwrap {changed}"
+
+
+def packages_and_data(facts):
+    """What a run without a cage mustn't change, on any machine."""
+    packages = sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), site.getusersitepackages()
+    return [*packages, facts["folder"]]
+
+
+def run_for_another(job, tell):
+    """Makes a run for a loop on another machine: place, data, device and cage are this one's own.
+
+    What was found out of it `here` goes with the result to the loop, which says it with its next jobs.
+    """
+    host, (*_, experiment, run) = os.uname().nodename, Path(job["folder"]).parts
+    runs = Path.home() / ".cache" / "autoresearch" / "nodes" / f"{host}-{job['branch']}"
+    job |= {"folder": str(runs / experiment / f"{run}-{os.getpid()}"), "project": str(runs)}
+    kill_leftovers(runs, job["name"])
+    old = time.time() - 3600 - 2 * float(job["told"]["BUDGET"])  # what still runs is younger
+    remove(*(path for path in runs.glob("*-*") if path.stat().st_mtime < old))
+    with contextlib.suppress(OSError):  # another worker may do the same
+        merge_cache(runs / job["kept"] / "cache", runs / "cache")
+    try:
+        here = job.get("here") or ask_here(job, tell)
+        facts, why, devices = here["facts"], here["why"], here["facts"]["devices"]
+        if differ := differences(job["facts"], facts, SAME):
+            raise Stop(differ)
+        if why and job["sandbox"] == "require":
+            raise Stop(f"no sandbox: {why}")
+        cards = len(glob.glob("/proc/driver/nvidia/gpus/*")) or os.cpu_count()
+        job["memory"] = psutil.virtual_memory().total * MEMORY_SHARE / min(job["at_once"], cards)
+        job |= {
+            "facts": facts,
+            "watched": packages_and_data(facts),
+            "caged": job["sandbox"] != "off" and not why,
+        }
+        job["device"] = devices[job["number"] % len(devices)]
+        where = {"node": host, "caged": job["caged"], "why": why, "here": here}
+        if job["probe"]:
+            return where | {"cause": "", "facts": facts}
+        result = run_job(job, tell)
+        with open(result["log"], "rb") as log:
+            return result | where | {"text": end_of(log)}
+    except Stop as reason:
+        return {"cause": f"{host} is left out: {reason}", "machine": True, "blame": 0}
+    finally:
+        remove(job["folder"])
+
+
+def ask_here(job, tell):
+    """What a loop on another machine must know of this one: its ruler's facts, and why there is no cage."""
+    tell(line="asking the ruler for its facts")
+    lay_out(Path(job["folder"]), job["files"])
+    env = os.environ | ONE_THREAD | {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
+    env |= as_environment(job["told"] | {"FINGERPRINT": job["facts"].get("data", "")})
+    facts = ask_facts([sys.executable, job["ruler"]], job["folder"], env)
+    if isinstance(facts, str):
+        raise Stop(facts)
+    job["device"] = facts["devices"][0]
+    return {"facts": facts, "why": why_no_cage(job, facts) if job["sandbox"] != "off" else ""}
+
+
+def attend(tell, jobs, silence):
+    """Hears the loop, in a thread of the worker: jobs, and on another machine a word now and then. Tells the
+    main thread when the loop is gone."""
+    rest, quiet = b"", 0
+    with contextlib.suppress(OSError, ValueError):
+        while quiet < (silence or math.inf):
+            if not select.select([0], [], [], BEAT if silence else None)[0]:
+                quiet += BEAT
+                tell()
+                continue
+            if not (part := os.read(0, 65536)):
+                break
+            *lines, rest = (rest + part).split(b"\n")
+            quiet = 0
+            for job in filter(None, map(json.loads, lines)):
+                jobs.put(job)
+    signal.pthread_kill(threading.main_thread().ident, signal.SIGALRM)
+
+
+def worker(silence=None):
     """Makes runs on one device, one after another: jobs are lines of JSON on standard input, the answers on
     standard output. A process of its own, which adopts what its runs leave behind: so ending one run
-    leaves the others alone. It ends with its loop."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)
+    leaves the others alone. It ends with its loop.
+
+    silence: on another machine, seconds after which the loop is taken for gone; there it makes one run.
+    """
+    asked_to_end = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
+
+    def gone(number, frame):
+        for number in (*asked_to_end, signal.SIGALRM):
+            signal.signal(number, signal.SIG_IGN)  # nothing is to come between while it cleans up
+        raise Orphaned
+
+    for number in asked_to_end:
+        signal.signal(number, gone if silence else signal.SIG_IGN)
+    signal.signal(signal.SIGALRM, gone)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a crash's memory image can be as large as the model
+    jobs, ended, cores = queue.SimpleQueue(), False, getattr(os, "sched_getaffinity", int)(0)
 
     def tell(**message):
-        os.write(1, json.dumps(message).encode() + b"\n")
+        sys.stdout.buffer.write(json.dumps(message).encode() + b"\n")
+        sys.stdout.buffer.flush()
 
-    for line in sys.stdin.buffer:
-        try:
-            tell(result=run_job(json.loads(line), tell))
-        except (Orphaned, BrokenPipeError):
-            return
-        except Exception as error:  # a full disk, a missing file, a mistake of ours: nothing was measured
-            tell(result={"cause": one_line(explain(error)), "machine": True})
+    with contextlib.suppress(Orphaned, BrokenPipeError):
+        threading.Thread(target=attend, args=(tell, jobs, silence), daemon=True).start()
+        tell(wants="job", place=f"{os.uname().nodename} {os.environ.get('CUDA_VISIBLE_DEVICES')} {cores}")
+        while not ended:
+            try:
+                result = (run_for_another if silence else run_job)(jobs.get(), tell)
+            except BrokenPipeError:
+                raise
+            except Exception as error:  # a full disk, a missing file, a mistake of ours: nothing was measured
+                result = {"cause": one_line(explain(error)), "machine": True}
+            tell(result=result)
+            ended = silence
+    kill_descendants()
+    os._exit(0)  # whatever the thread is at
 
 
 class Device:
-    """A device, and the worker that makes runs on it, from loop.py as it was at the start of the night."""
+    """A device, and the worker that makes runs on it, from loop.py as it was at the start of the night.
 
-    BOOT = "import sys; exec(compile(eval(sys.stdin.buffer.readline()), 'loop', 'exec'), {'__name__': 'run'})"
+    launch: the words of a command that runs another one on another machine, where each run gets a worker.
+    """
 
-    def __init__(self, name, runs):
-        self.name, self.runs, self.process = name, runs, None
+    BOOT = (
+        'import json, sys; print(json.dumps({"wants": "text"}), flush=True); '
+        'exec(compile(json.loads(sys.stdin.buffer.readline()), "loop", "exec"), {"__name__": sys.argv[1]})'
+    )
+
+    known = {}  # {a place on another machine: what its ruler said, and why there is no cage}
+
+    def __init__(self, name, runs, launch=()):
+        self.name, self.runs, self.launch, self.process = name, runs, launch, None
         self.text = Path(__file__).read_text(encoding="utf-8")
+
+    def start(self):
+        """Starts a shell, and has it become a worker by a line of its input: so nothing need be quoted."""
+        env = {name: value for name, value in os.environ.items() if not SECRET.fullmatch(name)}
+        env |= as_environment({"RUNS": self.runs, "DEVICE": self.name})
+        python, boot, dies = shlex.quote(sys.executable), shlex.quote(self.BOOT), ()
+        if self.launch:
+            python = f'"$AUTORESEARCH_PYTHON" {python} python3'
+            dies = ("setpriv", "--pdeathsig", "TERM") if shutil.which("setpriv") else ()
+        pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        how = dict(cwd=None if self.launch else "/", env=env, start_new_session=True, **pipes)
+        self.process = subprocess.Popen([*dies, *self.launch, "sh"], **how)
+        become = f'exec "$p" -c {boot} {"node" if self.launch else "run"}'
+        become = f'for p in {python}; do command -v "$p" >/dev/null && cd / && {become}; done'
+        self.process.stdin.write(f"{become}; echo there is no python3; exit 1\n".encode())
+        self.process.stdin.flush()
+
+    def send(self, message):
+        self.process.stdin.write(json.dumps(message).encode() + b"\n")
+        self.process.stdin.flush()
+
+    def messages(self):
+        """What the worker says, as dictionaries, until it ends. On another machine it may begin late, after a
+        queue, but not fall silent. Lines that aren't its own, of a shell or an engine, are `said`."""
+        pipe, patience, rest = self.process.stdout.fileno(), None, b""
+        while select.select([pipe], [], [], patience)[0]:
+            if not (part := os.read(pipe, 65536)):
+                return
+            *lines, rest = (rest + part).split(b"\n")
+            for line in lines:
+                message = {"said": one_line(line.decode("utf-8", "replace"))}
+                with contextlib.suppress(ValueError, TypeError):
+                    message = dict(json.loads(line))
+                if self.launch and "wants" in message:
+                    patience = SILENCE if message["wants"] == "job" else FACTS_SECONDS
+                yield message
+        yield {"said": f"not a word in {patience} s"}
 
     def run(self, job, tell):
         """Makes a run, and waits for the worker's result. tell(line) hears the run's last lines."""
-        reason = "it ended"
+        reason, place, blame = "it ended", "", 0 if self.launch else 1
         try:
             if self.process is None or self.process.poll() is not None:
-                env = os.environ | as_environment({"RUNS": self.runs, "DEVICE": self.name})
-                pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
-                self.process = subprocess.Popen([sys.executable, "-c", self.BOOT], cwd="/", env=env, **pipes)
-                self.process.stdin.write(f"{self.text!r}\n".encode())
-            self.process.stdin.write(json.dumps(job).encode() + b"\n")
-            self.process.stdin.flush()
-            for line in self.process.stdout:
-                message = json.loads(line)
+                self.start()
+            else:
+                self.send(job)
+            for message in self.messages():
                 if "result" in message:
-                    return message["result"]
-                tell(message["line"])
+                    return self.bring_home(job, message["result"], place)
+                if message.get("wants") == "text":
+                    self.send(self.text)
+                elif "wants" in message:
+                    place, blame = message["place"], LOST if self.launch else 1
+                    self.send(job if job["probe"] else job | {"here": self.known.get(place)})
+                elif self.launch and place:
+                    self.send(None)  # a word, as the loop is there
+                reason = message.get("said") or reason
+                if line := message.get("line") or message.get("said"):
+                    tell(one_line(line))
         except (OSError, ValueError) as error:
-            reason = str(error)
+            reason = explain(error).strip().splitlines()[-1]
+        if self.process:
+            self.close()
+            self.wait()
         kill_leftovers(self.runs, self.name)
-        return {"cause": f"the worker of {self.name}: {reason}", "machine": True}
+        where = f"{self.name} on {place.split()[0]}" if self.launch and place else self.name
+        return {"cause": one_line(f"the worker of {where}: {reason}"), "machine": True, "blame": blame}
+
+    def bring_home(self, job, result, place):
+        """A result; of a run elsewhere with its log and code, put where those of runs here are."""
+        if not self.launch:
+            return result
+        self.wait()
+        self.known[place] = result.pop("here", None)
+        if "text" in result:
+            where = f"on {result['node']}, {'caged' if result['caged'] else 'no cage'}"
+            result["info"] = f"{result.get('info', '')}, {where}"
+            result["log"] = f"{job['folder']}/run.log"
+            Path(job["folder"]).mkdir(parents=True, exist_ok=True)
+            for name, text in (job["files"] | {"run.log": f"{where}\n{result.pop('text')}"}).items():
+                Path(job["folder"], name).write_bytes(text.encode("utf-8", "surrogateescape"))
+        return result
 
     def close(self):
         """Ends the worker, and with it the run."""
         with contextlib.suppress(OSError):
             self.process.stdin.close()
 
-    def wait(self):
-        """Waits until a worker that was closed has ended."""
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            return self.process.wait(KILL_GRACE)
-        self.process.kill()
+    def wait(self, seconds=KILL_GRACE):
+        """Waits until a worker that was closed has ended, and what started it; in the end by force."""
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                return self.process.wait(seconds)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, number)
 
 
 def kill_leftovers(runs, device=None):
@@ -1703,7 +1955,8 @@ class Model:
             try:
                 return call(*args)
             except self.openai.APIError as error:
-                if getattr(error, "status_code", None) not in NOT_NOW:
+                unpaid = "insufficient_quota" in f"{error.body}"  # a 429 that no waiting changes
+                if unpaid or getattr(error, "status_code", None) not in NOT_NOW:
                     raise
                 self.put_off(error, failed, time.sleep)
         return call(*args)
@@ -1862,7 +2115,7 @@ class View:
     console: Console
     live: bool = False  # whether it is on the screen now
     title: str = ""
-    budget: float = BUDGET
+    budget: float = 300.0  # seconds, until the ruler says
     sign: int = 1  # of a difference that is a gain, see direction()
     rows: list = field(default_factory=list)
     runs: dict = field(default_factory=dict)  # {device: Run, None where it is free}
@@ -1946,11 +2199,13 @@ class Report:
     metric: str
     rows: list
     unread: list = ()  # of lines that are no rows, a sentence each
+    nodes: list = ()  # a sentence on each machine whose runs are off
 
     def __post_init__(self):
         self.kept = [number for number, row in enumerate(self.rows) if row.status == "keep" and row.runs]
         # Where what was kept rose, or what was not fell, higher is better.
-        changes = [row.change if row.status == "keep" else -row.change for row in self.rows if row.error > 0]
+        known = [row for row in self.rows if not math.isnan(row.change)]
+        changes = [row.change if row.status == "keep" else -row.change for row in known]
         self.sign = -1 if sum(changes) > 0 else 1
 
     def gain(self, number):
@@ -1978,6 +2233,7 @@ class Report:
             lines.append(f"{hours:.1f} hours, {(len(ends) - 1) / hours:.1f} an hour")
         if tokens := sum(row.llm_tokens for row in rows):
             lines.append(f"{tokens:,} tokens")
+        lines += self.nodes
         yield Text(f"{self.name}: {self.metric} of what was kept, in order\n", "bold")
         yield from self.table(self.kept)
         if near:
@@ -1997,7 +2253,7 @@ class Report:
         values = {n: self.sign * rows[n].value for n in measured}  # lower is better
         # What was kept is the story: what is far above is cut.
         story = [values[n] for n in kept] or [*values.values()] or [0.0]
-        errors = [row.error for row in rows if row.error > 0] or [PRIOR_NOISE]
+        errors = [row.error for row in rows if row.error > 0] or [0.0]
         worst = max(story) + max(max(story) - min(story), 6 * median(errors)) / 2
         inside = {n for n in measured if values[n] <= worst} | kept
         figure = Figure((12, 6.75), dpi=150)
@@ -2046,14 +2302,21 @@ def read_report(folder, tag, file):
         if not text:
             raise Stop(f"{file} can't be read; --report takes a results.tsv, or nothing for the branch's own")
         return Report(one_line(Path(file).name), *read_rows(text, file))
-    git, name = Git(folder), f"autoresearch/{tag.removeprefix('autoresearch/')}" if tag else ""
-    if not name and not (name := git.branch()).startswith("autoresearch/"):
+    git = Git(folder)
+    space = f"{git.space}/"
+    name = space + tag.removeprefix(space) if tag else ""
+    if not name and not (name := git.branch()).startswith(space):
         newest = "--sort=-committerdate", "--count=1", "--format=%(refname:lstrip=2)"
-        name = git("for-each-ref", *newest, "refs/heads/autoresearch/").strip()
+        name = git("for-each-ref", *newest, f"refs/heads/{space}").strip()
     if not name or not git.find(f"refs/heads/{name}"):
-        name = name or "autoresearch/TAG yet"
+        name = name or f"{space}TAG yet"
         raise Stop(f"no branch {name}; run: python loop.py, or name a file: --report FILE")
-    return Report(name, *read_rows(git.text(f"refs/heads/{name}", "results.tsv") or header("val_bpb"), name))
+    rows, nodes = read_rows(git.text(f"refs/heads/{name}", "results.tsv") or header(METRIC), name), []
+    with contextlib.suppress(Stop, KeyError):  # a branch of another version
+        ledger = Ledger(git, name.removeprefix(space))
+        ledger.load()
+        nodes = ledger.odd_nodes()
+    return Report(name, *rows, nodes)
 
 
 def report(folder, tag, file, console):
@@ -2080,14 +2343,20 @@ class Session:
         self.args, self.folder, self.runs_folder = args, folder, folder / "runs"
         self.git, self.view = Git(folder), View(console)
         here, today = self.git.branch(), f"{datetime.now():%Y-%m-%d}"
-        tag = args.tag or (here if here.startswith("autoresearch/") else today)
-        self.ledger = Ledger(self.git, tag.removeprefix("autoresearch/"))
+        space = f"{self.git.space}/"
+        tag = args.tag or (here if here.startswith(space) else today)
+        self.ledger = Ledger(self.git, tag.removeprefix(space))
         self.say, self.view.rows = self.view.say, self.ledger.rows
+        own = (folder / OWN_RULER).is_file()
+        self.script = OWN_RULER if own else RULER  # what is asked, and started for each run
         self.model, self.painter, self.program = None, None, ""
         self.devices = {}  # {name: Device}
+        self.launched = {}  # {name: what a job says of its device}, of those on other machines
         self.in_flight = {}  # {(commit, seed, split): the device on which it runs}
         self.finished = deque()  # (key, result) of runs that are not on disk yet
+        self.freed = deque()  # (device, commit, blame) of devices that may have another run
         self.machine_failures = Counter()  # {commit: times that the machine failed around it}
+        self.why = ""  # there is no cage
         self.proposals = []
         self.audits = []  # keys of the audit's runs; empty but for --audit
         self.events, self.stopping, self.interrupted = queue.SimpleQueue(), threading.Event(), False
@@ -2119,28 +2388,27 @@ class Session:
         (self.runs_folder / ".gitignore").write_text("*\n")
         kill_leftovers(self.runs_folder)
         remove(*self.runs_folder.glob("check-*"))
-        for name in ("results.tsv", self.ledger.edits):
-            (self.folder / f".{name}.new").unlink(missing_ok=True)
 
-    def check_files(self):
-        """Ruler and loop must be as they are committed, and results.tsv hold nothing of the user's."""
-        ledger, names = self.ledger, ["prepare.py", "loop.py"]
-        begun = self.git.find(ledger.ref)
-        names += [] if begun else ["results.tsv"]
-        status = self.git("status", "--porcelain", "--ignored", "--", *names).splitlines()
-        if changed := ", ".join(line[3:] for line in status):
-            raise Stop(
-                f"{changed}: missing or not committed, so the results would belong to nothing; commit it"
-            )
-        for name in ("loop.py", "prepare.py", ledger.edits, "program.md"):
+    def check_committed(self, *names):
+        """These files of the project must be in git."""
+        for name in names:
             if (self.folder / name).is_symlink():
                 raise Stop(f"{name} is a link, of which git keeps no text; put the file itself in its place")
             if self.git.text("HEAD", name) is None:
                 raise Stop(f"{name} is not committed; run: git add {name} && git commit -m start")
-        try:
-            code_hash(self.git.text("HEAD", ledger.edits))
-        except Refused as error:
-            raise Stop(f"{ledger.edits} as it is committed: {error}; fix and commit it") from None
+
+    def check_files(self):
+        """Ruler and loop must be as they are committed, and results.tsv hold nothing of the user's."""
+        ledger, names = self.ledger, [self.script]
+        names += ["loop.py"] if self.script == RULER else []
+        begun = self.git.find(ledger.ref)
+        looked_at = names if begun else [*names, "results.tsv"]
+        status = self.git("status", "--porcelain", "--ignored", "--", *looked_at).splitlines()
+        if changed := ", ".join(line[3:] for line in status):
+            raise Stop(
+                f"{changed}: missing or not committed, so the results would belong to nothing; commit it"
+            )
+        self.check_committed(*names, "program.md")
         if begun:
             ledger.load()
             rows = (ledger.header + "".join(map(Row.line, ledger.rows))).splitlines()
@@ -2151,31 +2419,77 @@ class Session:
                     "results.tsv has uncommitted changes; commit them, or: git checkout -- results.tsv"
                 )
 
+    def check_edited(self):
+        """The file that the ruler names must be in git, and compile."""
+        name = self.ledger.edits
+        for file in ("results.tsv", name):
+            (self.folder / f".{file}.new").unlink(missing_ok=True)  # of a loop that was killed
+        self.check_committed(name)
+        try:
+            code_hash(self.git.text("HEAD", name))
+        except Refused as error:
+            raise Stop(f"{name} as it is committed: {error}; fix and commit it") from None
+
+    def add_launched(self):
+        """The devices on other machines, as --launch and --at-once name them."""
+        if len(self.args.launch) != len(self.args.at_once or self.args.launch):
+            raise Stop("--at-once: give each --launch one of its own, or none at all")
+        for words, many in itertools.zip_longest(self.args.launch, self.args.at_once, fillvalue=1):
+            kind = Path(words[0]).name
+            branch = hashlib.sha256(f"{os.uname().nodename} {self.ledger.file}".encode()).hexdigest()[:12]
+            first = sum(name.startswith(f"{kind}:") for name in self.devices)
+            for number in range(many):
+                name = f"{kind}:{first + number}"
+                self.devices[name] = Device(name, self.runs_folder, words)
+                self.launched[name] = {"number": number, "at_once": many, "branch": branch}
+                self.launched[name]["sandbox"] = self.args.sandbox
+
+    def ask_nodes(self, began):
+        """The facts of the first other machine that answers, where all runs are made on others."""
+        self.facts, self.caged = {"folder": ""} | began, False  # of a new branch: any will do
+        self.noted = {"settings": began.get("settings", {})}
+        for name in (name for name, told in self.launched.items() if not told["number"]):
+            self.say(f"{name}: asking the ruler for its facts")
+            answer = self.devices[name].run(self.job(name), lambda line: self.say(line))
+            if not answer["cause"]:
+                self.why = answer["why"]
+                return answer["facts"]
+            self.say(answer["cause"])
+        raise Stop(f"no other machine can be used: {answer['cause']}")
+
     def ask_ruler(self):
         """What the ruler says of itself and this machine; a branch goes on only with what it began with."""
         began, ledger, place = self.ledger.noted_ruler(), self.ledger, self.runs_folder / "ruler"
-        self.budget = self.view.budget = self.args.budget or began.get("budget", BUDGET)
-        self.ruler = self.git.text(self.git.find(ledger.ref) or "HEAD", "prepare.py")
+        self.ruler = {self.script: self.git.text(self.git.find(ledger.ref) or "HEAD", self.script)}
+        if self.script == OWN_RULER:
+            self.ruler[RULER] = read_text(Path(__file__).with_name(RULER))
         place.mkdir(exist_ok=True)
-        (place / "prepare.py").write_bytes(self.ruler.encode("utf-8", "surrogateescape"))
+        write_files(place, self.ruler)
         env = os.environ | ONE_THREAD | {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
         env |= as_environment({"FINGERPRINT": began.get("data", "")} | began.get("settings", {}))
         if data := env.get("AUTORESEARCH_DATA"):  # the ruler stands in another folder
             env["AUTORESEARCH_DATA"] = os.path.abspath(os.path.expanduser(data))
-        self.say("asking prepare.py about the text and this machine, a few seconds")
-        facts = self.facts = ask_facts([sys.executable, "prepare.py"], place, env, stderr=None)
+        self.add_launched()
+        if self.launched and not self.args.devices:
+            facts = self.facts = self.ask_nodes(began)
+        else:
+            self.say(f"asking {self.script} about the data and this machine, a few seconds")
+            facts = self.facts = ask_facts([sys.executable, self.script], place, env, stderr=None)
         if isinstance(facts, str):
             raise Stop("the ruler doesn't start, see above; is everything installed? pip install -e .")
-        now = {"code": hashlib.sha256(self.ruler.encode()).hexdigest()[:12], "budget": self.budget}
+        self.budget = self.view.budget = self.args.budget or began.get("budget") or facts["budget"]
+        code = "".join(self.ruler.values()).encode("utf-8", "surrogateescape")
+        now = {"code": hashlib.sha256(code).hexdigest()[:12], "budget": self.budget}
         now |= {name: facts[name] for name in SAME}
         self.noted = now | {name: began.get(name, facts[name]) for name in ("noise", "settings")}
-        differ = [name for name in now if began.get(name, now[name]) != now[name]]
-        if differ := "; ".join(f"{name} was {began[name]} and is {now[name]}" for name in differ):
+        if differ := differences(began, now, now):
             other = f"{ledger.name} was measured with another ruler ({differ})"
             raise Stop(f"{other}; go back, or begin anew: --tag")
         self.sign = self.view.sign = direction(facts)
         ledger.edits, ledger.header = facts["edits"], header(facts["metric"])
-        for name in self.args.devices.split(",") if self.args.devices else facts["devices"]:
+        self.check_edited()
+        chosen = () if self.launched else facts["devices"]
+        for name in self.args.devices.split(",") if self.args.devices else chosen:
             found = [device for device in facts["devices"] if name in (device, device.rpartition(":")[2])]
             if not found:
                 raise Stop(f"--devices: there is no {name} here, but {', '.join(facts['devices'])}")
@@ -2183,17 +2497,17 @@ class Session:
         self.view.runs = dict.fromkeys(self.devices)
 
     def check_cage(self):
-        """Runs are caged where bwrap works, and the ruler finds the same machine behind it."""
-        self.caged, inside = self.args.sandbox != "off", "bwrap (bubblewrap) is not installed"
-        if self.caged and shutil.which("bwrap"):
-            inside = run_job(self.job(next(iter(self.devices))), print)["facts"]
-        if not self.caged or self.same_machine(inside):
-            return
-        reason = inside if isinstance(inside, str) else f"the device is {inside['device']} behind bwrap"
-        if self.args.sandbox == "require":
-            raise Stop(f"no sandbox: {reason}; fix that, or run without one: --sandbox off")
-        self.caged = False
-        self.say(f"NO SANDBOX, {reason}: an edit can read your files and use the network (README, The cage)")
+        """Runs here are caged where bwrap works, and the ruler finds the same machine behind it."""
+        here = [name for name in self.devices if name not in self.launched]
+        self.caged = self.args.sandbox != "off"
+        if here and self.caged:
+            self.why = why_no_cage(self.job(here[0]), self.facts)
+        if self.why and self.args.sandbox == "require":
+            raise Stop(f"no sandbox: {self.why}; fix that, or run without one: --sandbox off")
+        if self.why:
+            self.caged = False
+            can = "an edit can read your files and use the network (README, The cage)"
+            self.say(f"NO SANDBOX, {self.why}: {can}")
 
     def same_machine(self, facts):
         return isinstance(facts, dict) and all(facts.get(name) == self.facts[name] for name in SAME)
@@ -2280,12 +2594,16 @@ class Session:
             elif seed == experiment.judged:  # nothing yet, or in doubt
                 yield commit, seed, "val"
 
+    def waiting(self):
+        """Those of them that no device makes now."""
+        made = self.ledger.results
+        return (key for key in self.wanted() if key not in self.in_flight and key not in made)
+
     def next_key(self):
         """The next run, of an experiment that was begun or begins now; None if there is nothing to run."""
         while True:
-            for key in self.wanted():
-                if key not in self.in_flight and key not in self.ledger.results:
-                    return key
+            if key := next(self.waiting(), None):
+                return key
             if self.audits or self.over() or not (experiment := self.begin_next()):
                 return None
             self.settle(experiment)
@@ -2361,13 +2679,12 @@ class Session:
     def check_reach(self, source):
         """Raises Refused, with the ruler's sentence, where an edit reaches outside what the ruler offers."""
         with tempfile.TemporaryDirectory(prefix="check-", dir=self.runs_folder) as name:
-            folder, command = Path(name), [sys.executable, "prepare.py", "--check", self.ledger.edits]
-            for name, text in {"prepare.py": self.ruler, self.ledger.edits: source}.items():
-                (folder / name).write_text(text, encoding="utf-8", errors="surrogateescape")
+            folder, command = Path(name), [sys.executable, self.script, "--check", self.ledger.edits]
+            write_files(folder, {**self.ruler, self.ledger.edits: source})
             how = dict(cwd=folder, env=environment(folder, folder), stdout=subprocess.PIPE, text=True)
             answer = subprocess.run(command, **how).stdout.strip()
         if not answer:
-            raise OSError(5, "the ruler's check failed", "prepare.py")
+            raise OSError(5, "the ruler's check failed", self.script)
         if answer != "ok":
             raise Refused(f"The ruler doesn't allow this: {answer}.")
 
@@ -2455,24 +2772,25 @@ class Session:
         commit, seed, split = key or ("", 0, "val")
         told = {"SEED": f"{seed}", "SPLIT": "val" if split == "warm" else split, "BUDGET": f"{self.budget:g}"}
         told["WORK"] = f"{self.work_for(commit, seed)}" if key and split == "val" else ""
-        files = {"prepare.py": self.ruler}
-        if key:
-            files[self.ledger.edits] = self.ledger.source_of(commit)
+        files = {**self.ruler, self.ledger.edits: self.ledger.source_of(commit)} if key else self.ruler
         # What an uncaged run mustn't change: packages, data, git's settings, the loop and the ruler.
-        watched = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), site.getusersitepackages()]
-        watched += [self.facts["folder"], f"{self.git.dir}/config", f"{self.git.dir}/hooks"]
-        watched += [str(self.folder / name) for name in ("loop.py", "prepare.py")]
+        watched = packages_and_data(self.facts) + [f"{self.git.dir}/config", f"{self.git.dir}/hooks"]
+        watched += [__file__, str(Path(__file__).with_name(RULER)), str(self.folder / self.script)]
         return {
             "files": files,
+            "ruler": self.script,
             "folder": str(folder or self.runs_folder / "probe" / device),
-            "project": str(self.folder),
-            "facts": {name: self.facts[name] for name in ("metric", "data", "folder", "held_out")},
+            "project": self.git.top,
+            "facts": {name: fact for name, fact in self.facts.items() if name != "api"},
             "told": told | self.noted["settings"],
+            "name": device,
             "device": device,
             "probe": not key,
             "caged": self.caged,
             "memory": psutil.virtual_memory().total * MEMORY_SHARE / len(self.devices),
             "watched": watched,
+            "kept": self.ledger.best.folder if self.ledger.best else "",
+            **self.launched.get(device, {}),  # and all else is another machine's to know
         }
 
     def work_for(self, commit, seed):
@@ -2495,21 +2813,26 @@ class Session:
         threading.Thread(target=self.wait_for, args=(device, key, job, run), daemon=True).start()
 
     def wait_for(self, device, key, job, run):
-        """Makes a run on its device; where the machine failed, waits until it answers as at the start."""
+        """Makes a run on its device. Where the machine failed, the run goes back, for any device to make, and
+        this one waits until it answers as at the start."""
 
         def tell(line):
             run.line = line
 
         failed, result = 0, self.devices[device].run(job, tell)
-        while self.machine_failed(result) and not self.stopping.is_set():
-            tell(f"the machine: {result['cause']}")
-            self.say(f"{device}: {result['cause']}; going on in {backoff(failed):.0f} s")
+        self.finished.append((key, result))
+        self.events.put(None)
+        answer, cause = result, ""
+        while self.machine_failed(answer) and not self.stopping.is_set():
+            cause = answer["cause"] or cause
+            tell(f"the machine: {cause}")
+            self.say(f"{device}: {cause}; going on in {backoff(failed):.0f} s")
             if self.stopping.wait(backoff(failed)):
                 break
-            if self.same_machine(self.devices[device].run(self.job(device), tell).get("facts")):
-                break
+            answer = self.devices[device].run(self.job(device), tell)
             failed += 1
-        self.finished.append((key, result))
+        # What failed around an experiment and works at the first try may well be the experiment's fault.
+        self.freed.append((device, key[0], result.get("blame", 1) if failed == 1 else 0))
         self.events.put(None)
 
     def machine_failed(self, result):
@@ -2519,10 +2842,11 @@ class Session:
     def take(self, key, result):
         """A finished run: noted, or to be made again where the machine failed."""
         commit, _, split = key
-        failed = self.machine_failed(result)
-        self.machine_failures[commit] = self.machine_failures[commit] + 1 if failed else 0
-        if failed and (self.machine_failures[commit] < MAX_MACHINE_FAILURES or self.ledger.best is None):
-            return self.ledger.note(*key, {"stopped": True})
+        if self.machine_failed(result):
+            blame = self.machine_failures[commit] + result.get("blame", 1)
+            if blame < MAX_MACHINE_FAILURES or self.ledger.best is None:
+                return self.ledger.note(*key, {"stopped": True})
+        self.machine_failures[commit] = 0
         if split == "test":
             description = self.ledger.experiments[commit].description
             self.say(f"{split}: {result['cause'] or result['value']}  {description}")
@@ -2613,7 +2937,11 @@ class Session:
         body = f"{self.facts['metric']} {value:.6f}, {last.get('info', '')}"
         if status == "crash":
             body = "\n".join(f"| {line}" for line in last.get("tail", "").splitlines()) or one_line(remark)
-        ledger.record(experiment, row, body, {"Work": ",".join(str(run["work"]) for run in runs)})
+        work = {"Work": ",".join(str(run["work"]) for run in runs)}
+        if not ledger.record(experiment, row, body, work):
+            self.say(
+                f"another branch is checked out: the row went to {ledger.name}, no file here was touched"
+            )
         self.say(shown(row), seen=True)
         if len(ledger.rows) % PACK_ROWS == 0:
             self.git("repack", "-d", "-q")
@@ -2621,16 +2949,12 @@ class Session:
             with contextlib.suppress(OSError):
                 merge_cache(self.runs_folder / experiment.folder / "cache", self.runs_folder / "cache")
         self.draw_picture()
-        if not ledger.checked_out():
-            self.say(
-                f"another branch is checked out: the row went to {ledger.name}, no file here was touched"
-            )
 
     def draw_picture(self):
         """Has progress.png drawn by another process, at the lowest priority, unless one is still at it."""
         busy = self.painter and self.painter.poll() is None
         if importlib.util.find_spec("matplotlib") and not busy:
-            command = ["nice", "-n", "19", sys.executable, "loop.py", "--report", "--tag", self.ledger.name]
+            command = ["nice", "-n", "19", sys.executable, __file__, "--report", "--tag", self.ledger.name]
             how = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
             # It writes nothing into the packages, which runs without a cage are not to change.
             how |= {"env": os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}, "start_new_session": True}
@@ -2650,7 +2974,10 @@ class Session:
             if key not in self.ledger.results:  # as it is if noting it failed at the last moment
                 self.take(key, result)
             self.finished.popleft()
-            device = self.in_flight.pop(key)
+            del self.in_flight[key]
+        while self.freed:
+            device, commit, blame = self.freed.popleft()
+            self.machine_failures[commit] += blame
             self.view.busy += time.monotonic() - self.view.runs[device].began
             self.view.runs[device] = None
 
@@ -2672,7 +2999,8 @@ class Session:
         thinking = sum(not proposal.done for proposal in self.proposals)
         self.view.now = f"the model thinks about {thinking} more" if thinking else ""
         asking = self.model and (self.proposals or not self.spent())
-        if not self.in_flight and not self.finished and (self.over() or not asking):
+        left = self.in_flight or self.finished or next(self.waiting(), None)  # a device may come back for it
+        if not left and (self.over() or not asking):
             return False
         with contextlib.suppress(queue.Empty):
             self.events.get(timeout=1)
@@ -2773,9 +3101,16 @@ def positive(kind):
 def parse_arguments(words=None):
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, epilog=EPILOG, formatter_class=form)
+    meaning = (
+        "a command that runs another one elsewhere, as in 'ssh -T box' (MANUAL, Many machines); repeatable"
+    )
+    how = dict(action="append", default=[])
+    parser.add_argument("--launch", type=shlex.split, metavar="PREFIX", help=meaning, **how)
+    meaning = "so many runs at once by the --launch before it (1)"
+    parser.add_argument("--at-once", type=positive(int), metavar="N", help=meaning, **how)
     for name, kind, meaning in (
         ("--tag", str, "the branch autoresearch/TAG (default: the one checked out, else today's date)"),
-        ("--budget", positive(float), f"hard wall clock of one run, in seconds ({BUDGET}, or the branch's)"),
+        ("--budget", positive(float), "hard wall clock of one run, in seconds (default: as the ruler says)"),
         ("--experiments", positive(int), "stop after so many experiments, the baseline not counted"),
         ("--hours", positive(float), "begin nothing new after so many hours"),
         ("--tokens", positive(int), "ask the model no more after so many tokens; the search goes on"),
@@ -2787,7 +3122,7 @@ def parse_arguments(words=None):
     parser.add_argument("--offline", action="store_true", help=meaning)
     meaning = "show what was kept: of the branch, or of any results.tsv"
     parser.add_argument("--report", nargs="?", const="", metavar="FILE", help=meaning)
-    meaning = "run baseline and best again, on fresh seeds and unseen text"
+    meaning = "run baseline and best again, on fresh seeds and unseen data"
     parser.add_argument("--audit", action="store_true", help=meaning)
     meaning = "runs behind bwrap: where it works, or stop, or never"
     parser.add_argument("--sandbox", choices=("auto", "require", "off"), default="auto", help=meaning)
@@ -2800,7 +3135,8 @@ def plain(error):
 
 
 def main():
-    args, folder, session = parse_arguments(), Path(__file__).resolve().parent, None
+    args, session = parse_arguments(), None
+    folder = Path.cwd() if Path(OWN_RULER).is_file() else Path(__file__).resolve().parent
     codecs.register_error("plain", plain)
     while os.open(os.devnull, os.O_RDWR) < 3:
         pass  # where standard streams are closed, no file of ours may take their place
@@ -2835,3 +3171,5 @@ if __name__ == "__main__":
     sys.exit(main())
 elif __name__ == "run":
     worker()
+elif __name__ == "node":
+    worker(SILENCE)

@@ -9,7 +9,7 @@
 Reads the source twice (vocabulary, then tokens) and writes ~/.cache/autoresearch/<source>-<fingerprint>/ (or below
 $AUTORESEARCH_DATA): train.bin, val.bin and test.bin (uint16 tokens, a BOS before each document), tokenizer.tiktoken
 (tiktoken's rank format) and meta.json, which never change; beside the folders prepared.json says which was asked for
-last. A second call finds the folder and does nothing. train.py imports `Run` from here.
+last. A second call finds the folder and does nothing. train.py imports `Run` from here, and a ruler of your own `Ruler`.
 """
 
 import argparse
@@ -34,6 +34,7 @@ import os
 import random
 import re
 import resource
+import secrets
 import shutil
 import signal
 import sys
@@ -49,10 +50,6 @@ from pathlib import Path
 from time import monotonic, process_time, sleep, thread_time  # so time.monotonic may be replaced
 
 import numpy as np
-
-# Only the ruler needs torch; a second `python prepare.py` does without its seconds.
-if __name__ != "__main__":
-    import torch
 
 # The sizes of the ruler: sequence length, vocabulary, tokens evaluated, rows of one evaluation batch.
 GPU_SIZES = dict(seq_len=2048, vocab_size=8192, eval_tokens=2**23, eval_rows=32)
@@ -141,9 +138,8 @@ PEAK_FLOPS = {
 _stopped = []  # the signals that asked prepare.py to stop
 _sealed = set()  # real paths of the token files, while they may not be opened
 _taken = {}  # by --run, before train.py's first line: the loop's secret and settings, and the text that is held out
-SIGNED = (
-    "BUDGET MACHINE PACE SEED SPLIT WORK".split()
-)  # of what the loop tells a run: its result repeats them
+# Of what the loop tells a run: its result repeats them.
+SIGNED = "BUDGET FINGERPRINT MACHINE PACE SALT SEED SOURCE SPLIT WORK".split()
 API = """\
 The file trains a language model; its metric is validation bits per byte after a fixed time of training. It must go on using the
 ruler, prepare.py, which you can't change:
@@ -566,6 +562,7 @@ def write_data_set(folder, source, sizes, progress):
 
     digests = {path.name: digest_of(path) for path in sorted(folder.iterdir())}
     meta = dict(source=name, fingerprint="", **sizes, unigram_bpb=unigram_bpb, splits=splits, digests=digests)
+    meta |= {"shards": len(files)} if name in HUB else {}
     meta["fingerprint"] = fingerprint_of(meta)
     (folder / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
     for path in folder.iterdir():
@@ -655,10 +652,18 @@ def end_process(code):
     os._exit(code)
 
 
+def load_torch():
+    """The language model's ruler needs torch; others do without its seconds."""
+    global torch
+    import torch
+
+
 def read_settings():
-    """What the environment tells a run, as Run's docstring lists it; the secret is taken away."""
+    """What the environment tells a run, as Run's docstring lists it; the secrets are taken away."""
     told = {name[13:]: text for name, text in os.environ.items() if name.startswith("AUTORESEARCH_") and text}
-    os.environ.pop("AUTORESEARCH_TOKEN", None)
+    signed = {name: os.environ[key] for name in SIGNED if (key := f"AUTORESEARCH_{name}") in os.environ}
+    for name in ("TOKEN", "SALT"):
+        os.environ.pop(f"AUTORESEARCH_{name}", None)
     return types.SimpleNamespace(
         started=float(told.get("STARTED", monotonic())),
         budget=float(told.get("BUDGET", BUDGET)),
@@ -669,7 +674,9 @@ def read_settings():
         machine=told.get("MACHINE"),
         held_out=told.get("HELD_OUT"),
         secret=told.get("TOKEN", ""),
-        told={name: os.environ[key] for name in SIGNED if (key := f"AUTORESEARCH_{name}") in os.environ},
+        salt=told.get("SALT", ""),
+        fingerprint=told.get("FINGERPRINT", ""),
+        told=signed,
     )
 
 
@@ -698,10 +705,15 @@ def take_hold():
         check_digests(meta, {folder / name: file, folder / "tokenizer.tiktoken": None})
         places = np.arange(meta["seq_len"] + 1)
         windows = tokens[eval_starts(meta, settings.split)[..., None] + places]  # copied
+    seal(folder)
+    return settings, folder, meta, windows
+
+
+def seal(folder):
+    """From here on nothing opens what a data set holds out."""
     if not _sealed:
         sys.addaudithook(_guard)
-    _sealed.update(os.path.realpath(folder / f"{split}.bin") for split in meta["splits"] if split != "train")
-    return settings, folder, meta, windows
+    _sealed.update(os.path.realpath(folder / f"{split}.bin") for split in ("val", "test"))
 
 
 def run_train():
@@ -709,12 +721,21 @@ def run_train():
 
     Secret, settings and held-out text are taken before its first line: nothing it does moves them.
     """
-    path, code = Path(__file__).with_name("train.py"), 0
+    path = Path(__file__).with_name("train.py")
     _taken["hold"] = take_hold()
+    if cache := os.environ.get("AUTORESEARCH_CACHE"):
+        for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "CUDA_CACHE_PATH"):
+            os.environ[name] = str(Path(cache, name.partition("_")[0].lower()))
     main = sys.modules["__main__"] = types.ModuleType("__main__")
     main.__file__, sys.argv = str(path), [str(path)]
+    to_the_end(exec, compile(path.read_bytes(), str(path), "exec"), vars(main))
+
+
+def to_the_end(work, *arguments):
+    """Does this, and ends the process with it: what fails prints its traceback, from where it began."""
+    code = 0
     try:
-        exec(compile(path.read_bytes(), str(path), "exec"), vars(main))
+        work(*arguments)
     except SystemExit as ended:
         code = ended.code or 0
         if not isinstance(code, int):
@@ -736,6 +757,25 @@ def signed_line(secret, result):
     """`result: SIGNATURE JSON`, as the loop reads it: HMAC-SHA256 of the JSON, by the run's secret."""
     text = json.dumps(result)
     return f"result: {hmac.new(secret.encode(), text.encode(), 'sha256').hexdigest()} {text}"
+
+
+def print_result(settings, summary, **result):
+    """The summary for people, and where the loop listens the same signed: with what the run was told."""
+    print("---", *(f"{key + ':':17} {value}" for key, value in summary.items()), sep="\n", flush=True)
+    if settings.secret:
+        print(signed_line(settings.secret, result | {"told": settings.told}), flush=True)
+
+
+def peak_memory():
+    """MiB that this process has had resident, at most (in bytes on macOS, KiB elsewhere)."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def cores():
+    """The CPU's devices: each core that this process may use."""
+    if not hasattr(os, "sched_getaffinity"):
+        return ["cpu"]
+    return [f"cpu:{core}" for core in sorted(os.sched_getaffinity(0))]
 
 
 def device_name(device):
@@ -771,17 +811,21 @@ def facts():
     noise: assumed deviation of the difference of two runs on one seed, bits per byte. settings: what a branch
     notes and tells each run as AUTORESEARCH_NAME. fixed: constants of train.py that a search leaves alone.
     """
+    load_torch()
     device, root = pick_device(), data_root()
     noted, wanted = (os.environ.get(f"AUTORESEARCH_{name}") for name in ("PACE", "FINGERPRINT"))
     if device.type == "cuda":
         check_compiler()
     torch.ones(8, 8, device=device).mm(torch.ones(8, 8, device=device)).sum().item()  # does it compute?
     found = data_sets(root)
-    if not found and not wanted:
-        print(f"no data of this version in {root}: preparing torch's sources, about 20 s", file=sys.stderr)
-        prepare("pytorch", root)
-        found = data_sets(root)
     named = {meta["fingerprint"]: folder for folder, meta in found.items()}
+    told = os.environ.get("AUTORESEARCH_SOURCE") or ("" if wanted else "pytorch")
+    if told and (wanted not in named if wanted else not found):
+        print(f"no such data of this version in {root}: preparing {told} (once)", file=sys.stderr)
+        source, *shards = told.split()
+        prepare(source, root, *map(int, shards))
+        found = data_sets(root)
+        named = {meta["fingerprint"]: folder for folder, meta in found.items()}
     if wanted and wanted not in named:
         raise SystemExit(f"this branch was measured on the data set {wanted}, not in {root}; bring it back, "
                          "or begin anew with --tag")  # fmt: skip
@@ -792,20 +836,20 @@ def facts():
         raise SystemExit(f"{folder} was prepared for a GPU, and torch finds none: does nvidia-smi show "
                          "it? If there is none, prepare the text again, in its smaller sizes for a CPU: "
                          "python prepare.py")  # fmt: skip
-    devices, settings = [device.type], {"MACHINE": name}
+    devices, settings = cores() if device.type == "cpu" else [device.type], {"MACHINE": name}
+    if meta["source"] in ("pytorch", *HUB):  # which another machine can prepare, too
+        settings["SOURCE"] = f"{meta['source']} {meta.get('shards', '')}".strip()
     if device.type == "cuda":
         alike = (n for n in range(torch.cuda.device_count()) if torch.cuda.get_device_name(n) == name)
         devices = [f"cuda:{n}" for n in alike]
     if device.type == "cpu":
         settings["PACE"] = noted or f"{measure_pace():.3g}"
-        if hasattr(os, "sched_getaffinity"):
-            devices = [f"cpu:{core}" for core in sorted(os.sched_getaffinity(0))]
     return json.dumps({
         "metric": "val_bpb", "better": "lower", "edits": "train.py", "api": API, "noise": NOISE[device.type],
         "devices": devices, "device": name, "software": f"torch {torch.__version__}", "settings": settings,
         "data": meta["fingerprint"], "folder": str(folder.resolve()),
         "held_out": {split: str((folder / f"{split}.bin").resolve()) for split in ("val", "test")},
-        "fixed": ["CPU" if device.type == "cuda" else "GPU"],
+        "fixed": ["CPU" if device.type == "cuda" else "GPU"], "budget": BUDGET,
     })  # fmt: skip
 
 
@@ -891,7 +935,7 @@ def _guard(event, args):
         path = os.fsdecode(args[0])
         name = os.path.basename(path)
         if os.path.realpath(path) in _sealed or name in ("val.bin", "test.bin"):
-            refuse(f"train.py opened {name}: val and test are held out, train comes from one Run's batches()")
+            refuse(f"the file opened {name}, which is the ruler's: train.bin comes from one Run's batches()")
 
 
 class Run:
@@ -905,6 +949,7 @@ class Run:
     """
 
     def __init__(self):
+        load_torch()
         self._settings, self._folder, self._meta, self._held = _taken.get("hold") or take_hold()
         told, meta = self._settings, self._meta
         self._started, self._budget, self._seed = told.started, told.budget, told.seed
@@ -1258,9 +1303,8 @@ class Run:
         training = (self._told or now) - clock
         if self.device.type == "cuda":
             memory = torch.cuda.max_memory_allocated() / 2**20
-        else:  # no device memory of its own: the process's resident peak (bytes on macOS, KiB elsewhere)
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-            memory = peak / (2**20 if sys.platform == "darwin" else 2**10)
+        else:  # no device memory of its own
+            memory = peak_memory()
         summary = {
             f"{self._settings.split}_bpb": f"{bpb:.6f}",
             "training_seconds": f"{training:.1f}",
@@ -1282,15 +1326,10 @@ class Run:
             print(f"{HELD_UP}: training got {self._trained:.1%} of its time, so the number says little")
         if self._tokens > self.train_tokens:
             print(f"the text was too short: it was met {summary['epochs']} times; prepare more")
-        print("---", *(f"{key + ':':17} {value}" for key, value in summary.items()), sep="\n", flush=True)
-        if self._settings.secret:
-            info = "{num_steps} steps, {total_tokens_M} M tokens, first step done at {startup_seconds} s"
-            result = {
-                "metric": "val_bpb", "value": float(f"{bpb:.6f}"), "memory_mb": round(memory, 1),
-                "info": info.format(**summary), "trained": self._trained, "work": self._tokens,
-                "data": self._meta["fingerprint"], "told": self._settings.told,
-            }  # fmt: skip
-            print(signed_line(self._settings.secret, result), flush=True)
+        info = "{num_steps} steps, {total_tokens_M} M tokens, first step done at {startup_seconds} s"
+        result = {"info": info.format(**summary), "trained": self._trained, "work": self._tokens}
+        result |= {"metric": "val_bpb", "value": float(f"{bpb:.6f}"), "memory_mb": round(memory, 1)}
+        print_result(self._settings, summary, data=self._meta["fingerprint"], **result)
 
 
 # What train.py may import: modules, and of some of them only these names. Files, processes, other code and
@@ -1327,13 +1366,17 @@ FREE = re.compile(r"_foreach_\w+|__(init|name|len|call|iter|next|getitem|setitem
                   r"|post_init|repr|new|class|version)__")  # fmt: skip
 
 
-def reaches_outside(source):
-    """What in a train.py reaches outside what the ruler offers, a sentence for the model; empty: nothing.
+RULE = "a train.py uses torch, numpy and prepare.Run()'s public names alone"
+
+
+def reaches_outside(source, imports=IMPORTS, rule=RULE):
+    """What in an edited file reaches outside what the ruler offers, a sentence for the model; empty: nothing.
 
     It reads the code and doesn't run it: so it finds what is written in the open, before it costs a run.
     """
     nodes = [*ast.walk(ast.parse(source))]
-    modules, runs = {}, {"run"}  # names bound to modules; names bound to a Run
+    # Names bound to modules; names bound to a Run, where there is such a thing.
+    modules, runs = {}, {"run"} if "prepare" in imports else set()
     for node in nodes:
         if isinstance(node, ast.Import):
             modules |= {name.asname or name.name.partition(".")[0]: name.name for name in node.names}
@@ -1344,22 +1387,21 @@ def reaches_outside(source):
     called = {id(node.func) for node in nodes if isinstance(node, ast.Call)}
     own = {"self", "cls"} | {node.name for node in nodes if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
     for node in nodes:
-        if found := _reach(node, modules, runs, id(node) in called, own):
-            rule = "a train.py uses torch, numpy and prepare.Run()'s public names alone"
+        if found := _reach(node, modules, runs, id(node) in called, own, imports):
             return f"line {node.lineno}, {found}: {rule}"
     return ""
 
 
-def _reach(node, modules, runs, called, own):
+def _reach(node, modules, runs, called, own, imports):
     """What one node of the syntax tree reaches for, or nothing."""
     if isinstance(node, (ast.Import, ast.ImportFrom)):
         for name in node.names:
             path = name.name if isinstance(node, ast.Import) else f"{node.module}.{name.name}"
             first, *rest = path.split(".")
-            allowed = IMPORTS.get(first, ())
+            allowed = imports.get(first, ())
             listed = allowed is None or {*rest} <= {*allowed}
             private = {part for part in rest if part.startswith("_")}
-            if first not in IMPORTS or not listed or private or {*rest} & {"*", *ATTRIBUTES}:
+            if first not in imports or not listed or private or {*rest} & {"*", *ATTRIBUTES}:
                 return f"import {path}"
     elif isinstance(node, ast.Name):
         dunder = node.id.startswith("__") and not FREE.fullmatch(node.id)
@@ -1382,7 +1424,7 @@ def _reach(node, modules, runs, called, own):
         module = modules.get(root, "")
         kernel = node.attr == "load" and module.startswith("triton")
         private = node.attr.startswith("_") and not FREE.fullmatch(node.attr) and not (direct and root in own)
-        unlisted = direct and IMPORTS.get(module) is not None and node.attr not in IMPORTS[module]
+        unlisted = direct and imports.get(module) is not None and node.attr not in imports[module]
         of_run = direct and root in runs and (node.attr not in PUBLIC or changed)
         if node.attr in ATTRIBUTES and not kernel or private or unlisted or of_run:
             return whole
@@ -1523,6 +1565,141 @@ def _window_starts(rng, tokens, T):
         yield from rng.permutation((tokens - 1 - offset) // T) * T + offset
 
 
+class Trial:
+    """One run of a Ruler: its seed and split, its share of the held-out data, and the edited file."""
+
+    def __init__(self, path, settings, data):
+        self.seed, self.split, self.data, self.summary = settings.seed, settings.split, data, {}
+        # What is drawn from it can't be known to the edited file: a branch has a salt of its own.
+        known = f"{settings.salt} {self.split} {self.seed}".encode()
+        self.rng = np.random.default_rng([*hashlib.sha256(known).digest()])
+        self._path = path
+        random.seed(self.seed)
+        np.random.seed(self.seed)
+
+    def load(self):
+        """The edited file as a module. Draw and copy what it must not know or change before."""
+        module = types.ModuleType(self._path.stem)
+        exec(compile(self._path.read_bytes(), str(self._path), "exec"), vars(module))
+        return module
+
+
+class Ruler:
+    """A ruler of your own: RULER = Ruler(measure, ...), and RULER.main() where it is __main__. It needs no torch.
+
+    measure(trial) gives the number: it calls trial.load(), and refuse(sentence) where a rule is broken. metric, better
+    (lower or higher), edits (the file), api (what its author must know, for the prompt); noise: of the difference of two
+    runs on one seed, a guess; imports: modules that the file may use; budget: seconds of wall clock; held_out(source):
+    {"val": bytes, "test": bytes}, by --source or, for None, of its own. MANUAL.md explains it all.
+    """
+
+    def __init__(
+        self, measure, *, metric, better, edits, api, noise, imports="math", budget=60, held_out=None
+    ):
+        self.measure, self.held_out = measure, held_out
+        self.imports, self.rule = dict.fromkeys(imports.split()), f"{edits} may import {imports} alone"
+        self.path = Path(sys.argv[0]).resolve().with_name(edits)
+        self.said = dict(metric=metric, better=better, edits=edits, api=api, noise=noise, budget=budget)
+
+    def facts(self):
+        """What the loop must know, as a line of JSON."""
+        settings = read_settings()
+        told, files, folder = {"SALT": settings.salt or secrets.token_hex(8)}, {}, self.path.parent
+        if self.held_out:
+            folder = self.data_set(settings.fingerprint)
+            files = {split: str(folder / f"{split}.bin") for split in ("val", "test")}
+            told["FINGERPRINT"] = folder.name
+        return json.dumps(self.said | {
+            "devices": cores(), "device": "cpu, 1 thread", "settings": told, "held_out": files,
+            "software": f"Python {sys.version.split()[0]}, numpy {np.__version__}",
+            "folder": str(folder), "data": told.get("FINGERPRINT", "none"), "fixed": [],
+        })  # fmt: skip
+
+    def prepare(self, source):
+        """The folder of a source's data set, named by its content and written once."""
+        parts = self.held_out(source)
+        digests = (hashlib.sha256(parts[split]).hexdigest()[:8] for split in ("val", "test"))
+        folder = data_root().resolve() / "-".join([self.path.stem, *digests])
+        folder.mkdir(parents=True, exist_ok=True)
+        for split, part in parts.items():
+            new = folder / f".{split}.{os.getpid()}"
+            new.write_bytes(part)
+            new.replace(folder / f"{split}.bin")
+        os.utime(folder)  # a new branch takes what was asked for last
+        return folder
+
+    def data_set(self, wanted):
+        """The folder of the data set of this name, or of the newest."""
+        root, kind = data_root().resolve(), f"{self.path.stem}-*-*"
+        found = [root] if root.match(kind) else [*root.glob(wanted or kind)]
+        if wanted and wanted not in [folder.name for folder in found]:
+            raise Problem(
+                f"this branch was measured on {wanted}, not in {root}; bring it back, or begin anew: --tag"
+            )
+        return max(found, key=lambda folder: folder.stat().st_mtime_ns) if found else self.prepare(None)
+
+    def run(self):
+        """Measures the file once. All that it must not reach is taken before its first line."""
+        settings = _taken["hold"] = read_settings()
+        data, name = b"", "none"
+        if self.held_out:
+            folder, name = self.data_set(settings.fingerprint), f"{settings.split}.bin"
+            with open(int(settings.held_out) if settings.held_out else folder / name, "rb") as file:
+                data, name = file.read(), folder.name
+            if hashlib.sha256(data).hexdigest()[:8] not in name:
+                raise SystemExit(f"{folder} is damaged; delete it")
+            seal(folder)
+        if not settings.secret:  # by hand nobody else ends it
+            signal.alarm(math.ceil(settings.budget))
+        trial = Trial(self.path, settings, data)
+        value = float(self.measure(trial))
+        if not math.isfinite(value):
+            refuse(f"{self.said['metric']} is {value}")
+        seconds, memory = f"{monotonic() - settings.started:.1f}", round(peak_memory(), 1)
+        info = ", ".join(f"{key} {text}" for key, text in trial.summary.items())
+        summary = (
+            {self.said["metric"]: f"{value:.6f}"}
+            | trial.summary
+            | {"total_seconds": seconds, "peak_mb": memory}
+        )
+        result = {"metric": self.said["metric"], "value": value, "memory_mb": memory, "info": info}
+        print_result(settings, summary, **result, trained=1.0, work=1, data=name)
+
+    def main(self):
+        parser = argparse.ArgumentParser(
+            description=f"Measures {self.path.name} once; the loop does it again and again."
+        )
+        parser.add_argument(
+            "--source", metavar="PATH", help="prepare data of your own, which new branches take"
+        )
+        add_arguments(parser, self.path.name)
+        args = parser.parse_args()
+        try:
+            if args.check:
+                return print(answer_check(args.check, self.imports, self.rule))
+            if args.facts:
+                return print(self.facts())
+            if args.source:
+                return print(f"prepared: {self.prepare(args.source)}")
+        except (Problem, OSError) as error:
+            raise SystemExit(f"{error}") from None
+        to_the_end(self.run)
+
+
+def add_arguments(parser, edits):
+    """What every ruler is asked by the loop."""
+    parser.add_argument("--run", action="store_true", help=f"{edits}, as the loop runs it")
+    parser.add_argument("--facts", action="store_true", help="what a number depends on, as a line of JSON")
+    parser.add_argument("--check", metavar="FILE", type=Path, help=f"what in a {edits} isn't allowed")
+
+
+def answer_check(path, imports=IMPORTS, rule=RULE):
+    try:
+        return reaches_outside(path.read_bytes(), imports, rule) or "ok"
+    except RecursionError:
+        return "line 1, code that is nested too deeply to be checked"
+
+
 def _stop(number, frame):
     """Stops at the next document: an exception raised while rustbpe is at work would make it panic."""
     _stopped.append(number)
@@ -1537,15 +1714,10 @@ def main():
     parser.add_argument("--shards", type=int, metavar="N",
                         help="only the first N files: of climbmix's 6,543 of 90 MB each (default: 10), or of "
                              "tinystories' two, of 22 MB and 2.2 GB")  # fmt: skip
-    parser.add_argument("--run", action="store_true", help="train.py, as the loop runs it")
-    parser.add_argument("--facts", action="store_true", help="what a number depends on, as a line of JSON")
-    parser.add_argument("--check", metavar="FILE", type=Path, help="what in a train.py isn't allowed")
+    add_arguments(parser, "train.py")
     args = parser.parse_args()
     if args.check:
-        try:
-            return print(reaches_outside(args.check.read_bytes()) or "ok")
-        except RecursionError:
-            return print("line 1, code that is nested too deeply to be checked")
+        return print(answer_check(args.check))
     if args.run or args.facts:
         import prepare as ruler  # this file, as train.py imports it: with torch
 

@@ -30,6 +30,9 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 sys.path.insert(0, str(ROOT))  # loop.py and prepare.py are scripts: no installed package to import
 
 import loop  # noqa: E402
+import prepare  # noqa: E402
+
+prepare.load_torch()  # as a Run does
 
 
 class ChatServer:
@@ -121,7 +124,7 @@ def server():
 FACTS = {
     "metric": "val_bpb", "better": "lower", "edits": "train.py", "device": "cpu, stand-in", "software": "none",
     "data": "0123456789ab", "noise": 0.0007, "api": "It must go on calling prepare.finish().", "held_out": {},
-    "settings": {"PACE": "0.0101"}, "fixed": ["SECONDS"],
+    "settings": {"PACE": "0.0101"}, "fixed": ["SECONDS"], "budget": 300,
 }  # fmt: skip
 
 
@@ -361,8 +364,6 @@ class Project:
 
 def prepare_main(monkeypatch, capsys, *arguments):
     """prepare.py's main() in this process: (exit code, stderr); signals are handled as before."""
-    import prepare
-
     monkeypatch.setattr(sys, "argv", ["prepare.py", *map(str, arguments)])
     handlers = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]
     try:
@@ -379,8 +380,6 @@ def prepare_main(monkeypatch, capsys, *arguments):
 @pytest.fixture(scope="session")
 def data(tmp_path_factory):
     """A tiny data set for the real ruler: made-up words in a made-up order, as bytes that need several tokens each."""
-    import prepare
-
     folder = tmp_path_factory.mktemp("ruler")
     generator = random.Random(0)
     dictionary = ["".join(generator.choices("abcdeé🙂", k=generator.randint(1, 6))) for _ in range(50)]

@@ -8,12 +8,12 @@ import loop
 
 AT_FIRST = (
     "write autoresearch.lock 1", "git update-ref 1", "git symbolic-ref 2", "git update-ref 2", "write t.jsonl 1",
-    "start worker 1", "write t.jsonl 2", "write t.jsonl 4", "git update-ref 3", "write .results.tsv.new 1",
+    "start sh 1", "write t.jsonl 2", "write t.jsonl 4", "git update-ref 3", "write .results.tsv.new 1",
     "rename .results.tsv.new 1",
 )  # fmt: skip
 LATER = (
-    "start facts 1", "git reset 1", "git commit-tree 1", "git update-ref 1", "write t.jsonl 1", "write t.jsonl 2",
-    "git read-tree 2", "remove autoresearch-index 2", "git update-ref 2", "write .train.py.new 1",
+    "start facts 1", "git reset 1", "git fast-import 1", "git update-ref 1", "write t.jsonl 1", "write t.jsonl 2",
+    "git ls-tree 2", "git fast-import 2", "git update-ref 2", "write .train.py.new 1",
     "rename .train.py.new 1", "write .results.tsv.new 1", "rename .results.tsv.new 1", "git reset 2", "start rm 1",
     "git update-ref 3",
 )  # fmt: skip

@@ -69,9 +69,11 @@ class Place:
         lines = "".join(f"\n    {line}" for line in code.splitlines())
         told = {"SEED": str(seed), "SPLIT": "val", "BUDGET": "30", "WORK": "", "PACE": "0.0101"}
         return {
+            "ruler": "prepare.py",
             "files": {"prepare.py": RULER, "train.py": TRAIN.replace("def main():", f"def main():{lines}")},
             "folder": str(self.runs / f"{number:04}-abcdef0" / f"{seed}"),
             "told": told,
+            "name": "cpu",
             "device": "cpu",
             "caged": False,
             "probe": False,
@@ -113,7 +115,7 @@ PROBES = {
     "the person's home is empty": "os.listdir(HOME) == []",
     "the checkout and its git folder are not there": "not any(os.path.exists(CHECKOUT + name) for name in ('/notes.txt', '/.git'))",
     "nothing can be written beside the run's folder": "not any(map(writes, ('/etc/x', '/tmp/x', '/var/tmp/x', DATA + '/x', '..')))",
-    "its own folder and the compile cache can be written": "writes('x') and writes(os.environ['TORCHINDUCTOR_CACHE_DIR'] + '-x')",
+    "its own folder and the compile cache can be written": "writes('x') and writes(os.environ['AUTORESEARCH_CACHE'] + '/x')",
     "there is no network, not even to this machine": "not connects('127.0.0.1', PORT)",
     "other processes are not seen": "len(PROCESSES) < 5",
     "no process's environment holds a key": "not any(b'sk-secret' in open(f'/proc/{p}/environ', 'rb').read() for p in PROCESSES)",
@@ -293,7 +295,10 @@ OTHER_MACHINE = json.dumps(FACTS | {"device": "another", "devices": ["cpu"], "fo
     [
         (None, "is not installed"),
         ("echo 'bwrap: setting up uid map: Permission denied' >&2; exit 1", "setting up uid map: Permission"),
-        (f"echo '{OTHER_MACHINE.replace(chr(39), '')}'", "the device is another behind bwrap"),
+        (
+            f"echo '{OTHER_MACHINE.replace(chr(39), '')}'",
+            "behind bwrap device was cpu, stand-in and is another",
+        ),
     ],
 )
 def test_without_a_cage_one_line_says_so_and_require_refuses_to_run(project, tmp_path, script, reason):
@@ -504,7 +509,7 @@ def test_the_runs_of_an_experiment_share_a_copy_of_the_compile_cache(place, devi
     (place.runs / "cache" / "inductor").mkdir(parents=True)
     (place.runs / "cache" / "inductor" / "kernel").write_text("compiled")
     code = (
-        "import os\nfolder = os.environ['TORCHINDUCTOR_CACHE_DIR'].replace('torchinductor', 'inductor')\n"
+        "import os\nfolder = os.environ['AUTORESEARCH_CACHE'] + '/inductor'\n"
         "print('FOUND', sorted(os.listdir(folder)))\n"
         "open(folder + f'/of-{os.environ[\"AUTORESEARCH_SEED\"]}', 'w').write('new')\n"
         "open(folder + '/kernel', 'a').write(', and changed')"
@@ -520,7 +525,7 @@ def test_the_runs_of_an_experiment_share_a_copy_of_the_compile_cache(place, devi
 @pytest.mark.parametrize("caged", [pytest.param(True, marks=CAGED), False])
 def test_every_experiment_finds_its_own_compile_cache_at_the_same_path(place, device, caged):
     """Inductor's launchers and Triton's kernels hold the path at which they were compiled, and write there again."""
-    code = "import os\nfolder = os.path.dirname(os.environ['TRITON_CACHE_DIR'])\nprint('AT', folder)\n"
+    code = "import os\nfolder = os.environ['AUTORESEARCH_CACHE']\nprint('AT', folder)\n"
     code += "print('FOUND', os.listdir(folder))\nopen(folder + '/kernel', 'w').close()"
     found = []
     for number, seed in ((1, 0), (2, 0), (1, 1)):
@@ -752,7 +757,7 @@ def test_a_git_that_fails_for_a_while_costs_no_row_and_no_proposal(project, serv
 def test_a_git_that_fails_once_while_a_row_is_written_costs_no_row(project):
     project.constants(WAITS="(0.05, 0.2)")
     once, real = project.folder.parent / "once", shutil.which("git")
-    fails = f'case "$GIT_INDEX_FILE $*" in /*results.tsv*) [ -e {once} ] && rm {once} && exit 128;; esac'
+    fails = f'case "$*" in *ls-tree*results.tsv*) [ -e {once} ] && rm {once} && exit 128;; esac'
     path = tools(project.folder.parent, git=f'{fails}\nexec {real} "$@"')
     once.touch()
     out = project.offline("--experiments", 2, PATH=f"{path}:{os.environ['PATH']}")

@@ -370,6 +370,11 @@ def test_a_server_that_never_gets_ready_ends_the_loop_in_its_words_after_a_while
     assert f"{BUSY[name][0]}" in stopped() and len(asked) == loop.FIRST_TRIES == len(slept) + 1
 
 
+def test_an_account_without_credit_is_told_at_once(model, server, slept):
+    server.ready = lambda request: (429, QUOTA)
+    assert "exceeded your current quota" in stopped() and not slept
+
+
 @pytest.mark.parametrize("name", BUSY)
 def test_a_server_that_does_not_list_its_models_yet_is_waited_for(model, server, slept, monkeypatch, name):
     answers = [BUSY[name]] * 3 + [(200, {"object": "list", "data": [{"id": "mine", "object": "model"}]})]

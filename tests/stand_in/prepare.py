@@ -41,6 +41,7 @@ def facts():
         "held_out": {},
         "settings": {"PACE": os.environ.get("AUTORESEARCH_PACE", "0.0101")},
         "fixed": ["SECONDS"],
+        "budget": 300,
     }
 
 

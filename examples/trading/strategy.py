@@ -1,0 +1,23 @@
+"""A daily strategy: with the trend, as the distance of two moving averages shows it, for each market by itself."""
+
+import numpy as np
+
+FAST = 10  # days of the short average
+SLOW = 50  # days of the long one
+SHARP = 2.0  # how soon a trend is taken for a sure one, in usual moves over SLOW days
+LONG = 0.0  # added to every position: markets may rise on their own
+CALM = 1.0  # yearly volatility above which a position is made smaller
+VOLATILITY_DAYS = 20  # that show how volatile a market is now
+PATIENCE = 0.0  # a position is changed if it is off by more than this
+
+
+def position(prices, held):
+    """The share of the capital to hold, from -1 (all of it sold short) to 1.
+
+    prices: the market's last 250 closes, today's last; held: the share that is held now.
+    """
+    logs = np.log(prices)
+    usual = np.diff(logs)[-VOLATILITY_DAYS:].std() + 1e-6
+    trend = (logs[-FAST:].mean() - logs[-SLOW:].mean()) / (usual * SLOW**0.5)
+    wanted = min(max(np.tanh(SHARP * trend) + LONG, -1.0), 1.0) * min(1.0, CALM / (usual * 252**0.5))
+    return held if abs(wanted - held) < PATIENCE else float(wanted)
