@@ -1,4 +1,5 @@
-"""A daily strategy: with the trend, as the distance of two moving averages shows it, for each market by itself."""
+"""A daily strategy: with the trend, as the distance of two moving averages shows it, for each market by
+itself."""
 
 import numpy as np
 
