@@ -3,8 +3,8 @@
     PYTHONPATH=../.. python ruler.py                  one run; python ../../loop.py makes a night of it
     PYTHONPATH=../.. python ruler.py --source FILE    a CSV of your own: Date, and a column of closes a market
 
-Without --source: S&P 500, Nasdaq and oil, 1999 to 2018, which come with the package arch. The first half is val,
-the second test. The strategy is handed copies of the past alone. The seed draws which quarters count.
+Without --source: S&P 500, Nasdaq and oil, 1999 to 2018, of the package arch. The first half is val, the
+second test. The strategy is handed copies of the past alone. The seed draws three in four quarters, which count.
 """
 
 import csv
@@ -67,10 +67,10 @@ def measure(trial):
         refuse(f"drawdown {lost:.0%}, at most {LOST:.0%}; {turnover:.0f} traded a year, at most {TRADED}")
     trial.summary |= {"drawdown": f"{lost:.1%}", "turnover": f"{turnover:.1f}"}
     quarters = gains[: len(gains) // QUARTER * QUARTER].reshape(-1, QUARTER)
-    drawn = quarters[trial.rng.integers(len(quarters), size=len(quarters))]
+    drawn = trial.rng.permutation(quarters)[: 3 * len(quarters) // 4]
     return drawn.mean() / (drawn.std() + 1e-9) * YEAR**0.5
 
 
 if __name__ == "__main__":
     own = dict(metric="sharpe", better="higher", edits="strategy.py", held_out=held_out)
-    Ruler(measure, **own, api=API, noise=0.05, imports="numpy math").main()
+    Ruler(measure, **own, api=API, noise=0.1, imports="numpy math").main()

@@ -3,8 +3,8 @@ itself."""
 
 import numpy as np
 
-FAST = 10  # days of the short average
-SLOW = 50  # days of the long one
+FAST = 5  # days of the short average
+SLOW = 20  # days of the long one
 SHARP = 2.0  # how soon a trend is taken for a sure one, in usual moves over SLOW days
 LONG = 0.0  # added to every position: markets may rise on their own
 CALM = 1.0  # yearly volatility above which a position is made smaller
