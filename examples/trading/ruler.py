@@ -4,7 +4,8 @@
     PYTHONPATH=../.. python ruler.py --source FILE    a CSV of your own: Date, and a column of closes a market
 
 Without --source: S&P 500, Nasdaq and oil, 1999 to 2018, of the package arch. The first half is val, the
-second test. The strategy is handed copies of the past alone. The seed draws three in four quarters, which count.
+second test. The strategy is handed copies of the past alone. Three in four quarters count, as the
+seed draws them.
 """
 
 import csv
