@@ -18,7 +18,7 @@ from prepare import Ruler, package, refuse
 MARKETS = {"sp500": "Adj Close", "nasdaq": "Adj Close", "wti": "DCOILWTICO"}
 SEEN, QUARTER, YEAR = 250, 63, 252  # days
 COST = 0.001  # of what is bought or sold
-LOST, TRADED = 0.5, 60  # at most: of the capital, from a peak; times the capital, in a year
+LOST, TRADED = 0.5, 100  # at most: of the capital, from a peak; times the capital, in a year
 API = f"""The file must keep position(prices, held): the share of its capital, from -1 to 1, to hold in a
 market from the next close on. prices: its last {SEEN} closes, a numpy array, today's last, scaled so that the
 first is 100; held: the share now. It is asked for each market on each day in turn; each has the same part of

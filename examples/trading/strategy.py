@@ -3,12 +3,12 @@ itself."""
 
 import numpy as np
 
-DAYS = 20  # of the long average
-SHARE = 0.25  # of them, in the short one
+DAYS = 10  # of the long average
+SHARE = 0.1  # of them, in the short one
 SHARP = 2.0  # how soon a trend is taken for a sure one, in usual moves over these days
 LONG = 0.0  # added to every position: markets may rise on their own
-CALM = 1.0  # yearly volatility above which a position is made smaller
-VOLATILITY_DAYS = 20  # that show how volatile a market is now
+CALM = 0.1  # yearly volatility above which a position is made smaller
+VOLATILITY_DAYS = 10  # that show how volatile a market is now
 PATIENCE = 0.0  # a position is changed if it is off by more than this
 
 
