@@ -1577,7 +1577,7 @@ def run_for_another(job, tell):
             "watched": packages_and_data(facts),
             "caged": job["sandbox"] != "off" and not why,
         }
-        job["device"] = devices[job["number"] % len(devices)]
+        job["device"] = devices[job["index"] % len(devices)]
         where = {"node": host, "caged": job["caged"], "why": why, "here": here}
         if job["probe"]:
             return where | {"cause": "", "facts": facts}
@@ -1694,12 +1694,16 @@ class Device:
         self.process = subprocess.Popen([*dies, *self.launch, "sh"], **how)
         become = f'exec "$p" -c {boot} {"node" if self.launch else "run"}'
         become = f'for p in {python}; do command -v "$p" >/dev/null && cd / && {become}; done'
-        self.process.stdin.write(f"{become}; echo there is no python3; exit 1\n".encode())
-        self.process.stdin.flush()
+        self.send(f"{become}; echo there is no python3; exit 1")
 
-    def send(self, message):
-        self.process.stdin.write(json.dumps(message).encode() + b"\n")
-        self.process.stdin.flush()
+    def send(self, line):
+        """Writes a line, in pieces that a pipe takes at once: who reads nothing is given up."""
+        pipe, data = self.process.stdin.fileno(), line.encode() + b"\n"
+        with contextlib.suppress(BrokenPipeError):  # why is in what is still to be read
+            while data:
+                if not select.select([], [pipe], [], SILENCE)[1]:
+                    raise OSError(110, f"nothing was read for {SILENCE} s", self.name)
+                data = data[os.write(pipe, data[: select.PIPE_BUF]) :]
 
     def messages(self):
         """What the worker says, as dictionaries, until it ends. On another machine it may begin late, after a
@@ -1725,17 +1729,17 @@ class Device:
             if self.process is None or self.process.poll() is not None:
                 self.start()
             else:
-                self.send(job)
+                self.send(json.dumps(job))
             for message in self.messages():
                 if "result" in message:
                     return self.bring_home(job, message["result"], place)
                 if message.get("wants") == "text":
-                    self.send(self.text)
+                    self.send(json.dumps(self.text))
                 elif "wants" in message:
                     place, blame = message["place"], LOST if self.launch else 1
-                    self.send(job if job["probe"] else job | {"here": self.known.get(place)})
+                    self.send(json.dumps({"here": None if job["probe"] else self.known.get(place)} | job))
                 elif self.launch and place:
-                    self.send(None)  # a word, as the loop is there
+                    self.send("null")  # a word, as the loop is there
                 reason = message.get("said") or reason
                 if line := message.get("line") or message.get("said"):
                     tell(one_line(line))
@@ -1752,6 +1756,7 @@ class Device:
         """A result; of a run elsewhere with its log and code, put where those of runs here are."""
         if not self.launch:
             return result
+        self.close()
         self.wait()
         self.known[place] = result.pop("here", None)
         if "text" in result:
@@ -2381,17 +2386,17 @@ class Session:
             kind = Path(words[0]).name
             branch = hashlib.sha256(f"{os.uname().nodename} {self.ledger.file}".encode()).hexdigest()[:12]
             first = sum(name.startswith(f"{kind}:") for name in self.devices)
-            for number in range(many):
-                name = f"{kind}:{first + number}"
+            for index in range(many):
+                name = f"{kind}:{first + index}"
                 self.devices[name] = Device(name, self.runs_folder, words)
-                self.launched[name] = {"number": number, "at_once": many, "branch": branch}
+                self.launched[name] = {"index": index, "at_once": many, "branch": branch}
                 self.launched[name]["sandbox"] = self.args.sandbox
 
     def ask_nodes(self, began):
         """The facts of the first other machine that answers, where all runs are made on others."""
         self.facts, self.caged = {"folder": ""} | began, False  # of a new branch: any will do
         self.noted = {"settings": began.get("settings", {})}
-        for name in (name for name, told in self.launched.items() if not told["number"]):
+        for name in (name for name, told in self.launched.items() if not told["index"]):
             self.say(f"{name}: asking the ruler for its facts")
             answer = self.devices[name].run(self.job(name), lambda line: self.say(line))
             if not answer["cause"]:
