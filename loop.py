@@ -1747,7 +1747,7 @@ class Device:
             reason = explain(error).strip().splitlines()[-1]
         if self.process:
             self.close()
-            self.wait()
+            self.wait(1)
         kill_leftovers(self.runs, self.name)
         where = f"{self.name} on {place.split()[0]}" if self.launch and place else self.name
         return {"cause": one_line(f"the worker of {where}: {reason}"), "machine": True, "blame": blame}
