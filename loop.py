@@ -1560,25 +1560,22 @@ def run_for_another(job, tell):
     job |= {"folder": str(runs / experiment / f"{run}-{os.getpid()}"), "project": str(runs)}
     kill_leftovers(runs, job["name"])
     old = time.time() - 3600 - 2 * float(job["told"]["BUDGET"])  # what still runs is younger
-    remove(*(path for path in runs.glob("*-*") if path.stat().st_mtime < old))
     with contextlib.suppress(OSError):  # another worker may do the same
         merge_cache(runs / job["kept"] / "cache", runs / "cache")
+        remove(*(path for path in runs.glob("[0-9]*-*") if path.stat().st_mtime < old))
     try:
         here = job.get("here") or ask_here(job, tell)
-        facts, why, devices = here["facts"], here["why"], here["facts"]["devices"]
+        facts, why = here["facts"], here["why"]
         if differ := differences(job["facts"], facts, SAME):
             raise Stop(differ)
         if why and job["sandbox"] == "require":
             raise Stop(f"no sandbox: {why}")
+        devices, caged = facts["devices"], job["sandbox"] != "off" and not why
         cards = len(glob.glob("/proc/driver/nvidia/gpus/*")) or os.cpu_count()
         job["memory"] = psutil.virtual_memory().total * MEMORY_SHARE / min(job["at_once"], cards)
-        job |= {
-            "facts": facts,
-            "watched": packages_and_data(facts),
-            "caged": job["sandbox"] != "off" and not why,
-        }
+        job |= {"facts": facts, "watched": packages_and_data(facts), "caged": caged}
         job["device"] = devices[job["index"] % len(devices)]
-        where = {"node": host, "caged": job["caged"], "why": why, "here": here}
+        where = {"node": host, "caged": caged, "why": why, "here": here}
         if job["probe"]:
             return where | {"cause": "", "facts": facts}
         result = run_job(job, tell)
@@ -1629,16 +1626,15 @@ def worker(silence=None):
 
     silence: on another machine, seconds after which the loop is taken for gone; there it makes one run.
     """
-    asked_to_end = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
+    ends = signal.SIGALRM, signal.SIGINT, signal.SIGTERM, signal.SIGHUP
 
-    def gone(number, frame):
-        for number in (*asked_to_end, signal.SIGALRM):
+    def gone(*_):
+        for number in ends:
             signal.signal(number, signal.SIG_IGN)  # nothing is to come between while it cleans up
         raise Orphaned
 
-    for number in asked_to_end:
-        signal.signal(number, gone if silence else signal.SIG_IGN)
-    signal.signal(signal.SIGALRM, gone)
+    for number in ends:
+        signal.signal(number, gone if silence or number == signal.SIGALRM else signal.SIG_IGN)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a crash's memory image can be as large as the model
@@ -1657,7 +1653,8 @@ def worker(silence=None):
             except BrokenPipeError:
                 raise
             except Exception as error:  # a full disk, a missing file, a mistake of ours: nothing was measured
-                result = {"cause": one_line(explain(error)), "machine": True}
+                blame = LOST if silence else 1
+                result = {"cause": one_line(explain(error)), "machine": True, "blame": blame}
             tell(result=result)
             ended = silence
     kill_descendants()
@@ -1736,7 +1733,7 @@ class Device:
                 if message.get("wants") == "text":
                     self.send(json.dumps(self.text))
                 elif "wants" in message:
-                    place, blame = message["place"], LOST if self.launch else 1
+                    place, blame = f"{message['place']} {self.launch}", LOST if self.launch else 1
                     self.send(json.dumps({"here": None if job["probe"] else self.known.get(place)} | job))
                 elif self.launch and place:
                     self.send("null")  # a word, as the loop is there
@@ -2486,7 +2483,8 @@ class Session:
         self.check_cage()
         who = self.model.name if self.model else "audit" if audit else "offline, a pattern search"
         who += "" if self.caged or self.args.sandbox == "off" else "  ·  NO SANDBOX"
-        self.view.title = f"{ledger.name}  ·  {self.facts['device']} ({', '.join(self.devices)})  ·  {who}"
+        names = ", ".join(self.devices) if len(self.devices) < 9 else f"{len(self.devices)} devices"
+        self.view.title = f"{ledger.name}  ·  {self.facts['device']} ({names})  ·  {who}"
         each = f"of at most {self.budget:g} s each"
         stops = "Ctrl-C stops, the same command goes on"
         if audit:

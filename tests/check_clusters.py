@@ -198,6 +198,8 @@ class Ssh:
 class Night:
     """A night that is killed and started again, with its output in a file."""
 
+    begun = []  # processes of loops, none of which is to outlive this check
+
     def __init__(self, folder, engine, seconds=SECONDS):
         folder.mkdir()
         self.project, self.folder, self.engine = Project(folder), folder, engine
@@ -228,6 +230,7 @@ class Night:
         how = dict(cwd=self.project.folder, env=env, stdin=subprocess.DEVNULL, stderr=subprocess.STDOUT)
         with open(self.log, "ab") as log:
             self.process = subprocess.Popen([sys.executable, "loop.py", *words], stdout=log, **how)
+        self.begun.append(self.process)
 
     def rows(self):
         text = self.project.git("show", "autoresearch/t:results.tsv", check=False)
@@ -396,6 +399,8 @@ def main():
                     latency(kind, prefix.split(), place, {})
             finally:
                 os.environ["HOME"] = home
+                for process in Night.begun:
+                    process.kill()
                 engine.stop()
     print("broken promises:", found or "none")
     return bool(found)
