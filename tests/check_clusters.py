@@ -169,15 +169,21 @@ class Ssh:
     def start(self, node):
         run(shutil.which("sshd"), "-f", self.folder / "sshd.conf")
 
-    def kill(self, node):
-        """Kills the server and all that it started: the box is gone, and nobody says so."""
+    def sessions(self):
+        """The server's processes, one for each connection."""
         server = psutil.Process(int((self.folder / "sshd.pid").read_text()))
-        for process in [server, *server.children(recursive=True)]:
-            with contextlib.suppress(psutil.Error):
-                process.kill()
+        return [process for process in server.children(recursive=True) if process.name() == "sshd"]
+
+    def kill(self, node):
+        """Every second connection falls silent, as if a cable were pulled: nobody says that it is gone."""
+        self.silent = self.sessions()[::2]
+        for process in self.silent:
+            process.suspend()
 
     def back(self, node):
-        self.start(node)
+        for process in self.silent:
+            with contextlib.suppress(psutil.Error):
+                process.kill()
 
     def drain(self, node):
         """No new connection; those that are there stay."""
@@ -188,7 +194,9 @@ class Ssh:
         self.start(node)
 
     def stop(self):
-        self.kill("")
+        with contextlib.suppress(OSError, psutil.Error):
+            for process in (*self.sessions(), psutil.Process(int((self.folder / "sshd.pid").read_text()))):
+                process.kill()
 
     def launches(self, home):
         box = f"ssh -T -F {self.folder}/ssh.conf box env HOME={home} AUTORESEARCH_DATA={home}/data"
@@ -236,9 +244,10 @@ class Night:
         text = self.project.git("show", "autoresearch/t:results.tsv", check=False)
         return text.splitlines()[1:]
 
-    def until(self, rows):
-        """Waits for so many rows, or for the night's end."""
-        while len(self.rows()) < rows and self.process.poll() is None:
+    def until(self, rows, most=600):
+        """Waits for so many rows, or for so many seconds, or for the night's end."""
+        end = time.monotonic() + most
+        while len(self.rows()) < rows and self.process.poll() is None and time.monotonic() < end:
             time.sleep(0.2)
 
     def there(self):
@@ -266,7 +275,7 @@ def trouble(engine, folder):
     night.start()
     night.until(12)
     engine.kill("n2")
-    say("a node killed")
+    say("a node lost")
     while (lost := night.log.read_text().count(f"not a word in {loop.SILENCE} s")) < 2 and len(
         night.rows()
     ) < 30:
@@ -286,7 +295,7 @@ def trouble(engine, folder):
     night.until(len(night.rows()) + 4)
     engine.drain("n1")
     say("the killed node back, the other one drained")
-    night.until(len(night.rows()) + 6)
+    night.until(len(night.rows()) + 6, 15)
     engine.undrain("n1")
     say("the drained one back")
     night.process.wait()
