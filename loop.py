@@ -2449,6 +2449,7 @@ class Session:
     def ask_nodes(self, began):
         """The facts of the first other machine that answers, where all runs are made on others."""
         self.facts, self.caged = {"folder": ""} | began, False  # of a new branch: any will do
+        self.budget = self.args.budget or began.get("budget", 0)
         self.noted = {"settings": began.get("settings", {})}
         for name in (name for name, told in self.launched.items() if not told["index"]):
             self.say(f"{name}: asking the ruler for its facts")

@@ -257,7 +257,7 @@ def test_a_silent_node_is_given_up_and_what_started_its_worker_is_ended(node, mo
 def test_a_late_answer_changes_nothing(node, monkeypatch):
     monkeypatch.setattr(loop, "SILENCE", 0.2)
     late = node.device('"$@" | (read a; echo "$a"; read b; echo "$b"; sleep 1; cat)')
-    monkeypatch.setattr(late, "wait", lambda seconds: None)
+    monkeypatch.setattr(late, "wait", lambda seconds=0: None)
     assert "not a word" in late.run(node.job(), quiet)["cause"]
     monkeypatch.setattr(loop, "SILENCE", 60)
     late.launch = ["env"]
