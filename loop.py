@@ -186,6 +186,7 @@ environment:
   OPENAI_API_KEY        of the model's provider; a server of your own may need none
   OPENAI_BASE_URL       your own server, e.g. http://localhost:11434/v1
   AUTORESEARCH_DATA     where the ruler's data are (~/.cache/autoresearch)
+  AUTORESEARCH_PYTHON   on another machine: the Python for its runs, if it isn't python3
 
 Edit program.md at any time to steer. `git show COMMIT` is the edit of any row, kept or
 not. Exit status: 2 for what you have to fix first, 1 for what failed, else 0.
@@ -2780,6 +2781,7 @@ class Session:
         # What an uncaged run mustn't change: packages, data, git's settings, the loop and the ruler.
         watched = packages_and_data(self.facts) + [f"{self.git.dir}/config", f"{self.git.dir}/hooks"]
         watched += [__file__, str(Path(__file__).with_name(RULER)), str(self.folder / self.script)]
+        here = max(len(self.devices) - len(self.launched), 1)
         return {
             "files": files,
             "ruler": self.script,
@@ -2791,7 +2793,7 @@ class Session:
             "device": device,
             "probe": not key,
             "caged": self.caged,
-            "memory": psutil.virtual_memory().total * MEMORY_SHARE / len(self.devices),
+            "memory": psutil.virtual_memory().total * MEMORY_SHARE / here,
             "watched": watched,
             "kept": self.ledger.best.folder if self.ledger.best else "",
             **self.launched.get(device, {}),  # and all else is another machine's to know
@@ -3105,13 +3107,6 @@ def positive(kind):
 def parse_arguments(words=None):
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, epilog=EPILOG, formatter_class=form)
-    meaning = (
-        "a command that runs another one elsewhere, as in 'ssh -T box' (MANUAL, Many machines); repeatable"
-    )
-    how = dict(action="append", default=[])
-    parser.add_argument("--launch", type=shlex.split, metavar="PREFIX", help=meaning, **how)
-    meaning = "so many runs at once by the --launch before it (1)"
-    parser.add_argument("--at-once", type=positive(int), metavar="N", help=meaning, **how)
     for name, kind, meaning in (
         ("--tag", str, "the branch autoresearch/TAG (default: the one checked out, else today's date)"),
         ("--budget", positive(float), "hard wall clock of one run, in seconds (default: as the ruler says)"),
@@ -3122,6 +3117,11 @@ def parse_arguments(words=None):
         ("--model", str, f"the model to ask ({DEFAULT_MODEL}, or your server's first one)"),
     ):
         parser.add_argument(name, type=kind, metavar=name[2:].upper(), help=meaning)
+    how = dict(action="append", default=[])
+    meaning = "runs elsewhere: what starts a command there, as 'ssh -T box' (MANUAL, Many machines)"
+    parser.add_argument("--launch", type=shlex.split, metavar="PREFIX", help=meaning, **how)
+    meaning = "so many at once, by the --launch that it belongs to (1)"
+    parser.add_argument("--at-once", type=positive(int), metavar="N", help=meaning, **how)
     meaning = "no LLM: a pattern search over the file's constants"
     parser.add_argument("--offline", action="store_true", help=meaning)
     meaning = "show what was kept: of the branch, or of any results.tsv"

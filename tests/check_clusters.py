@@ -150,7 +150,15 @@ class Slurm:
                 os.kill(int((self.folder / name).read_text()), signal.SIGTERM)
 
     def launches(self, home):
+        """As from the login node: each run is a job."""
         return [("srun -Q -N1 -n1 --gres=gpu:1 -c 1 --time=5", AT_ONCE)]
+
+    def inside(self, home):
+        """As in an sbatch script: each run is a step of one allocation."""
+        whole = "salloc --no-shell -N2 --ntasks-per-node=8 --gres=gpu:8".split()
+        said = subprocess.run(whole, check=True, capture_output=True, text=True).stderr
+        job = re.search(r"Granted job allocation (\d+)", said)[1]
+        return [(f"srun -Q --jobid={job} --exact -N1 -n1 --gres=gpu:1 -c 1", AT_ONCE)]
 
 
 class Ssh:
@@ -202,6 +210,8 @@ class Ssh:
         box = f"ssh -T -F {self.folder}/ssh.conf box env HOME={home} AUTORESEARCH_DATA={home}/data"
         return [(box, AT_ONCE // 2), (box, AT_ONCE // 2)]
 
+    inside = launches
+
 
 class Night:
     """A night that is killed and started again, with its output in a file."""
@@ -216,7 +226,7 @@ class Night:
         self.project.constants(WAITS="(1, 20)")
         self.log, self.process = folder / "night.log", None
 
-    def start(self, experiments=EXPERIMENTS):
+    def start(self, experiments=EXPERIMENTS, launches=()):
         done = max(len(self.rows()) - 1, 0)
         words = [
             "--offline",
@@ -229,7 +239,7 @@ class Night:
             "--sandbox",
             "auto",
         ]
-        for prefix, many in self.engine.launches(self.folder):
+        for prefix, many in launches or self.engine.launches(self.folder):
             words += ["--launch", prefix, "--at-once", str(many)]
         env = self.project.environment | {
             "SLURM_CONF": os.environ.get("SLURM_CONF", ""),
@@ -318,7 +328,7 @@ def steady(engine, folder, seconds=20, experiments=64):
     """A night without trouble and without a gain: how busy 16 devices are, and what the loop itself takes."""
     night, busy, used = Night(folder, engine, seconds), [], 0.0
     night.project.verdicts("discard")
-    night.start(experiments)
+    night.start(experiments, engine.inside(folder))
     night.until(1)
     began, done = time.monotonic(), len(night.results())
     while (
@@ -339,7 +349,7 @@ def steady(engine, folder, seconds=20, experiments=64):
 
 def latency(name, words, folder, env):
     """Seconds from a start to the run's first step, and from a run's last step to the next one's first, by the log."""
-    runs = folder / name.replace(" ", "-")
+    runs = folder / re.sub(r"\W+", "-", name)
     data = folder / "data" / "toy"
     data.mkdir(parents=True, exist_ok=True)
     (data / "meta.json").write_text('{"fingerprint": "0123456789ab"}')
@@ -349,7 +359,7 @@ def latency(name, words, folder, env):
         .read_text()
         .replace("def main():", "def main():\n    import time; print('AT', time.time())")
     )
-    device, begins, ends = loop.Device(f"{name}:0", runs, words), [], []
+    device, begins, ends = loop.Device("box:0", runs, words), [], []
     loop.Device.known.clear()
     for seed in range(7):
         told = {"SEED": f"{seed}", "SPLIT": "val", "BUDGET": "60", "WORK": "", "PACE": "0.0101"}
@@ -361,7 +371,7 @@ def latency(name, words, folder, env):
         )
         job |= dict(
             folder=str(runs / "0001-abcdef0" / f"{seed}"),
-            name=f"{name}:0",
+            name="box:0",
             device="fake:0",
             probe=False,
             index=0,
@@ -404,8 +414,8 @@ def main():
                 steady(engine, folder / f"{kind}-steady")
                 place = folder / f"{kind}-latency"
                 latency("local shell", ["env"], place, {})
-                for prefix, _ in engine.launches(place)[:1]:
-                    latency(kind, prefix.split(), place, {})
+                for how in dict.fromkeys((engine.launches, engine.inside)):
+                    latency(f"{kind}, {how.__name__}", how(place)[0][0].split(), place, {})
             finally:
                 os.environ["HOME"] = home
                 for process in Night.begun:
