@@ -96,13 +96,13 @@ def test_the_log_says_where_a_cage_works(node):
 
 
 def test_a_node_keeps_nothing_of_a_run_but_its_compile_cache_and_that_of_what_was_kept(node):
-    code = "import os\nopen(os.environ['TORCHINDUCTOR_CACHE_DIR'] + '-kernel', 'w').write('compiled')"
+    code = "import os\nopen(os.environ['AUTORESEARCH_CACHE'] + '/kernel', 'w').write('compiled')"
     node.device().run(node.job(code), quiet)
     (place,) = node.home.glob(".cache/autoresearch/nodes/*")
     assert [path.name for path in (place / "0001-abcdef0").iterdir()] == ["cache"] and not (
         place / "cache"
     ).exists()
-    code = "import os\nassert os.path.exists(os.environ['TORCHINDUCTOR_CACHE_DIR'] + '-kernel')"
+    code = "import os\nassert os.path.exists(os.environ['AUTORESEARCH_CACHE'] + '/kernel')"
     assert node.device().run(node.job(code, number=2, kept="0001-abcdef0"), quiet)["cause"] == ""
     os.utime(place / "0001-abcdef0", (0, 0))
     node.device().run(node.job(number=2, seed=1), quiet)
