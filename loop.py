@@ -2563,8 +2563,10 @@ class Session:
         first = "going on with" if self.ledger.rows else f"first {self.ledger.edits} as it is, alone; then"
         plan = f"{first} {3600 / self.budget * used:.0f} or more experiments an hour"
         self.say(f"{len(self.audits)} runs on new seeds and unseen text" if self.audits else plan)
-        of = f"{used} of {len(self.facts['devices'])} devices; --devices chooses"
-        self.say(f"a run takes at most {self.budget:g} s, on {of}")
+        where = f"{used} of {len(self.facts['devices'])} devices; --devices chooses"
+        if self.launched:
+            where = f"{used} devices, {len(self.launched)} of them elsewhere"
+        self.say(f"a run takes at most {self.budget:g} s, on {where}")
         if self.model:
             self.say("the model is asked for an edit a run; --tokens N limits what that costs")
         self.say("Ctrl-C stops, the same command goes on; --report shows the results")
