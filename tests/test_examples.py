@@ -46,7 +46,7 @@ def branch(project):
 
 
 def test_in_a_folder_with_a_ruler_the_loop_works_on_that_with_a_branch_of_its_own(game):
-    assert "results.tsv on branch autoresearch-games-chess/" in night(game, "--offline", "--experiments", 3)
+    assert "results.tsv on autoresearch-games-chess/" in night(game, "--offline", "--experiments", 3)
     name = branch(game)
     header, *rows = game.git("show", f"{name}:./results.tsv").splitlines()
     assert header.split("\t")[1] == "score" and len(rows) == 4
@@ -78,7 +78,7 @@ def test_another_project_s_branch_that_is_checked_out_is_not_gone_on_with(game):
     night(game, "--offline", "--experiments", 1)
     assert branch(game).startswith("autoresearch-games-go/")
     game.folder = game.top
-    assert "results.tsv on branch autoresearch/" in night(game, "--offline", "--experiments", 1)
+    assert "results.tsv on autoresearch/" in night(game, "--offline", "--experiments", 1)
 
 
 def test_a_project_may_stand_in_a_repository_of_its_own(game, tmp_path):
@@ -87,7 +87,7 @@ def test_a_project_may_stand_in_a_repository_of_its_own(game, tmp_path):
     game.folder = alone
     game.git("init", "--quiet")
     game.commit("start")
-    assert "results.tsv on branch autoresearch/" in night(game, "--offline", "--experiments", 1)
+    assert "results.tsv on autoresearch/" in night(game, "--offline", "--experiments", 1)
     assert game.status() == ""
 
 
