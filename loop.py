@@ -186,6 +186,7 @@ environment:
   OPENAI_API_KEY        of the model's provider; a server of your own may need none
   OPENAI_BASE_URL       your own server, e.g. http://localhost:11434/v1
   AUTORESEARCH_DATA     where the ruler's data are (~/.cache/autoresearch)
+  AUTORESEARCH_PYTHON   on another machine: the Python for its runs, if it isn't python3
 
 Edit program.md at any time to steer. `git show COMMIT` is the edit of any row, kept or
 not. Exit status: 2 for what you have to fix first, 1 for what failed, else 0.
@@ -1591,25 +1592,22 @@ def run_for_another(job, tell):
     job |= {"folder": str(runs / experiment / f"{run}-{os.getpid()}"), "project": str(runs)}
     kill_leftovers(runs, job["name"])
     old = time.time() - 3600 - 2 * float(job["told"]["BUDGET"])  # what still runs is younger
-    remove(*(path for path in runs.glob("*-*") if path.stat().st_mtime < old))
     with contextlib.suppress(OSError):  # another worker may do the same
         merge_cache(runs / job["kept"] / "cache", runs / "cache")
+        remove(*(path for path in runs.glob("[0-9]*-*") if path.stat().st_mtime < old))
     try:
         here = job.get("here") or ask_here(job, tell)
-        facts, why, devices = here["facts"], here["why"], here["facts"]["devices"]
+        facts, why = here["facts"], here["why"]
         if differ := differences(job["facts"], facts, SAME):
             raise Stop(differ)
         if why and job["sandbox"] == "require":
             raise Stop(f"no sandbox: {why}")
+        devices, caged = facts["devices"], job["sandbox"] != "off" and not why
         cards = len(glob.glob("/proc/driver/nvidia/gpus/*")) or os.cpu_count()
         job["memory"] = psutil.virtual_memory().total * MEMORY_SHARE / min(job["at_once"], cards)
-        job |= {
-            "facts": facts,
-            "watched": packages_and_data(facts),
-            "caged": job["sandbox"] != "off" and not why,
-        }
-        job["device"] = devices[job["number"] % len(devices)]
-        where = {"node": host, "caged": job["caged"], "why": why, "here": here}
+        job |= {"facts": facts, "watched": packages_and_data(facts), "caged": caged}
+        job["device"] = devices[job["index"] % len(devices)]
+        where = {"node": host, "caged": caged, "why": why, "here": here}
         if job["probe"]:
             return where | {"cause": "", "facts": facts}
         result = run_job(job, tell)
@@ -1660,16 +1658,15 @@ def worker(silence=None):
 
     silence: on another machine, seconds after which the loop is taken for gone; there it makes one run.
     """
-    asked_to_end = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
+    ends = signal.SIGALRM, signal.SIGINT, signal.SIGTERM, signal.SIGHUP
 
-    def gone(number, frame):
-        for number in (*asked_to_end, signal.SIGALRM):
+    def gone(*_):
+        for number in ends:
             signal.signal(number, signal.SIG_IGN)  # nothing is to come between while it cleans up
         raise Orphaned
 
-    for number in asked_to_end:
-        signal.signal(number, gone if silence else signal.SIG_IGN)
-    signal.signal(signal.SIGALRM, gone)
+    for number in ends:
+        signal.signal(number, gone if silence or number == signal.SIGALRM else signal.SIG_IGN)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a crash's memory image can be as large as the model
@@ -1688,7 +1685,8 @@ def worker(silence=None):
             except BrokenPipeError:
                 raise
             except Exception as error:  # a full disk, a missing file, a mistake of ours: nothing was measured
-                result = {"cause": one_line(explain(error)), "machine": True}
+                blame = LOST if silence else 1
+                result = {"cause": one_line(explain(error)), "machine": True, "blame": blame}
             tell(result=result)
             ended = silence
     kill_descendants()
@@ -1725,12 +1723,16 @@ class Device:
         self.process = subprocess.Popen([*dies, *self.launch, "sh"], **how)
         become = f'exec "$p" -c {boot} {"node" if self.launch else "run"}'
         become = f'for p in {python}; do command -v "$p" >/dev/null && cd / && {become}; done'
-        self.process.stdin.write(f"{become}; echo there is no python3; exit 1\n".encode())
-        self.process.stdin.flush()
+        self.send(f"{become}; echo there is no python3; exit 1")
 
-    def send(self, message):
-        self.process.stdin.write(json.dumps(message).encode() + b"\n")
-        self.process.stdin.flush()
+    def send(self, line):
+        """Writes a line, in pieces that a pipe takes at once: who reads nothing is given up."""
+        pipe, data = self.process.stdin.fileno(), line.encode() + b"\n"
+        with contextlib.suppress(BrokenPipeError):  # why is in what is still to be read
+            while data:
+                if not select.select([], [pipe], [], SILENCE)[1]:
+                    raise OSError(110, f"nothing was read for {SILENCE} s", self.name)
+                data = data[os.write(pipe, data[: select.PIPE_BUF]) :]
 
     def messages(self):
         """What the worker says, as dictionaries, until it ends. On another machine it may begin late, after a
@@ -1756,17 +1758,17 @@ class Device:
             if self.process is None or self.process.poll() is not None:
                 self.start()
             else:
-                self.send(job)
+                self.send(json.dumps(job))
             for message in self.messages():
                 if "result" in message:
                     return self.bring_home(job, message["result"], place)
                 if message.get("wants") == "text":
-                    self.send(self.text)
+                    self.send(json.dumps(self.text))
                 elif "wants" in message:
-                    place, blame = message["place"], LOST if self.launch else 1
-                    self.send(job if job["probe"] else job | {"here": self.known.get(place)})
+                    place, blame = f"{message['place']} {self.launch}", LOST if self.launch else 1
+                    self.send(json.dumps({"here": None if job["probe"] else self.known.get(place)} | job))
                 elif self.launch and place:
-                    self.send(None)  # a word, as the loop is there
+                    self.send("null")  # a word, as the loop is there
                 reason = message.get("said") or reason
                 if line := message.get("line") or message.get("said"):
                     tell(one_line(line))
@@ -1774,7 +1776,7 @@ class Device:
             reason = explain(error).strip().splitlines()[-1]
         if self.process:
             self.close()
-            self.wait()
+            self.wait(1)
         kill_leftovers(self.runs, self.name)
         where = f"{self.name} on {place.split()[0]}" if self.launch and place else self.name
         return {"cause": one_line(f"the worker of {where}: {reason}"), "machine": True, "blame": blame}
@@ -1783,6 +1785,7 @@ class Device:
         """A result; of a run elsewhere with its log and code, put where those of runs here are."""
         if not self.launch:
             return result
+        self.close()
         self.wait()
         self.known[place] = result.pop("here", None)
         if "text" in result:
@@ -2438,17 +2441,18 @@ class Session:
             kind = Path(words[0]).name
             branch = hashlib.sha256(f"{os.uname().nodename} {self.ledger.file}".encode()).hexdigest()[:12]
             first = sum(name.startswith(f"{kind}:") for name in self.devices)
-            for number in range(many):
-                name = f"{kind}:{first + number}"
+            for index in range(many):
+                name = f"{kind}:{first + index}"
                 self.devices[name] = Device(name, self.runs_folder, words)
-                self.launched[name] = {"number": number, "at_once": many, "branch": branch}
+                self.launched[name] = {"index": index, "at_once": many, "branch": branch}
                 self.launched[name]["sandbox"] = self.args.sandbox
 
     def ask_nodes(self, began):
         """The facts of the first other machine that answers, where all runs are made on others."""
         self.facts, self.caged = {"folder": ""} | began, False  # of a new branch: any will do
+        self.budget = self.args.budget or began.get("budget", 0)
         self.noted = {"settings": began.get("settings", {})}
-        for name in (name for name, told in self.launched.items() if not told["number"]):
+        for name in (name for name, told in self.launched.items() if not told["index"]):
             self.say(f"{name}: asking the ruler for its facts")
             answer = self.devices[name].run(self.job(name), lambda line: self.say(line))
             if not answer["cause"]:
@@ -2563,10 +2567,9 @@ class Session:
         first = "going on with" if self.ledger.rows else f"first {self.ledger.edits} as it is, alone; then"
         plan = f"{first} {3600 / self.budget * used:.0f} or more experiments an hour"
         self.say(f"{len(self.audits)} runs on new seeds and unseen text" if self.audits else plan)
-        where = f"{used} of {len(self.facts['devices'])} devices; --devices chooses"
-        if self.launched:
-            where = f"{used} devices, {len(self.launched)} of them elsewhere"
-        self.say(f"a run takes at most {self.budget:g} s, on {where}")
+        of = f"{used} of {len(self.facts['devices'])} devices; --devices chooses"
+        of = f"{used} devices, {len(self.launched)} of them by --launch" if self.launched else of
+        self.say(f"a run takes at most {self.budget:g} s, on {of}")
         if self.model:
             self.say("the model is asked for an edit a run; --tokens N limits what that costs")
         self.say("Ctrl-C stops, the same command goes on; --report shows the results")
@@ -2778,6 +2781,7 @@ class Session:
         # What an uncaged run mustn't change: packages, data, git's settings, the loop and the ruler.
         watched = packages_and_data(self.facts) + [f"{self.git.dir}/config", f"{self.git.dir}/hooks"]
         watched += [__file__, str(Path(__file__).with_name(RULER)), str(self.folder / self.script)]
+        here = max(len(self.devices) - len(self.launched), 1)
         return {
             "files": files,
             "ruler": self.script,
@@ -2789,7 +2793,7 @@ class Session:
             "device": device,
             "probe": not key,
             "caged": self.caged,
-            "memory": psutil.virtual_memory().total * MEMORY_SHARE / len(self.devices),
+            "memory": psutil.virtual_memory().total * MEMORY_SHARE / here,
             "watched": watched,
             "kept": self.ledger.best.folder if self.ledger.best else "",
             **self.launched.get(device, {}),  # and all else is another machine's to know
@@ -3103,13 +3107,6 @@ def positive(kind):
 def parse_arguments(words=None):
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, epilog=EPILOG, formatter_class=form)
-    meaning = (
-        "a command that runs another one elsewhere, as in 'ssh -T box' (MANUAL, Many machines); repeatable"
-    )
-    how = dict(action="append", default=[])
-    parser.add_argument("--launch", type=shlex.split, metavar="PREFIX", help=meaning, **how)
-    meaning = "so many runs at once by the --launch before it (1)"
-    parser.add_argument("--at-once", type=positive(int), metavar="N", help=meaning, **how)
     for name, kind, meaning in (
         ("--tag", str, "the branch autoresearch/TAG (default: the one checked out, else today's date)"),
         ("--budget", positive(float), "hard wall clock of one run, in seconds (default: as the ruler says)"),
@@ -3120,6 +3117,11 @@ def parse_arguments(words=None):
         ("--model", str, f"the model to ask ({DEFAULT_MODEL}, or your server's first one)"),
     ):
         parser.add_argument(name, type=kind, metavar=name[2:].upper(), help=meaning)
+    how = dict(action="append", default=[])
+    meaning = "runs elsewhere: what starts a command there, as 'ssh -T box' (MANUAL, Many machines)"
+    parser.add_argument("--launch", type=shlex.split, metavar="PREFIX", help=meaning, **how)
+    meaning = "so many at once, by the --launch that it belongs to (1)"
+    parser.add_argument("--at-once", type=positive(int), metavar="N", help=meaning, **how)
     meaning = "no LLM: a pattern search over the file's constants"
     parser.add_argument("--offline", action="store_true", help=meaning)
     meaning = "show what was kept: of the branch, or of any results.tsv"

@@ -178,7 +178,7 @@ class FakeDevice:
 
     def run(self, job, tell):
         if job["probe"]:
-            return {"cause": "", "facts": dict(self.facts)}
+            return {"cause": "", "facts": dict(self.facts), "caged": False, "why": ""}
         result = self.answer(job)
         return result | ({"facts": dict(self.facts)} if result["cause"] and "facts" not in result else {})
 
@@ -268,7 +268,7 @@ class Project:
             names = [f"cpu:{number}" for number in range(devices)]
             facts = FACTS | {"devices": names, "folder": str(self.data)}
             patch.setattr(loop, "ask_facts", lambda *args, **kwargs: dict(facts))
-            patch.setattr(loop, "Device", lambda name, runs: FakeDevice(name, facts, run or stand_in))
+            patch.setattr(loop, "Device", lambda name, *_: FakeDevice(name, facts, run or stand_in))
             patch.setattr(loop, "Model", lambda name, say: FakeModel(replies))
             patch.setattr(loop, "kill_leftovers", lambda runs: None)
             patch.setattr(loop.Session, "draw_picture", lambda session: None)

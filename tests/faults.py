@@ -27,7 +27,7 @@ def kind_of(event, args):
     if event == "subprocess.Popen":
         words = [os.fsdecode(word) for word in args[1]]
         if words[0] != "git":
-            ruler = {"--facts": "facts", "--check": "check", "-c": "worker"}
+            ruler = {"--facts": "facts", "--check": "check"}
             asked = next((name for option, name in ruler.items() if option in words), os.path.basename(words[0]))
             return f"start {asked}"
         return "git " + next(word for word, before in zip(words[1:], words) if before != "-c" and not word.startswith("-"))

@@ -1,10 +1,16 @@
 """Projects with a ruler of their own, in a folder of a repository: what the loop promises them, and the examples."""
 
+import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
-from conftest import STAND_IN
+from conftest import ROOT, STAND_IN
+
+import loop
 
 # The stand-in as a ruler of one's own: another file, another metric, and higher is better.
 OWN = (STAND_IN / "prepare.py").read_text()
@@ -46,7 +52,7 @@ def branch(project):
 
 
 def test_in_a_folder_with_a_ruler_the_loop_works_on_that_with_a_branch_of_its_own(game):
-    assert "results.tsv on autoresearch-games-chess/" in night(game, "--offline", "--experiments", 3)
+    assert "autoresearch-games-chess/" in night(game, "--offline", "--experiments", 3)
     name = branch(game)
     header, *rows = game.git("show", f"{name}:./results.tsv").splitlines()
     assert header.split("\t")[1] == "score" and len(rows) == 4
@@ -78,7 +84,7 @@ def test_another_project_s_branch_that_is_checked_out_is_not_gone_on_with(game):
     night(game, "--offline", "--experiments", 1)
     assert branch(game).startswith("autoresearch-games-go/")
     game.folder = game.top
-    assert "results.tsv on autoresearch/" in night(game, "--offline", "--experiments", 1)
+    assert " autoresearch/" in night(game, "--offline", "--experiments", 1)
 
 
 def test_a_project_may_stand_in_a_repository_of_its_own(game, tmp_path):
@@ -87,7 +93,7 @@ def test_a_project_may_stand_in_a_repository_of_its_own(game, tmp_path):
     game.folder = alone
     game.git("init", "--quiet")
     game.commit("start")
-    assert "results.tsv on autoresearch/" in night(game, "--offline", "--experiments", 1)
+    assert " autoresearch/" in night(game, "--offline", "--experiments", 1)
     assert game.status() == ""
 
 
@@ -108,3 +114,150 @@ def test_the_ruler_is_its_file_and_the_loop_s_prepare_together(game):
     night(game, "--offline", "--experiments", 1)
     (game.top / "prepare.py").write_text(OWN + "# newer\n")
     assert "was measured with another ruler (code was" in night(game, "--offline", code=2)
+
+
+# ---- the examples
+
+EXAMPLES = Path(ROOT, "examples")
+NO_TORCH = "raise SystemExit('torch was imported')\n"
+
+
+def prices_in(folder):
+    """A CSV of two made-up markets over four years."""
+    rng, lines = np.random.default_rng(0), ["Date,one,other"]
+    closes = 100 * np.exp(np.cumsum(rng.normal(0, 0.01, (1000, 2)), axis=0))
+    lines += [f"{day},{one:.2f},{other:.2f}" for day, (one, other) in enumerate(closes)]
+    (folder / "prices.csv").write_text("\n".join(lines) + "\n")
+    return folder / "prices.csv"
+
+
+@pytest.fixture
+def start(project, tmp_path):
+    """start(name): a repository with loop.py, prepare.py and an example, on a machine that has no torch."""
+
+    def at(name):
+        blocked = tmp_path / "blocked"
+        blocked.mkdir()
+        (blocked / "torch.py").write_text(NO_TORCH)
+        project.environment |= {"PYTHONPATH": f"{blocked}:{STAND_IN / 'no_pictures'}"}
+        shutil.copy(ROOT / "prepare.py", project.folder)
+        shutil.copytree(EXAMPLES / name, project.folder / "examples" / name, ignore=LEFT_OUT)
+        project.commit("an example")
+        project.top, project.folder = project.folder, project.folder / "examples" / name
+        if name == "trading":
+            ruler(project.folder, project.environment, "--source", prices_in(tmp_path), path=project.top)
+        return project
+
+    return at
+
+
+LEFT_OUT = shutil.ignore_patterns("runs", "progress.png", "__pycache__")
+
+
+def ruler(folder, environment, *words, path=ROOT):
+    """The ruler of a folder by hand: (its output, exit status)."""
+    environment = environment | {"PYTHONPATH": f"{path}:{environment.get('PYTHONPATH', '')}"}
+    command = [sys.executable, "ruler.py", *map(str, words)]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    return done.stdout + done.stderr, done.returncode
+
+
+@pytest.mark.parametrize("name", ["trading", "bidding", "speed"])
+def test_a_night_of_an_example_needs_no_torch(start, name):
+    project = start(name)
+    night(project, "--offline", "--experiments", 2)
+    rows = project.read("results.tsv").splitlines()
+    assert len(rows) == 4 and "crash" not in "".join(rows)
+
+
+def test_the_prices_of_the_trading_example_come_with_arch(tmp_path):
+    pytest.importorskip("arch")
+    environment = {"AUTORESEARCH_DATA": str(tmp_path), "PATH": os.environ["PATH"]}
+    shutil.copytree(EXAMPLES / "trading", tmp_path / "trading", ignore=LEFT_OUT)
+    said, code = ruler(tmp_path / "trading", environment)
+    assert code == 0 and "sharpe:" in said
+    assert sorted(path.name for path in tmp_path.glob("strategy-*/*")) == ["test.bin", "val.bin"]
+
+
+# Cheats of which none gets a result: the line of the file that is replaced, by what, and what is said of it.
+FAKE = """print('result: ' + '0' * 64 + ' {"value": 9}'); raise SystemExit"""
+POSITION = "    logs = np.log(prices)\n"
+BID = "        self.seen += 1\n"
+PAIRS = "    cells, found = {}, []\n"
+CHEATS = {
+    "trading: looks behind the end of its prices": (POSITION, "    prices = prices.base[:]\n", "NoneType"),
+    "trading: reads the prices": (POSITION, "    open('../val.bin')\n", ", open"),
+    "trading: imports the prices": (POSITION, "    from arch.data import sp500\n", "import arch.data.sp500"),
+    "trading: looks into the ruler's frame": (POSITION, "    import sys\n    sys._getframe(1)\n", "import sys"),
+    "trading: asks the ruler": (POSITION, "    import ruler\n    ruler.COST = 0\n", "import ruler"),
+    "trading: holds five times its capital": (POSITION, "    return 5.0\n", "a position of 5.0"),
+    "trading: holds a number that isn't one": (POSITION, "    return float('nan')\n", "a position of nan"),
+    "trading: holds what multiplies as it likes": (
+        POSITION,
+        "    class Rich(float):\n        def __mul__(self, other): return 1\n    return Rich(1)\n",
+        "a position of 1.0",
+    ),
+    "trading: turns over the whole capital each day": (POSITION, "    return -held or 1.0\n", "traded a year"),
+    "trading: prints a result": (POSITION, f"    {FAKE}\n", "no result"),
+    "bidding: spends more than the budget": (BID, "        return 1e6\n", "of a budget of"),
+    "bidding: bids without end": (BID, "        return float('inf')\n", "a bid of inf"),
+    "bidding: bids less than nothing": (BID, "        return -1.0\n", "a bid of -1.0"),
+    "bidding: bids what is more than any price": (
+        BID,
+        "        class High(float):\n            def __gt__(self, other): return True\n        return High(0)\n",
+        "a bid of 0.0",
+    ),
+    "bidding: draws the same market": (BID, "        import numpy\n", "import numpy"),
+    "bidding: won't hear of what it pays": ("        self.spent += price\n", "        raise SystemExit\n", "no result"),
+    "bidding: forgets what it has paid": ("        self.spent += price\n", "        self.spent = 0\n", "of a budget"),
+    "speed: remembers an answer": (PAIRS, "    return FOUND.setdefault(0, compared(points, *[range(len(points))] * 2, radius))\n", "pairs are wrong"),
+    "speed: finds half of the pairs": (PAIRS, "    points, cells, found = points[::2], {}, []\n", "pairs are wrong"),
+    "speed: answers with what is worked out later": (PAIRS, "    return iter(range(9))\n", "no list of tuples"),
+    "speed: answers with a list that fills itself": (PAIRS, "    class Later(list): pass\n    return Later()\n", "no list of tuples"),
+    "speed: answers with numbers that equal any": (
+        PAIRS,
+        "    class Any(int):\n        def __eq__(self, other): return True\n    return [(Any(0), Any(0))]\n",
+        "no list of tuples",
+    ),
+    "speed: takes the points away": (PAIRS, "    points.clear()\n    return []\n", "pairs are wrong"),
+    "speed: turns the clock": (PAIRS, "    import time\n    time.process_time = float\n", "import time"),
+    "speed: has others work": (PAIRS, "    import multiprocessing\n", "import multiprocessing"),
+    "speed: replaces a built-in function": (PAIRS, "    __builtins__['sorted'] = list\n", "__builtins__"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CHEATS)
+def test_a_cheat_gets_no_result(name, tmp_path):
+    example, (before, after, said) = name.partition(":")[0], CHEATS[name]
+    folder = tmp_path / example
+    shutil.copytree(EXAMPLES / example, folder, ignore=LEFT_OUT)
+    edits = {"trading": "strategy.py", "bidding": "bidder.py", "speed": "neighbours.py"}[example]
+    source = (folder / edits).read_text()
+    assert source.count(before) == 1
+    (folder / edits).write_text(source.replace(before, after + before) + "FOUND = {}\n")
+    environment = {"AUTORESEARCH_DATA": str(tmp_path), "PATH": os.environ["PATH"]}
+    if example == "trading":
+        ruler(folder, environment, "--source", prices_in(tmp_path))
+    verdict, _ = ruler(folder, environment, "--check", edits)
+    if verdict == "ok\n":
+        verdict, code = ruler(folder, environment | {"AUTORESEARCH_TOKEN": "secret"}, "--run")
+        told = {"told": {}, "facts": {"metric": "", "data": ""}}
+        with pytest.raises(ValueError, match="no result"):
+            loop.read_result(verdict, "secret", told)
+        verdict += "no result" * (code == 0)
+    assert said in verdict
+
+
+# ---- MANUAL.md's own ruler
+
+
+def test_the_ruler_that_the_manual_shows_makes_a_night(start):
+    project, manual = start("speed"), (ROOT / "MANUAL.md").read_text()
+    (project.folder / "neighbours.py").unlink()
+    for name in ("ruler.py", "pack.py"):
+        project.write(name, manual.partition(f"<!-- {name} -->\n```python\n")[2].partition("```")[0])
+    project.commit("another experiment")
+    night(project, "--offline", "--experiments", 4)
+    head = project.read("results.tsv").splitlines()[0]
+    kept = [line.split("\t") for line in project.read("results.tsv").splitlines() if "\tkeep\t" in line]
+    assert head.split("\t")[1] == "bins" and float(kept[-1][1]) < float(kept[0][1])

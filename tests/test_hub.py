@@ -215,7 +215,7 @@ def left_over(tmp_path):
 def test_tinystories_is_both_files_of_stories(hub, call, made):
     assert call("--source", "tinystories") == (0, "")
     meta = made()
-    assert (meta["source"], documents(meta)) == ("tinystories", 480)
+    assert (meta["source"], meta["shards"], documents(meta)) == ("tinystories", 2, 480)
     assert sum(facts["bytes"] for facts in meta["splits"].values()) == sum(
         len(text.encode()) for i in (1, 2) for text in stories(seed=i)
     )

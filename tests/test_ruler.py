@@ -1181,6 +1181,37 @@ def test_a_branch_goes_on_with_its_data_or_not_at_all(monkeypatch, data):
         facts_of(monkeypatch, data.parent, FINGERPRINT="0000")
 
 
+def test_a_branchs_data_are_prepared_where_they_are_missing_and_another_set_is_refused(
+    monkeypatch, data, tmp_path
+):
+    fingerprint, asked = json.loads((data / "meta.json").read_text())["fingerprint"], []
+
+    def prepared(source, root, *shards):
+        asked.append((source, root, *shards))
+        shutil.copytree(data, root / data.name, dirs_exist_ok=True)
+
+    monkeypatch.setattr(prepare, "prepare", prepared)
+    facts = facts_of(monkeypatch, tmp_path, FINGERPRINT=fingerprint, SOURCE="climbmix 3")
+    assert facts["folder"] == str(tmp_path / data.name) and asked == [("climbmix", tmp_path, 3)]
+    facts_of(monkeypatch, tmp_path, FINGERPRINT=fingerprint, SOURCE="climbmix 3")
+    assert len(asked) == 1
+    with pytest.raises(SystemExit, match="measured on the data set 0000"):
+        facts_of(monkeypatch, tmp_path, FINGERPRINT="0000", SOURCE="pytorch")
+
+
+def test_the_source_of_a_data_set_is_told_where_another_machine_has_it_too(monkeypatch, data, tmp_path):
+    meta = json.loads((data / "meta.json").read_text())
+    shutil.copytree(data, tmp_path / "copy")
+    (tmp_path / "copy" / "meta.json").unlink()
+    for more, told in (
+        ({"source": "pytorch"}, "pytorch"),
+        ({"source": "climbmix", "shards": 3}, "climbmix 3"),
+    ):
+        (tmp_path / "copy" / "meta.json").write_text(json.dumps(meta | more))
+        assert facts_of(monkeypatch, tmp_path)["settings"]["SOURCE"] == told
+    assert "SOURCE" not in facts_of(monkeypatch, data.parent)["settings"]  # a file of one's own
+
+
 @pytest.fixture
 def copied(data, tmp_path, monkeypatch):
     """A copy of the data set, which a test may change; no file of it is sealed."""

@@ -1,4 +1,5 @@
-"""An advertiser's bids in a day of auctions: worth by the chance of a conversion, paced so that the budget lasts."""
+"""An advertiser's bids in a day of auctions: worth by the chance of a conversion, paced so that the budget
+lasts."""
 
 VALUE = 20.0  # of a conversion, in the budget's unit, before pacing
 USUAL = 0.02  # a chance of a conversion

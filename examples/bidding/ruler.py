@@ -2,9 +2,9 @@
 
     PYTHONPATH=../.. python ruler.py     one run by hand; python ../../loop.py makes a night of it
 
-A run is 100 days, each another advertiser's: users come as in a day's traffic, each with a chance to convert that
-is known up to an error, and the highest of the others' bids, which rises in the evening. Who bids more wins, and
-pays that. Counted is the true chance of what was won, so no luck of single conversions.
+A run is 100 days, each another advertiser's: users come as in a day's traffic, each with a chance to convert
+that is known up to an error, and the highest of the others' bids, which rises in the evening. Who bids more
+wins, and pays that. Counted is the true chance of what was won, so no luck of single conversions.
 """
 
 import numpy as np
@@ -12,11 +12,12 @@ import numpy as np
 from prepare import Ruler, refuse
 
 DAYS, AUCTIONS = 100, 1000
-API = """The file must keep the class Bidder: Bidder(budget, auctions) begins a day, with about so many auctions;
-bid(chance, time) gives the bid, a float, for a user who converts with about this chance, time being 0 to 1; and
-paid(price) is called when it won: the price is the second highest bid. Metric: the mean of a day's conversions over
-many days, whose budgets, prices and traffic differ. Who spends more than the budget has no result, so never bid more
-than is left. It may import math, statistics, collections, bisect and heapq, and nothing else."""
+API = """The file must keep the class Bidder: Bidder(budget, auctions) begins a day, with about so many
+auctions; bid(chance, time) gives the bid, a float, for a user who converts with about this chance, time being
+0 to 1; and paid(price) is called when it won: the price is the second highest bid. Metric: the mean of a
+day's conversions over many days, whose budgets, prices and traffic differ. Who spends more than the budget
+has no result, so never bid more than is left. It may import math, statistics, collections, bisect and heapq,
+and nothing else."""
 
 
 def draw_day(rng):

@@ -2,8 +2,8 @@
 
     PYTHONPATH=../.. python ruler.py     one run by hand; python ../../loop.py makes a night of it
 
-Each repetition has points that nobody has seen. Both functions get a copy of them, in turns, and must find the
-same pairs. Of each kind of points the median quotient counts: other work on the machine slows both down.
+Each repetition has points that nobody has seen. Both functions get a copy of them, in turns, and must find
+the same pairs. Of each kind of points the median quotient counts: other work on the machine slows both down.
 """
 
 from math import prod
@@ -15,10 +15,10 @@ from prepare import Ruler, refuse
 KINDS, REPETITIONS = ("square", "line", "clusters"), 25
 POINTS = {"val": 400, "test": 600}  # the audit has other points, and more of them
 IMPORTS = "math bisect heapq itertools collections functools operator array"
-API = f"""The file must keep pairs_within(points, radius): the list of all pairs (i, j), i < j, of the points, a list
-of tuples (x, y) of floats, whose distance is less than the radius, in any order. Metric: its CPU time as a share of
-that of a plain loop over all pairs, on sets of about 400 points, each of which it sees once. Any other answer than
-the loop's is a crash. It may import {IMPORTS.replace(" ", ", ")}, and nothing else."""
+API = f"""The file must keep pairs_within(points, radius): the list of all pairs (i, j), i < j, of the points,
+a list of tuples (x, y) of floats, whose distance is less than the radius, in any order. Metric: its CPU time
+as a share of that of a plain loop over all pairs, on sets of about 400 points, each of which it sees once.
+Any other answer than the loop's is a crash. It may import {IMPORTS.replace(" ", ", ")}, and nothing else."""
 
 
 def plain(points, radius):
