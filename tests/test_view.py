@@ -263,7 +263,7 @@ def test_a_night_of_plain_lines_tells_each_run_each_row_and_how_it_goes(project)
         "cpu:0: #2 one layer", "discard",
     ]  # fmt: skip
     assert lines[:6] == [
-        "asking prepare.py about the text and this machine, a few seconds",
+        "asking prepare.py about the data and this machine, a few seconds",
         "autoresearch/t  ·  local-model  ·  1 x cpu, stand-in",
         "first train.py as it is, alone; then 180 or more experiments an hour",
         "a run takes at most 20 s, on 1 of 1 devices; --devices chooses",
