@@ -409,7 +409,7 @@ class Attempts:
         folder = project / "runs" / "0001-abcdef0" / f"{seed}"
         return dict(
             files={"train.py": source, "prepare.py": (ROOT / "prepare.py").read_text()}, folder=str(folder), told=told, facts=facts,
-            device="cpu", caged=False, probe=False, memory=1e12, project=str(project), watched=watched,
+            name="cpu", device="cpu", caged=False, probe=False, memory=1e12, project=str(project), watched=watched,
         )  # fmt: skip
 
     def run(self, *args, **kwargs):
