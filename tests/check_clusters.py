@@ -150,11 +150,13 @@ class Slurm:
                 os.kill(int((self.folder / name).read_text()), signal.SIGTERM)
 
     def launches(self, home):
-        """As from the login node: each run is a job."""
+        """As from the login node: each run is a job. All GPUs are free for that."""
+        run("scancel", "--user=root")
         return [("srun -Q -N1 -n1 --gres=gpu:1 -c 1 --time=5", AT_ONCE)]
 
     def inside(self, home):
         """As in an sbatch script: each run is a step of one allocation."""
+        run("scancel", "--user=root")
         whole = "salloc --no-shell -N2 --ntasks-per-node=8 --gres=gpu:8".split()
         said = subprocess.run(whole, check=True, capture_output=True, text=True).stderr
         job = re.search(r"Granted job allocation (\d+)", said)[1]
