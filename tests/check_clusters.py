@@ -326,6 +326,28 @@ def trouble(engine, folder):
     return found + ["it ended before its time"] * (counts["rows"] != EXPERIMENTS + 1)
 
 
+def cut_off(engine, folder):
+    """A night whose loop and clients are killed by SIGKILL in one moment: nobody tells the nodes."""
+    night = Night(folder, engine, seconds=50)
+    night.start()
+    while not night.there():
+        time.sleep(0.2)
+    processes = [
+        psutil.Process(night.process.pid),
+        *psutil.Process(night.process.pid).children(recursive=True),
+    ]
+    for process in processes:
+        with contextlib.suppress(psutil.Error):
+            process.kill()
+    night.process.wait()
+    killed = time.monotonic()
+    while night.there():
+        time.sleep(0.2)
+    print(
+        f"  loop and clients killed in one moment: no run on a node after {time.monotonic() - killed:.1f} s"
+    )
+
+
 def steady(engine, folder, seconds=20, experiments=64):
     """A night without trouble and without a gain: how busy 16 devices are, and what the loop itself takes."""
     night, busy, used = Night(folder, engine, seconds), [], 0.0
@@ -413,6 +435,7 @@ def main():
             engine = {"slurm": Slurm, "ssh": Ssh}[kind](folder / kind)
             try:
                 found += trouble(engine, folder / f"{kind}-trouble")
+                cut_off(engine, folder / f"{kind}-cut-off")
                 steady(engine, folder / f"{kind}-steady")
                 place = folder / f"{kind}-latency"
                 latency("local shell", ["env"], place, {})
