@@ -336,7 +336,8 @@ def cut_off(engine, folder):
         psutil.Process(night.process.pid),
         *psutil.Process(night.process.pid).children(recursive=True),
     ]
-    for process in processes:
+    processes[0].suspend()  # so that it can tell its clients nothing
+    for process in reversed(processes):
         with contextlib.suppress(psutil.Error):
             process.kill()
     night.process.wait()
