@@ -150,11 +150,13 @@ class Slurm:
                 os.kill(int((self.folder / name).read_text()), signal.SIGTERM)
 
     def launches(self, home):
-        """As from the login node: each run is a job."""
+        """As from the login node: each run is a job. All GPUs are free for that."""
+        run("scancel", "--user=root")
         return [("srun -Q -N1 -n1 --gres=gpu:1 -c 1 --time=5", AT_ONCE)]
 
     def inside(self, home):
         """As in an sbatch script: each run is a step of one allocation."""
+        run("scancel", "--user=root")
         whole = "salloc --no-shell -N2 --ntasks-per-node=8 --gres=gpu:8".split()
         said = subprocess.run(whole, check=True, capture_output=True, text=True).stderr
         job = re.search(r"Granted job allocation (\d+)", said)[1]
@@ -324,6 +326,29 @@ def trouble(engine, folder):
     return found + ["it ended before its time"] * (counts["rows"] != EXPERIMENTS + 1)
 
 
+def cut_off(engine, folder):
+    """A night whose loop and clients are killed by SIGKILL in one moment: nobody tells the nodes."""
+    night = Night(folder, engine, seconds=50)
+    night.start()
+    while not night.there():
+        time.sleep(0.2)
+    processes = [
+        psutil.Process(night.process.pid),
+        *psutil.Process(night.process.pid).children(recursive=True),
+    ]
+    processes[0].suspend()  # so that it can tell its clients nothing
+    for process in reversed(processes):
+        with contextlib.suppress(psutil.Error):
+            process.kill()
+    night.process.wait()
+    killed = time.monotonic()
+    while night.there():
+        time.sleep(0.2)
+    print(
+        f"  loop and clients killed in one moment: no run on a node after {time.monotonic() - killed:.1f} s"
+    )
+
+
 def steady(engine, folder, seconds=20, experiments=64):
     """A night without trouble and without a gain: how busy 16 devices are, and what the loop itself takes."""
     night, busy, used = Night(folder, engine, seconds), [], 0.0
@@ -411,6 +436,7 @@ def main():
             engine = {"slurm": Slurm, "ssh": Ssh}[kind](folder / kind)
             try:
                 found += trouble(engine, folder / f"{kind}-trouble")
+                cut_off(engine, folder / f"{kind}-cut-off")
                 steady(engine, folder / f"{kind}-steady")
                 place = folder / f"{kind}-latency"
                 latency("local shell", ["env"], place, {})
