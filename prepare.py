@@ -194,7 +194,7 @@ def check_digests(meta, files):
     """Ends the process where one of these {path: the open file, or None} isn't what meta.json describes."""
     for path, file in files.items():
         if digest_of(file or path) != meta["digests"][path.name]:
-            raise SystemExit(f"{path} is damaged, or not what was prepared; delete its folder, and prepare anew")
+            raise SystemExit(f"{path} is damaged, or not what was prepared; delete its folder, prepare anew")
 
 
 def data_sets(root):

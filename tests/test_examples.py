@@ -170,6 +170,22 @@ def test_a_night_of_an_example_needs_no_torch(start, name):
     assert len(rows) == 4 and "crash" not in "".join(rows)
 
 
+def test_a_model_s_edits_are_applied_refused_and_kept_in_an_example_as_anywhere(start, server):
+    project = start("bidding")
+    value = "VALUE = 20.0  # of a conversion, in the budget's unit, before pacing\n"
+    form = "IDEA: {}\n<<<<<<< SEARCH\n{}=======\n{}>>>>>>> REPLACE\n"
+    server.replies += [form.format("know the market", value, "import ruler\n" + value)]
+    server.replies += [form.format("bid less", value, "VALUE = 16.0\n")]
+    project.environment["OPENAI_BASE_URL"] = server.url
+    assert "import ruler: bidder.py may import" in night(project, "--experiments", 3)
+    prompt = server.requests[0]["messages"]
+    assert (
+        "edit of bidder.py" in prompt[0]["content"]
+        and "conversions (higher is better)" in prompt[0]["content"]
+    )
+    assert "\tkeep\tbid less\t+" in project.read("results.tsv")
+
+
 def test_the_prices_of_the_trading_example_come_with_arch(tmp_path):
     pytest.importorskip("arch")
     environment = {"AUTORESEARCH_DATA": str(tmp_path), "PATH": os.environ["PATH"]}

