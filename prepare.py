@@ -57,21 +57,13 @@ CPU_SIZES = dict(seq_len=256, vocab_size=2048, eval_tokens=2**17, eval_rows=16) 
 
 FORMAT = 3  # of the files written; a new number makes every source be prepared again
 HELD_OUT = 20  # one document in 20 is val and one is test, by content hash
-DOCUMENT_CHARS = (
-    8192  # a longer text file is cut at the next blank line, so that a book has documents to split
-)
+DOCUMENT_CHARS = 8192  # a longer text file is cut at the next blank line: a book has documents to split
 RECORD_CHARS = 2**20  # a longer text in a JSON line or a parquet row is cut: bounds memory
 RECORDS = (".jsonl", ".ndjson")  # one JSON object a line
-SUFFIXES = (
-    ".txt",
-    ".md",
-    ".py",
-    *RECORDS,
-    ".parquet",
-)  # of the files that are read, in any case; all but .parquet with .gz, too
-OTHERS = re.compile(
-    r"\.|(__MACOSX|__pycache__|node_modules|site-packages)$"
-)  # files and folders that nobody means by his text
+# Of the files that are read, in any case; all but .parquet with .gz, too:
+SUFFIXES = (".txt", ".md", ".py", *RECORDS, ".parquet")
+# Files and folders that nobody means by his text:
+OTHERS = re.compile(r"\.|(__MACOSX|__pycache__|node_modules|site-packages)$")
 COMPRESSION = {".gz": 3, ".parquet": 3}  # times its size such a file holds, about; only progress bars need it
 # Data sets of the Hugging Face hub: repository, commit (the same text for everybody, always), files, how many
 # without --shards.
@@ -202,9 +194,7 @@ def check_digests(meta, files):
     """Ends the process where one of these {path: the open file, or None} isn't what meta.json describes."""
     for path, file in files.items():
         if digest_of(file or path) != meta["digests"][path.name]:
-            raise SystemExit(
-                f"{path} is damaged, or not what was prepared; delete its folder, and run: python prepare.py"
-            )
+            raise SystemExit(f"{path} is damaged, or not what was prepared; delete its folder, prepare anew")
 
 
 def data_sets(root):
@@ -230,9 +220,8 @@ def newest(root):
     if not (found := data_sets(root)):
         raise Problem(f"no data of this version in {root}; run: python prepare.py")
     last = {name: number for number, name in enumerate(asked_for(root).values())}
-    return max(
-        found, key=lambda folder: (last.get(folder.name, -1), (folder / "meta.json").stat().st_mtime_ns)
-    )
+    made = {folder: (folder / "meta.json").stat().st_mtime_ns for folder in found}
+    return max(found, key=lambda folder: (last.get(folder.name, -1), made[folder]))
 
 
 def package(name, extra=""):
@@ -270,9 +259,7 @@ def source_files(source, shards=None):
         return "pytorch", files, importlib.metadata.version("torch").partition("+")[0]
     path = Path(source).expanduser()
     if not path.exists():
-        raise Problem(
-            f"--source {source}: no such file or folder; give a path, or leave --source out for pytorch"
-        )
+        raise Problem(f"--source {source}: no such file or folder; without --source it is pytorch's")
     files, left_out = ([], Counter()) if path.is_dir() else ([path], {})
     for place, folders, names in os.walk(path):
         linked = [name for name in folders if Path(place, name).is_symlink()]
@@ -486,9 +473,8 @@ def write_tokens(folder, documents, ranks):
     for split in splits:
         (folder / f"{split}.bin").touch()
     while batch := list(itertools.islice(documents, BATCH_DOCUMENTS)):
-        encoded = encoding.encode_ordinary_batch(
-            [text for _, text, _ in batch], num_threads=os.cpu_count() or 1
-        )
+        texts = [text for _, text, _ in batch]
+        encoded = encoding.encode_ordinary_batch(texts, num_threads=os.cpu_count() or 1)
         for split, facts in splits.items():
             chosen = [
                 (size, tokens)
@@ -593,12 +579,8 @@ def prepare(source, root, shards=None):
             made.mkdir()
             if not was_there:
                 found = name, files or download(*identity), identity
-                with Progress(
-                    TextColumn("{task.description:>20}"),
-                    BarColumn(),
-                    TaskProgressColumn(),
-                    TimeElapsedColumn(),
-                ) as progress:
+                columns = BarColumn(), TaskProgressColumn(), TimeElapsedColumn()
+                with Progress(TextColumn("{task.description:>20}"), *columns) as progress:
                     folder = root / f"{name}-{write_data_set(made, found, sizes, progress)}"
                 if not read_meta(folder):  # else it is the same text, moved or touched
                     if folder.exists():
@@ -1587,19 +1569,16 @@ class Trial:
 class Ruler:
     """A ruler of your own: RULER = Ruler(measure, ...), and RULER.main() where it is __main__. It needs no torch.
 
-    measure(trial) gives the number: it calls trial.load(), and refuse(sentence) where a rule is broken. metric, better
-    (lower or higher), edits (the file), api (what its author must know, for the prompt); noise: of the difference of two
-    runs on one seed, a guess; imports: modules that the file may use; budget: seconds of wall clock; held_out(source):
-    {"val": bytes, "test": bytes}, by --source or, for None, of its own. MANUAL.md explains it all.
+    measure(trial) gives the number: it calls trial.load(), and refuse(sentence) where a rule is broken. The keywords
+    edits, metric, better, api and noise are a must; imports: modules that the file may use; budget: seconds of wall clock;
+    held_out(source): {"val": bytes, "test": bytes}, of --source or, for None, of its own. MANUAL.md explains them all.
     """
 
-    def __init__(
-        self, measure, *, metric, better, edits, api, noise, imports="math", budget=60, held_out=None
-    ):
+    def __init__(self, measure, *, edits, imports="math", budget=60, held_out=None, **said):
         self.measure, self.held_out = measure, held_out
         self.imports, self.rule = dict.fromkeys(imports.split()), f"{edits} may import {imports} alone"
         self.path = Path(sys.argv[0]).resolve().with_name(edits)
-        self.said = dict(metric=metric, better=better, edits=edits, api=api, noise=noise, budget=budget)
+        self.said = said | {"edits": edits, "budget": budget}
 
     def facts(self):
         """What the loop must know, as a line of JSON."""
@@ -1633,9 +1612,7 @@ class Ruler:
         root, kind = data_root().resolve(), f"{self.path.stem}-*-*"
         found = [root] if root.match(kind) else [*root.glob(wanted or kind)]
         if wanted and wanted not in [folder.name for folder in found]:
-            raise Problem(
-                f"this branch was measured on {wanted}, not in {root}; bring it back, or begin anew: --tag"
-            )
+            raise Problem(f"{wanted}, this branch's data, is not in {root}; or begin anew with --tag")
         return max(found, key=lambda folder: folder.stat().st_mtime_ns) if found else self.prepare(None)
 
     def run(self):
@@ -1652,26 +1629,18 @@ class Ruler:
         if not settings.secret:  # by hand nobody else ends it
             signal.alarm(math.ceil(settings.budget))
         trial = Trial(self.path, settings, data)
-        value = float(self.measure(trial))
+        value, metric = float(self.measure(trial)), self.said["metric"]
         if not math.isfinite(value):
-            refuse(f"{self.said['metric']} is {value}")
+            refuse(f"{metric} is {value}")
         seconds, memory = f"{monotonic() - settings.started:.1f}", round(peak_memory(), 1)
         info = ", ".join(f"{key} {text}" for key, text in trial.summary.items())
-        summary = (
-            {self.said["metric"]: f"{value:.6f}"}
-            | trial.summary
-            | {"total_seconds": seconds, "peak_mb": memory}
-        )
-        result = {"metric": self.said["metric"], "value": value, "memory_mb": memory, "info": info}
+        summary = {metric: f"{value:.6f}", **trial.summary, "total_seconds": seconds, "peak_mb": memory}
+        result = {"metric": metric, "value": round(value, 6), "memory_mb": memory, "info": info}
         print_result(settings, summary, **result, trained=1.0, work=1, data=name)
 
     def main(self):
-        parser = argparse.ArgumentParser(
-            description=f"Measures {self.path.name} once; the loop does it again and again."
-        )
-        parser.add_argument(
-            "--source", metavar="PATH", help="prepare data of your own, which new branches take"
-        )
+        parser = argparse.ArgumentParser(description=f"Measures {self.path.name} once, by hand.")
+        parser.add_argument("--source", metavar="PATH", help="data of your own, for new branches")
         add_arguments(parser, self.path.name)
         args = parser.parse_args()
         try:

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -170,6 +171,22 @@ def test_a_night_of_an_example_needs_no_torch(start, name):
     assert len(rows) == 4 and "crash" not in "".join(rows)
 
 
+def test_a_model_s_edits_are_applied_refused_and_kept_in_an_example_as_anywhere(start, server):
+    project = start("bidding")
+    value = "VALUE = 20.0  # of a conversion, in the budget's unit, before pacing\n"
+    form = "IDEA: {}\n<<<<<<< SEARCH\n{}=======\n{}>>>>>>> REPLACE\n"
+    server.replies += [form.format("know the market", value, "import ruler\n" + value)]
+    server.replies += [form.format("bid less", value, "VALUE = 16.0\n")]
+    project.environment["OPENAI_BASE_URL"] = server.url
+    assert "import ruler: bidder.py may import" in night(project, "--experiments", 3)
+    prompt = server.requests[0]["messages"]
+    assert (
+        "edit of bidder.py" in prompt[0]["content"]
+        and "conversions (higher is better)" in prompt[0]["content"]
+    )
+    assert "\tkeep\tbid less\t+" in project.read("results.tsv")
+
+
 def test_the_prices_of_the_trading_example_come_with_arch(tmp_path):
     pytest.importorskip("arch")
     environment = {"AUTORESEARCH_DATA": str(tmp_path), "PATH": os.environ["PATH"]}
@@ -246,6 +263,59 @@ def test_a_cheat_gets_no_result(name, tmp_path):
             loop.read_result(verdict, "secret", told)
         verdict += "no result" * (code == 0)
     assert said in verdict
+
+
+# ---- class Ruler
+
+
+@pytest.fixture
+def own(tmp_path):
+    """own(measure, edited, settings): what a run of a ruler with this measure(trial) prints, and its exit status."""
+
+    def run(measure, edited="", **settings):
+        text = (
+            "from prepare import Ruler\n"
+            f"def measure(trial):\n    {measure}\n"
+            "def held_out(source):\n    return {'val': b'seven', 'test': b'eleven'}\n"
+            "own = dict(metric='m', better='lower', edits='x.py', api='', noise=1, held_out=held_out)\n"
+            "Ruler(measure, **own).main()\n"
+        )
+        (tmp_path / "ruler.py").write_text(text)
+        (tmp_path / "x.py").write_text(edited)
+        settings = {f"AUTORESEARCH_{name}": value for name, value in settings.items()}
+        return ruler(tmp_path, {"AUTORESEARCH_DATA": str(tmp_path), "PATH": os.environ["PATH"]} | settings)
+
+    return run
+
+
+def test_a_run_measures_its_split_and_another_draws_other_numbers(own):
+    assert "m:                5.000000" in own("return len(trial.data)")[0]
+    assert "m:                6.000000" in own("return len(trial.data)", SPLIT="test")[0]
+    draws = [own("return trial.rng.random()", **more)[0].splitlines()[1] for more in (
+        {}, {"SEED": "1"}, {"SPLIT": "test"}, {"SALT": "of another branch"})]  # fmt: skip
+    assert len({*draws}) == 4 and draws[0] == own("return trial.rng.random()")[0].splitlines()[1]
+
+
+def test_what_is_held_out_is_shut_while_the_file_runs(own, tmp_path):
+    own("return 1")
+    path = next(tmp_path.glob("x-*")) / "test.bin"
+    said, code = own("trial.load()", f"try:\n    open({str(path)!r})\nexcept BaseException:\n    pass")
+    assert "opened test.bin, which is the ruler's" in said and code == 1
+    path.with_name("val.bin").write_bytes(b"eight")
+    assert "is damaged; delete it" in own("return 1")[0]
+
+
+def test_a_file_finds_neither_the_secret_nor_the_salt(own):
+    told = "import os\nprint(sorted(name for name in os.environ if name[13:] in ('TOKEN', 'SALT', 'SEED')))"
+    assert "['AUTORESEARCH_SEED']" in own("trial.load()", told, TOKEN="a", SALT="b", SEED="3")[0]
+
+
+def test_what_is_no_number_is_refused(own):
+    assert "refused by the ruler: m is nan" in own("return float('nan')")[0]
+
+
+def test_by_hand_a_run_ends_with_its_budget_too(own):
+    assert own("trial.load()", "while True: pass", BUDGET="1")[1] == -signal.SIGALRM
 
 
 # ---- MANUAL.md's own ruler
