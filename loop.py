@@ -72,7 +72,7 @@ except ModuleNotFoundError as error:  # another Python than the environment's
     sys.exit(2)
 
 KILL_GRACE = 5  # seconds after the budget, for a clean exit
-FACTS_SECONDS = 900  # for the ruler's facts: it may prepare the text; a driver may hang
+FACTS_SECONDS = 900  # for the ruler's facts: it may prepare its data; a driver may hang
 LEAVE_SECONDS = 7  # that processes may outlive their run: data loaders look for their parent every 5 s
 MAX_PROCESSES = 512  # of one run: a fork bomb ends the run, not the night; a compiler starts up to 32
 MEMORY_SHARE = 0.85  # of the machine's memory, for all runs together

@@ -473,6 +473,7 @@ def test_a_picture_that_hangs_is_no_matter_to_the_night_and_no_second_one_is_beg
     """What draws reads from a pipe that nobody writes to, until the test does."""
     monkeypatch.setattr(loop.importlib.util, "find_spec", lambda name: True)
     os.mkfifo(tmp_path / "pipe")
+    monkeypatch.setattr(loop, "__file__", str(tmp_path / "loop.py"))
     (tmp_path / "loop.py").write_text(
         "import sys\nopen('pipe').read()\nopen('drawn', 'a').write(sys.argv[3])\n"
     )
