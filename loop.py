@@ -2435,8 +2435,8 @@ class Session:
 
     def add_launched(self):
         """The devices on other machines, as --launch and --at-once name them."""
-        if len(self.args.launch) != len(self.args.at_once or self.args.launch):
-            raise Stop("--at-once: give each --launch one of its own, or none at all")
+        if [] in self.args.launch or len(self.args.launch) != len(self.args.at_once or self.args.launch):
+            raise Stop("--launch needs a command; give each an --at-once of its own, or none at all")
         for words, many in itertools.zip_longest(self.args.launch, self.args.at_once, fillvalue=1):
             kind = Path(words[0]).name
             branch = hashlib.sha256(f"{os.uname().nodename} {self.ledger.file}".encode()).hexdigest()[:12]

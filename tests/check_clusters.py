@@ -145,7 +145,9 @@ class Slurm:
         run("scontrol", "update", f"nodename={node}", "state=resume")
 
     def stop(self):
-        for name in (*(f"{node}.pid" for node in NODES), "slurmctld.pid", "munge/pid"):
+        for node in NODES:
+            self.kill(node)
+        for name in ("slurmctld.pid", "munge/pid"):
             with contextlib.suppress(OSError, ValueError):
                 os.kill(int((self.folder / name).read_text()), signal.SIGTERM)
 
@@ -330,8 +332,9 @@ def cut_off(engine, folder):
     """A night whose loop and clients are killed by SIGKILL in one moment: nobody tells the nodes."""
     night = Night(folder, engine, seconds=50)
     night.start()
-    while not night.there():
+    while "#0 baseline" not in night.log.read_text() or not night.there():
         time.sleep(0.2)
+    time.sleep(2)  # into its 50 seconds
     processes = [
         psutil.Process(night.process.pid),
         *psutil.Process(night.process.pid).children(recursive=True),

@@ -401,8 +401,10 @@ def test_the_local_devices_are_used_only_when_they_are_named(project):
 
 
 def test_each_launch_has_its_own_number_or_none_has(project):
-    with pytest.raises(loop.Stop, match="give each --launch one of its own"):
+    with pytest.raises(loop.Stop, match="give each an --at-once of its own"):
         project.night(*BOX, "--launch", "other", offline=True)
+    with pytest.raises(loop.Stop, match="--launch needs a command"):
+        project.night("--launch", "", offline=True)
     with pytest.raises(SystemExit):
         loop.parse_arguments(["--launch", "ssh 'box"])
 
