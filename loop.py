@@ -2480,7 +2480,8 @@ class Session:
             self.say(f"asking {self.script} about the data and this machine, a few seconds")
             facts = self.facts = ask_facts([sys.executable, self.script], place, env, stderr=None)
         if isinstance(facts, str):
-            raise Stop("the ruler doesn't start, see above; is everything installed? pip install -e .")
+            advice = f"fix {self.script}, or install what it lacks (pip install -e .)"
+            raise Stop(f"the ruler doesn't start, see above: {advice}")
         self.budget = self.view.budget = self.args.budget or began.get("budget") or facts["budget"]
         code = "".join(self.ruler.values()).encode("utf-8", "surrogateescape")
         now = {"code": hashlib.sha256(code).hexdigest()[:12], "budget": self.budget}
@@ -2618,13 +2619,13 @@ class Session:
         ledger = self.ledger
         if not ledger.best:
             told = {"Ruler": json.dumps(self.noted)}
-            return not ledger.unfinished() and ledger.begin(ledger.source, self.program, "baseline", "", told)
+            if ledger.unfinished():
+                return None
+            self.warn_of_reach(ledger.source)
+            return ledger.begin(ledger.source, self.program, "baseline", "", told)
         if edit := ledger.user_edit():
             self.say("your edit is the next experiment")
-            try:
-                self.check_reach(edit)
-            except Refused as error:
-                self.say(f"a model's edit would be refused: {error} Yours runs all the same.")
+            self.warn_of_reach(edit)
             return ledger.begin(edit, self.program, f"your edit of {ledger.edits}", "", {"Model": "person"})
         for proposal in [proposal for proposal in self.proposals if proposal.done]:
             if experiment := self.begin_proposal(proposal):
@@ -2692,6 +2693,13 @@ class Session:
             raise OSError(5, "the ruler's check failed", self.script)
         if answer != "ok":
             raise Refused(f"The ruler doesn't allow this: {answer}.")
+
+    def warn_of_reach(self, source):
+        """Says where a file of the user's does what a model's edit may not: it runs all the same."""
+        try:
+            self.check_reach(source)
+        except Refused as error:
+            self.say(f"a model's edit would be refused: {error} Yours runs all the same.")
 
     def steer(self):
         """program.md as it is now; what was made under an earlier one and hasn't begun is dropped."""
@@ -2869,7 +2877,8 @@ class Session:
         if failed and not parent:
             self.git.move(f"delete {ledger.refs}{experiment.number} {commit}")
             run = failed[0]
-            advice = f"fix {ledger.edits} and commit it\n\nthe end of {run.get('log')}:\n{run.get('tail')}"
+            file = ledger.edits if self.script == RULER else f"{ledger.edits} or {self.script}"
+            advice = f"fix {file} and commit it\n\nthe end of {run.get('log')}:\n{run.get('tail')}"
             raise Stop(f"the baseline failed: {run['cause']}; {advice}", 1)
         if "Refused" in experiment.trailers:
             return self.finish(experiment, "crash", f"refused: {experiment.trailers['Refused']}")
@@ -3167,7 +3176,7 @@ def main():
         session.say(line)
     name = session.ledger.name
     session.say(f"results.tsv on {name} has the rows, runs/ the logs")
-    session.say("see them: python loop.py --report; the edit of a row: git show COMMIT")
+    session.say(f"see them: python {sys.argv[0]} --report; the edit of a row: git show COMMIT")
     return 0
 
 

@@ -1574,11 +1574,17 @@ class Ruler:
     held_out(source): {"val": bytes, "test": bytes}, of --source or, for None, of its own. MANUAL.md explains them all.
     """
 
-    def __init__(self, measure, *, edits, imports="math", budget=60, held_out=None, **said):
+    def __init__(
+        self, measure, *, metric, better, edits, api, noise, imports="math", budget=60, held_out=None
+    ):
+        if better not in ("lower", "higher"):
+            raise ValueError(f'better is "lower" or "higher", and not {better!r}')
+        if metric.split() != [metric]:
+            raise ValueError(f"metric is one word, a column of results.tsv, and not {metric!r}")
         self.measure, self.held_out = measure, held_out
         self.imports, self.rule = dict.fromkeys(imports.split()), f"{edits} may import {imports} alone"
         self.path = Path(sys.argv[0]).resolve().with_name(edits)
-        self.said = said | {"edits": edits, "budget": budget}
+        self.said = dict(metric=metric, better=better, edits=edits, api=api, noise=noise, budget=budget)
 
     def facts(self):
         """What the loop must know, as a line of JSON."""
@@ -1597,6 +1603,9 @@ class Ruler:
     def prepare(self, source):
         """The folder of a source's data set, named by its content and written once."""
         parts = self.held_out(source)
+        for split in ("val", "test"):
+            if not parts.get(split) or not isinstance(parts[split], bytes):
+                raise Problem(f'held_out({source!r}) gives no bytes as "{split}": {parts.get(split)!r:.80}')
         digests = (hashlib.sha256(parts[split]).hexdigest()[:8] for split in ("val", "test"))
         folder = data_root().resolve() / "-".join([self.path.stem, *digests])
         folder.mkdir(parents=True, exist_ok=True)

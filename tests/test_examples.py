@@ -272,12 +272,13 @@ def test_a_cheat_gets_no_result(name, tmp_path):
 def own(tmp_path):
     """own(measure, edited, settings): what a run of a ruler with this measure(trial) prints, and its exit status."""
 
-    def run(measure, edited="", **settings):
+    def run(measure, edited="", also="", **settings):
         text = (
             "from prepare import Ruler\n"
             f"def measure(trial):\n    {measure}\n"
             "def held_out(source):\n    return {'val': b'seven', 'test': b'eleven'}\n"
             "own = dict(metric='m', better='lower', edits='x.py', api='', noise=1, held_out=held_out)\n"
+            f"{also}\n"
             "Ruler(measure, **own).main()\n"
         )
         (tmp_path / "ruler.py").write_text(text)
@@ -312,6 +313,23 @@ def test_a_file_finds_neither_the_secret_nor_the_salt(own):
 
 def test_what_is_no_number_is_refused(own):
     assert "refused by the ruler: m is nan" in own("return float('nan')")[0]
+
+
+MISTAKES = {
+    "own['better'] = 'high'": 'better is "lower" or "higher", and not \'high\'',
+    "own['metric'] = 'compression ratio'": "metric is one word, a column of results.tsv, and not 'compression ratio'",
+    "own['nosie'] = own.pop('noise')": "unexpected keyword argument 'nosie'",
+    "del own['metric']": "missing 1 required keyword-only argument: 'metric'",
+    "own['held_out'] = lambda source: {'val': b'seven'}": 'held_out(None) gives no bytes as "test": None',
+    "own['held_out'] = lambda source: {'val': 'seven', 'test': b'x'}": "held_out(None) gives no bytes as \"val\": 'seven'",
+    "own['held_out'] = lambda source: {'val': b'', 'test': b'x'}": "held_out(None) gives no bytes as \"val\": b''",
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_in_a_ruler_is_named_before_anything_is_measured(own, mistake):
+    said, code = own("print('measured')", also=mistake)
+    assert said.strip().endswith(MISTAKES[mistake]) and code == 1 and "measured" not in said
 
 
 def test_by_hand_a_run_ends_with_its_budget_too(own):

@@ -1189,6 +1189,14 @@ def test_of_a_persons_own_edit_the_ruler_only_warns(plain):
     assert described(plain)[1] == "your edit of train.py" and plain.rows()[1]["status"] == "keep"
 
 
+def test_of_the_file_that_a_night_begins_with_the_ruler_only_warns(plain):
+    plain.write("train.py", "# outside\n" + PLAIN)
+    plain.commit("mine")
+    warning = "a model's edit would be refused: The ruler doesn't allow this: line 1, reaches outside"
+    said = [plain.night("--experiments", 1, replies=[edit]).output.getvalue() for edit in (BETTER, LAYER)]
+    assert [warning in text for text in said] == [True, False] and len(plain.rows()) == 3
+
+
 def test_a_half_typed_edit_is_left_alone_until_it_compiles(plain):
     plain.write("train.py", PLAIN + "\ndef half(")
     plain.night("--experiments", 2, replies=[BETTER, WORSE])
