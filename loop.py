@@ -730,9 +730,16 @@ def gain_of(changes):
 
 
 def night_gain(rows, sign):
-    """(the gain of what was kept after the baseline, luck taken off; its standard error)."""
-    kept = [row for row in rows if row.status == "keep" and not math.isnan(row.change)]
-    return gain_of([(-sign * row.change, row.error) for row in kept])
+    """(the gain of what was kept after the baseline, luck taken off; its standard error).
+
+    What the baseline lost by bad luck on a seed, every better file wins back there: so the error is at least
+    that of the best file's gain over the baseline from seed to seed.
+    """
+    kept = [row for row in rows if row.status == "keep" and row.runs]
+    gain, error = gain_of([(-sign * row.change, row.error) for row in kept if not math.isnan(row.change)])
+    pairs = zip(kept[0].runs, kept[-1].runs, strict=False) if kept else ()
+    gains = [one - other for one, other in pairs]
+    return gain, max(error, stdev(gains) / math.sqrt(len(gains))) if gains[1:] else error
 
 
 def noise_in(rows):

@@ -199,6 +199,15 @@ def test_the_nights_gain_is_of_what_was_kept_after_the_baseline_in_the_direction
     assert loop.night_gain(higher, -1) == loop.night_gain(rows, 1)
 
 
+def test_a_baseline_s_bad_luck_on_a_seed_is_in_the_error_of_the_nights_gain():
+    """As in tests/night/longer.tsv, whose audit found 0.0573 less than the sum of its gains."""
+    first, best = kept(math.nan, math.nan, runs=(1.876, 1.806, 1.809)), kept(-0.2, runs=(1.605, 1.624))
+    gain, error = loop.night_gain([first, kept(-0.05), best], 1)
+    assert gain == pytest.approx(0.25) and error == pytest.approx((0.271 - 0.182) / 2)
+    first.runs = [1.876]  # one seed says nothing of others
+    assert loop.night_gain([first, kept(-0.05), best], 1)[1] == pytest.approx(NOISE * 2**0.5)
+
+
 def test_the_noise_that_is_told_is_of_one_difference_whatever_the_last_discarded_row_had_of_runs():
     rows = [kept(math.nan, math.nan), kept(0.1, 0.0003 / 2**0.5, "discard", (1.0, 1.0)), kept(-0.1, 0.9)]
     assert loop.noise_in(rows) == pytest.approx(0.0003)
