@@ -1112,6 +1112,11 @@ class Ledger:
         found = (self.results.get((commit, seed, "val")) for seed in range(MAX_RUNS))
         return list(itertools.takewhile(bool, found))
 
+    def pairs_of(self, experiment):
+        """(run of the file that it edited, its own run) on each seed on which both have a value."""
+        pairs = zip(*map(self.results_of, (experiment.parent, experiment.commit)), strict=False)
+        return [pair for pair in pairs if not any(run["cause"] for run in pair)]
+
     def noise(self, prior, gains=()):
         """The deviation of one difference on a seed, from all experiments that have rows, and `gains`."""
         groups = [gains]
@@ -1124,19 +1129,10 @@ class Ledger:
     def odd_nodes(self):
         """Sentences on the machines whose runs are off, as far as the file of runs says where they were."""
         groups, here, ruler = [], os.uname().nodename, self.noted_ruler()
-        for one in self.ended():
-            pairs = zip(*map(self.results_of, (one.parent, one.commit)), strict=False)
-            pairs = [pair for pair in pairs if not any(run["cause"] for run in pair)]
-            groups.append(
-                [
-                    (
-                        direction(ruler) * (before["value"] - after["value"]),
-                        before.get("node", here),
-                        after.get("node", here),
-                    )
-                    for before, after in pairs
-                ]
-            )
+        for pairs in map(self.pairs_of, self.ended()):
+            nodes = [[run.get("node", here) for run in pair] for pair in pairs]
+            gains = [direction(ruler) * (before["value"] - after["value"]) for before, after in pairs]
+            groups.append([(gain, *where) for gain, where in zip(gains, nodes, strict=True)])
         return [*odd_nodes(groups, self.noise(ruler["noise"]))] if groups else []
 
     def checked_out(self):
@@ -1267,6 +1263,12 @@ def environment(folder, cache, **told):
     kept |= {"PYTHONUNBUFFERED": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     kept["PYTHONUSERBASE"] = site.getuserbase()  # packages of pip --user are found by HOME otherwise
     return kept | as_environment(told)
+
+
+def environment_to_ask(data, told):
+    """The environment in which the ruler is asked for its facts: of this data set, on this machine."""
+    asked = os.environ | ONE_THREAD | {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
+    return asked | as_environment({"FINGERPRINT": data} | told)
 
 
 def only_device(name):
@@ -1630,8 +1632,7 @@ def ask_here(job, tell):
     """What a loop on another machine must know of this one: its ruler's facts, and why there is no cage."""
     tell(line="asking the ruler for its facts")
     lay_out(Path(job["folder"]), job["files"])
-    env = os.environ | ONE_THREAD | {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
-    env |= as_environment(job["told"] | {"FINGERPRINT": job["facts"].get("data", "")})
+    env = environment_to_ask(job["facts"].get("data", ""), job["told"])
     facts = ask_facts([sys.executable, job["ruler"]], job["folder"], env)
     if isinstance(facts, str):
         raise Stop(facts)
@@ -1800,8 +1801,7 @@ class Device:
             result["info"] = f"{result.get('info', '')}, {where}"
             result["log"] = f"{job['folder']}/run.log"
             Path(job["folder"]).mkdir(parents=True, exist_ok=True)
-            for name, text in (job["files"] | {"run.log": f"{where}\n{result.pop('text')}"}).items():
-                Path(job["folder"], name).write_bytes(text.encode("utf-8", "surrogateescape"))
+            write_files(Path(job["folder"]), job["files"] | {"run.log": f"{where}\n{result.pop('text')}"})
         return result
 
     def close(self):
@@ -2476,8 +2476,7 @@ class Session:
             self.ruler[RULER] = read_text(Path(__file__).with_name(RULER))
         place.mkdir(exist_ok=True)
         write_files(place, self.ruler)
-        env = os.environ | ONE_THREAD | {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
-        env |= as_environment({"FINGERPRINT": began.get("data", "")} | began.get("settings", {}))
+        env = environment_to_ask(began.get("data", ""), began.get("settings", {}))
         if data := env.get("AUTORESEARCH_DATA"):  # the ruler stands in another folder
             env["AUTORESEARCH_DATA"] = os.path.abspath(os.path.expanduser(data))
         self.add_launched()
@@ -2923,8 +2922,7 @@ class Session:
 
     def gains(self, experiment):
         """What was gained on each seed that an experiment and the file that it edited have run on."""
-        before, after = (self.ledger.results_of(commit) for commit in (experiment.parent, experiment.commit))
-        pairs = [pair for pair in zip(before, after, strict=False) if not any(run["cause"] for run in pair)]
+        pairs = self.ledger.pairs_of(experiment)
         return [self.sign * (one["value"] - other["value"]) for one, other in pairs]
 
     def rebase(self, experiment):
