@@ -395,6 +395,11 @@ def project(tmp_path):
     return Project(tmp_path)
 
 
+def most_quick(names, *slow):
+    """Cases of a table for parametrize, of which these take many seconds."""
+    return [pytest.param(name, marks=[pytest.mark.slow] * (name in slow), id=name) for name in names]
+
+
 def block(search, replace, idea="an idea"):
     """A reply with one SEARCH/REPLACE block."""
     return f"IDEA: {idea}\nBecause.\n\n<<<<<<< SEARCH\n{search}\n=======\n{replace}\n>>>>>>> REPLACE\n"

@@ -16,7 +16,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, block
+from conftest import ROOT, block, most_quick
 
 import loop
 import prepare
@@ -373,7 +373,12 @@ BY_THE_LOOP = [
     "makes the tokens longer",
     "leaves a child that trains on",
 ]
-SLOW = ["ignores the clock", "trains on after its time", "leaves a child that trains on"]
+SLOW = [
+    "ignores the clock",
+    "trains on after its time",
+    "leaves a child that trains on",
+    "rewrites the checkout's prepare.py",
+]
 
 
 class Attempts:
@@ -462,11 +467,7 @@ def results(attempts):
     return result
 
 
-def table(names):
-    return [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW), id=name) for name in names]
-
-
-@pytest.mark.parametrize("name", table(ATTACKS))
+@pytest.mark.parametrize("name", most_quick(ATTACKS, *SLOW))
 def test_an_attack_has_no_result_and_says_why(results, name):
     result = results(name)
     assert result["cause"] and re.search(ATTACKS[name][2], result["cause"]), result
@@ -577,6 +578,7 @@ def test_a_cheat_that_changes_the_loop_has_no_row_and_the_next_start_asks_the_pe
     )  # the person decides about the loop.py that is there now
 
 
+@pytest.mark.slow
 def test_a_run_that_changes_the_data_has_no_result(project, server):
     rewrites = (
         "def main():\n    import os, pathlib\n    path = pathlib.Path(os.environ['AUTORESEARCH_DATA'], 'meta.json')\n"

@@ -113,6 +113,7 @@ def run_main(monkeypatch):
     torch.compiler.reset()
 
 
+@pytest.mark.slow
 def test_each_graph_is_compiled_once(run_main):
     run, graphs = run_main()
     assert graphs == [[8], [4, 4], []]  # the ruler's logits, the loss, Muon's iteration

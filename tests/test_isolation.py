@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 from check_night import survivors
-from conftest import FACTS, ROOT, STAND_IN, block
+from conftest import FACTS, ROOT, STAND_IN, block, most_quick
 from conftest import stand_in as computed
 
 import loop
@@ -167,7 +167,8 @@ def test_a_caged_run_reaches_nothing_of_the_persons(place, server, monkeypatch):
 
 
 @CAGED
-@pytest.mark.parametrize("split", ["val", pytest.param("test", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("split", ["val", "test"])
+@pytest.mark.slow
 def test_in_the_cage_there_is_no_held_out_text_and_the_ruler_has_it_all_the_same(place, device, data, split):
     shown = (
         "import os\nprint('SIZES', [os.stat(os.environ['AUTORESEARCH_DATA'] + f'/{s}.bin').st_size "
@@ -340,6 +341,7 @@ def test_a_run_dies_with_its_loop(project):
 
 
 @LINUX
+@pytest.mark.slow
 def test_a_killed_loops_run_does_not_share_the_device_with_the_next(project):
     killed_in_its_baseline(project, workers=True)
     orphans = [pid for pid, _ in survivors(project.folder)]
@@ -401,7 +403,7 @@ def test_what_the_ruler_calls_held_up_is_the_machines_fault(place, device):
 
 
 @LINUX
-@pytest.mark.parametrize("name", EXCESSES)
+@pytest.mark.parametrize("name", most_quick(EXCESSES, "a leak"))
 def test_what_takes_too_much_ends_its_run_and_not_the_worker(place, device, name):
     code, cause = EXCESSES[name]
     memory = psutil.virtual_memory().total / 20
@@ -444,7 +446,7 @@ LEFT = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", LEFT)
+@pytest.mark.parametrize("name", most_quick(LEFT, "folders deeper than Python's stack"))
 def test_what_a_run_leaves_behind_is_gone_for_the_next_one(place, device, name):
     first = device.run(place.job(f"import os\n{LEFT[name]}"), quiet)
     assert first["cause"] == ""
@@ -493,7 +495,10 @@ def within(device, job, seconds):
     )
 
 
-@pytest.mark.parametrize("then", ["os.abort()", "import time\ntime.sleep(1.5)\nos.abort()"])
+LATER = pytest.param("import time\ntime.sleep(1.5)\nos.abort()", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("then", ["os.abort()", LATER])
 @pytest.mark.parametrize("name", GONE)
 def test_a_run_that_takes_away_what_the_loop_reads_fails_by_its_own_fault(place, device, name, then):
     result = within(device, place.job(f"import os\n{GONE[name]}\n{then}"), 10)
@@ -608,6 +613,7 @@ def test_whatever_is_changed_in_a_watched_folder_is_seen(place, device, tmp_path
     assert result["cause"] == f"changed while it ran: {path}"
 
 
+@pytest.mark.slow
 def test_a_run_that_changes_gits_config_is_told_and_never_counts(project, server):
     project.constants(WAITS="(0.01, 0.02)")
     server.replies += [
@@ -635,6 +641,7 @@ def test_a_persons_shell_in_a_run_folder_is_left_alone(project):
     shell.wait()
 
 
+@pytest.mark.slow
 def test_escapes_and_markup_in_a_log_reach_neither_the_screen_nor_the_row(project, server):
     text = (
         r"raise RuntimeError('\x1b[2J\x1b]0;owned\x07[red]x[/red] \u202eabc"
@@ -742,6 +749,7 @@ def main():
 # ---- a disk and a git that fail
 
 
+@pytest.mark.slow
 def test_a_git_that_fails_for_a_while_costs_no_row_and_no_proposal(project, server):
     """As a full disk, a read-only one or a lost mount would have it: everything goes through git."""
     switch = project.folder.parent / "broken"

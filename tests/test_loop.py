@@ -4,6 +4,7 @@ And a few real processes, where signals, kills and time limits are the matter.""
 import errno
 import fcntl
 import hmac
+import itertools
 import json
 import math
 import os
@@ -17,7 +18,7 @@ from pathlib import Path
 import conftest
 import pytest
 from check_night import survivors
-from conftest import ROOT, block, stand_in
+from conftest import ROOT, block, most_quick, stand_in
 from rich.console import Console
 
 import loop
@@ -1290,8 +1291,11 @@ BYTES = {
 }
 
 
-@pytest.mark.parametrize("attributes, settings, end", BYTES.values(), ids=BYTES)
-def test_a_file_that_git_does_not_call_changed_is_no_edit_of_the_persons(plain, attributes, settings, end):
+@pytest.mark.parametrize(
+    "name", most_quick(BYTES, *[name for name in BYTES if "autocrlf" != name != "a filter"])
+)
+def test_a_file_that_git_does_not_call_changed_is_no_edit_of_the_persons(plain, name):
+    attributes, settings, end = BYTES[name]
     for name, value in settings.items():
         plain.git("config", name, value)
     plain.write(".gitattributes", attributes)
@@ -1678,19 +1682,23 @@ def test_a_branch_whose_rows_cannot_be_read_is_refused_naming_the_line(plain):
 ODD = ["None", "12.5", "1e3", "-3", "many", "9" * 5000, "１２", ""]
 
 
-@pytest.mark.parametrize("name", ["Tokens", "Model", "Lesson"])
-@pytest.mark.parametrize("value", ODD, ids=range(len(ODD)))
-def test_an_experiment_of_an_old_branch_gets_its_row_whatever_its_commit_says(plain, name, value):
+def test_an_experiment_of_an_old_branch_gets_its_row_whatever_its_commit_says(plain):
     plain.night("--experiments", 1, replies=[WORSE])
     first, tip = plain.git("rev-parse", plain.rows()[0]["commit"], "autoresearch/t").split()
-    said = {"Number": "2", "Model": "m", "Tokens": "100", "Parent": first, "Code": "0"} | {name: value}
-    message = "an idea\n\n" + "\n".join(f"{key}: {text}" for key, text in said.items())
-    opened = plain.git("commit-tree", f"{tip}^{{tree}}", "-p", tip, "-m", message).strip()
-    plain.git("update-ref", "refs/autoresearch/t/open/2", opened)
-    for _ in range(2):
-        plain.night("--experiments", 1, replies=[BETTER])
-    assert plain.rows()[2]["description"] == "an idea" and plain.rows()[2]["status"] != "crash"
-    assert plain.rows()[2]["llm_tokens"] == ("0" if name == "Tokens" else "100")
+    odd = list(itertools.product(["Tokens", "Model", "Lesson"], ODD))
+    for number, (name, value) in enumerate(odd, 2):
+        said = {"Number": f"{number}", "Model": "m", "Tokens": "100", "Parent": first, "Code": "0"} | {
+            name: value
+        }
+        message = f"idea {number}\n\n" + "\n".join(f"{key}: {text}" for key, text in said.items())
+        opened = plain.git("commit-tree", f"{tip}^{{tree}}", "-p", tip, "-m", message).strip()
+        plain.git("update-ref", f"refs/autoresearch/t/open/{number}", opened)
+    for replies in [], [BETTER]:
+        plain.night("--experiments", len(odd) if not replies else 1, replies=replies)
+    for number, (name, _) in enumerate(odd, 2):
+        row = plain.rows()[number]
+        assert row["description"] == f"idea {number}" and row["status"] != "crash"
+        assert row["llm_tokens"] == ("0" if name == "Tokens" else "100")
 
 
 NAMES = [
@@ -1797,6 +1805,7 @@ def test_a_night_offline_says_how_long_it_takes_waits_for_nothing_and_says_where
     check(project)
 
 
+@pytest.mark.slow
 def test_a_key_revoked_in_the_night_costs_no_device_time_and_the_search_goes_on(project, server):
     project.constants(WAITS="(600, 600)")
     server.default = (401, {"error": {"message": "the key was revoked"}})
@@ -1816,6 +1825,7 @@ SLEEPER = """import subprocess, time
     time.sleep(1000)"""
 
 
+@pytest.mark.slow
 def test_a_run_over_its_budget_is_killed_with_its_children(plain, server):
     plain.constants(KILL_GRACE="0.1")
     server.replies += [block("def main():", f"def main():\n    {SLEEPER}", "a sleeper")]
@@ -1846,6 +1856,7 @@ def test_a_night_over_http_goes_on_through_faults_and_a_run_sees_no_secret(plain
     check(plain)
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_runs_and_requests_and_the_next_start_goes_on_without_asking(project, server):
     hold = threading.Event()
     server.replies += [

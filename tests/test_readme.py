@@ -29,6 +29,7 @@ def blocks():
     return [block for block in found if "python" in block and "pytest" not in block]
 
 
+@pytest.mark.slow
 def test_the_blocks_of_the_readme_run_from_top_to_bottom(project, server):
     (project.folder / ".venv").symlink_to(sys.prefix)
     project.write(".gitignore", project.read(".gitignore") + ".venv\n")

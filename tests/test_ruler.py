@@ -1096,6 +1096,7 @@ run.finish(model, depth=1)
 """
 
 
+@pytest.mark.slow
 def test_a_real_run_prints_a_summary_and_signs_the_same_with_what_it_was_told(data, tmp_path):
     (tmp_path / "train.py").write_text(TRAIN)
     (tmp_path / "prepare.py").write_bytes(Path(prepare.__file__).read_bytes())

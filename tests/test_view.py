@@ -333,6 +333,7 @@ def slow(project, seconds=100.0):
     project.commit("slow")
 
 
+@pytest.mark.slow
 def test_the_last_picture_and_what_was_said_stay_when_the_night_ends(project, server):
     project.write("train.py", PLAIN)
     project.commit("plain")
