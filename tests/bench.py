@@ -6,6 +6,7 @@
     python tests/bench.py judge                               the rule that keeps or discards, on thousands of simulated nights
     python tests/bench.py speed                               where the time goes, in a run and between runs: one table, 45 minutes
     python tests/bench.py overhead                            the loop's own seconds between runs and its memory, at 10 and 10,000 rows
+    python tests/bench.py written --hours 0.25                a night with a model that sends the edits of tests/night/edits.py, and its audit
     python tests/bench.py kills --kills 200 --devices 3       the loop killed before its steps and at random: is anything lost?
     python tests/bench.py soak --experiments 1000             a night in which everything fails at random; --real --hours 2 with real runs
 
@@ -25,6 +26,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -33,7 +35,9 @@ from statistics import fmean
 import faults
 import soak
 import speed
-from conftest import ROOT
+from conftest import ROOT, ChatServer
+from night.edits import EDITS as WRITTEN
+from night.edits import as_reply
 
 import loop
 
@@ -198,6 +202,32 @@ DELTAS = (
     903, 1626, 1946, 535, 647, -88, 429, -951, -403, -222, 211, 270, 179, 325, -481, 815, 807, 154, 1052, 88, 621, -266, 558, 28,
     449, 992, 526, 171, 600,
 )  # fmt: skip
+
+
+def written(args):
+    """A night of real runs with a model that sends, over HTTP, edits written beforehand, and the search beside it; then its audit."""
+    server, left, one_at_a_time = ChatServer(), list(WRITTEN), threading.Lock()
+
+    def reply(request):
+        source = speed.source_in(request)
+        with one_at_a_time:
+            for idea, reason, blocks in left:
+                if all(source.count(before) == 1 for before, _ in blocks):
+                    left.remove((idea, reason, blocks))
+                    return as_reply(idea, reason, blocks)
+        return 503, {"error": {"message": "no edit is left that fits this file"}}
+
+    server.default = reply
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        project = soak.Clone(Path(folder))
+        environment = project.environment | {"OPENAI_BASE_URL": server.url}
+        start = [sys.executable, "loop.py", "--tag", "written", "--sandbox", args.sandbox]
+        for words in (["--budget", f"{args.budget:g}", "--hours", f"{args.hours:g}"], ["--audit"]):
+            subprocess.run([*start, *words], cwd=project.folder, env=environment, check=True)
+        print((project.folder / "results.tsv").read_text(), end="")
+    print(
+        f"{len(WRITTEN) - len(left)} of {len(WRITTEN)} edits were sent; {'; '.join(idea for idea, *_ in left)}"
+    )
 
 
 EFFECTS = [delta / 1e6 for delta in DELTAS]
@@ -437,6 +467,11 @@ def main():
     command.add_argument("--run", type=float, default=10, help="seconds of a run there", dest="run_seconds")
     command.add_argument("--experiments", type=int, default=80, help="runs there")
     command.set_defaults(run=speed.speed)
+    command = commands.add_parser("written", help=written.__doc__)
+    command.add_argument("--budget", type=float, default=60)
+    command.add_argument("--hours", type=float, default=0.25)
+    command.add_argument("--sandbox", default="auto")
+    command.set_defaults(run=written)
     command = commands.add_parser("kills", help=faults.kills.__doc__)
     command.add_argument("--kills", type=int, default=200)
     command.add_argument("--devices", type=int, default=1)

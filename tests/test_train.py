@@ -9,8 +9,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import ROOT
+from night.edits import EDITS, as_reply
 
 import loop
+import prepare
 import train
 
 T, VOCABULARY = 16, 300
@@ -202,3 +204,9 @@ def test_on_a_gpu_windows_are_what_a_dense_mask_gives():
     dense = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=visible)
     blocks = train.window_mask(32, 256, torch.device("cuda"))
     torch.testing.assert_close(torch.compile(train.attend)(q, k, v, blocks), dense, atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.parametrize("edit", EDITS, ids=[idea for idea, *_ in EDITS])
+def test_an_edit_written_for_a_night_fits_the_shipped_file_and_the_ruler_lets_it_run(edit):
+    source = loop.apply_edit((ROOT / "train.py").read_text(), loop.parse_reply(as_reply(*edit)))
+    assert not prepare.reaches_outside(source)
