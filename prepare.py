@@ -8,8 +8,8 @@
 
 Reads the source twice (vocabulary, then tokens) and writes ~/.cache/autoresearch/<source>-<fingerprint>/ (or below
 $AUTORESEARCH_DATA): train.bin, val.bin and test.bin (uint16 tokens, a BOS before each document), tokenizer.tiktoken
-(tiktoken's rank format) and meta.json, which never change; beside the folders prepared.json says which was asked for
-last. A second call finds the folder and does nothing. train.py imports `Run` from here, and a ruler of your own `Ruler`.
+(tiktoken's rank format) and meta.json, which never change; beside the folders asked/ says what they were made of. A
+second call finds the folder and does nothing. train.py imports `Run` from here, and a ruler of your own `Ruler`.
 """
 
 import argparse
@@ -19,7 +19,6 @@ import atexit
 import base64
 import contextlib
 import ctypes
-import errno
 import fcntl
 import gc
 import gzip
@@ -64,7 +63,6 @@ RECORDS = (".jsonl", ".ndjson")  # one JSON object a line
 SUFFIXES = (".txt", ".md", ".py", *RECORDS, ".parquet")
 # Files and folders that nobody means by his text:
 OTHERS = re.compile(r"\.|(__MACOSX|__pycache__|node_modules|site-packages)$")
-COMPRESSION = {".gz": 3, ".parquet": 3}  # times its size such a file holds, about; only progress bars need it
 # Data sets of the Hugging Face hub: repository, commit (the same text for everybody, always), files, how many
 # without --shards.
 HUB = {
@@ -77,6 +75,14 @@ HUB = {
 # Of torch's sources: the first names the build, the second is a table of numbers that would be a third of all
 # val tokens.
 LEFT_OUT = ("version.py", "sparse/_triton_ops_meta.py")
+# What a person does about a download that failed, by words of the reason.
+HUB_STEPS = {
+    "offline mode": "unset HF_HUB_OFFLINE",
+    "free disk space|No space left|quota|too large": "make room or set HF_HOME",
+    r"\b401\b|\b403\b": "set HF_TOKEN",
+    r"\b429\b": "wait, or set HF_TOKEN",
+    "": "check the network and HF_ENDPOINT",
+}
 VOCABULARY_CHARS = 200_000_000  # the BPE is trained on at most this much of the train split
 BATCH_DOCUMENTS = 64  # tokenized at a time: bounds memory
 # How text is cut before BPE: words with one leading sign, digits by two, punctuation, line ends, spaces
@@ -127,11 +133,23 @@ PEAK_FLOPS = {
     "L40S": 362e12, "L4": 121e12, "A10": 125e12, "RTX 4090": 165e12, "RTX 3090": 71e12,
 }  # fmt: skip
 
-_stopped = []  # the signals that asked prepare.py to stop
 _sealed = set()  # real paths of the token files, while they may not be opened
 _taken = {}  # by --run, before train.py's first line: the loop's secret and settings, and the text that is held out
-# Of what the loop tells a run: its result repeats them.
-SIGNED = "BUDGET FINGERPRINT MACHINE PACE SALT SEED SOURCE SPLIT WORK".split()
+# What a run or its ruler is told as AUTORESEARCH_NAME, and what holds otherwise: a text, a number, a whole number.
+SETTINGS = dict(
+    BUDGET=float(BUDGET),  # seconds of wall clock for the whole process
+    SEED=0,
+    SPLIT="val",  # test in the closing audit, whose metric is test_bpb
+    PACE=0.0,  # of the branch's machine, on a CPU; from facts()
+    WORK=0,  # tokens that the file which was edited trained on, with this seed
+    MACHINE="",  # name of the branch's device
+    FINGERPRINT="",  # of the branch's data
+    SOURCE="",  # from which they can be prepared again
+    SALT="",  # of a branch, for the numbers that a Trial draws
+    STARTED=0.0,  # time.monotonic() at spawn; this one and the next two are no part of the result
+    HELD_OUT=0,  # descriptor of the held-out text, in a cage
+    TOKEN="",  # the secret that a result is signed with
+)
 API = """\
 The file trains a language model; its metric is validation bits per byte after a fixed time of training. It must go on using the
 ruler, prepare.py, which you can't change:
@@ -149,8 +167,8 @@ network, no private names of others, no assignment to a module's names: such an 
 the ruler's."""
 
 
-class Problem(Exception):
-    """What a person has to mend, in one sentence; exit 2."""
+class Problem(SystemExit):
+    """What a person has to mend, in one sentence."""
 
 
 # ---------------------------------------------------------------------------------------------------------------- data
@@ -160,20 +178,15 @@ def data_root():
     return Path(os.environ.get("AUTORESEARCH_DATA") or "~/.cache/autoresearch").expanduser()
 
 
-def read_meta(folder, splits=("train", "val", "test")):
-    """meta.json of a complete data set; None where it or a file that it describes is missing, cut short
-    or broken.
+def read_meta(folder):
+    """meta.json of a complete data set; None where it or what a run reads is missing, cut short or broken.
 
-    splits: those that are looked at; a run in a cage sees the train split alone.
+    Of the splits only train is looked at: a run in a cage sees no other.
     """
     try:
         meta = json.loads((folder / "meta.json").read_bytes())
-        sizes = [
-            ((folder / f"{split}.bin").stat().st_size, 2 * meta["splits"][split]["tokens"])
-            for split in splits
-        ]
-        sizes.append((len(read_tokenizer(folder / "tokenizer.tiktoken")), meta["vocab_size"] - 1))
-        whole = all(found == written for found, written in sizes)
+        whole = len(read_tokenizer(folder / "tokenizer.tiktoken")) == meta["vocab_size"] - 1
+        whole &= (folder / "train.bin").stat().st_size == 2 * meta["splits"]["train"]["tokens"]
         return meta if whole and meta["fingerprint"] == fingerprint_of(meta) else None
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return None
@@ -190,38 +203,25 @@ def digest_of(file):
     return hashlib.sha256(np.memmap(file, mode="r")).hexdigest()
 
 
-def check_digests(meta, files):
-    """Ends the process where one of these {path: the open file, or None} isn't what meta.json describes."""
-    for path, file in files.items():
-        if digest_of(file or path) != meta["digests"][path.name]:
-            raise SystemExit(f"{path} is damaged, or not what was prepared; delete its folder, prepare anew")
+def check_digest(meta, path, file=None):
+    """Ends the process where a file, by its path or open, isn't what meta.json describes."""
+    if digest_of(file or path) != meta["digests"][path.name]:
+        raise Problem(f"{path} is damaged, or not what was prepared; delete its folder, prepare anew")
 
 
-def data_sets(root):
-    """{folder: meta} of the complete data sets: `root` itself if it is one, of which a cage shows the train
-    split alone, else those below it."""
-    if itself := read_meta(root, ("train",)):
-        return {root: itself}
-    found = {path.parent: read_meta(path.parent) for path in root.glob("*/meta.json")}
-    return {folder: meta for folder, meta in found.items() if meta}
+def newest(root, wanted=""):
+    """The folder of the data set to use: of this fingerprint, or the one that was asked for last.
 
-
-def asked_for(root):
-    """{key of a source: name of its data set}, in the order in which they were asked for. Beside the data sets: a night that
-    runs on one must not see it change when it is asked for again."""
-    try:
-        return dict(json.loads((root / "prepared.json").read_bytes()))
-    except (OSError, ValueError, TypeError):
-        return {}
-
-
-def newest(root):
-    """The data set to use: the one prepared (or asked for) last."""
-    if not (found := data_sets(root)):
-        raise Problem(f"no data of this version in {root}; run: python prepare.py")
-    last = {name: number for number, name in enumerate(asked_for(root).values())}
-    made = {folder: (folder / "meta.json").stat().st_mtime_ns for folder in found}
-    return max(found, key=lambda folder: (last.get(folder.name, -1), made[folder]))
+    `root` holds data sets, or is one.
+    """
+    found = {path.parent: read_meta(path.parent) for path in (root / "meta.json", *root.glob("*/meta.json"))}
+    fitting = [folder for folder, meta in found.items() if meta and wanted in ("", meta["fingerprint"])]
+    if fitting:
+        return max(fitting, key=lambda folder: folder.stat().st_mtime_ns)
+    if wanted:
+        raise Problem(f"this branch was measured on the data set {wanted}, not in {root}; bring it back, "
+                      "or begin anew with --tag")  # fmt: skip
+    raise Problem(f"no data of this version in {root}; run: python prepare.py")
 
 
 def package(name, extra=""):
@@ -233,59 +233,54 @@ def package(name, extra=""):
 
 
 def machine_sizes():
-    """The sizes for this machine, without the seconds that importing torch takes."""
-    count = ctypes.c_int(0)
-    if (package("torch") / "lib" / "libtorch_cuda.so").exists():
-        try:
-            driver = ctypes.CDLL("libcuda.so.1")
-            driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count))
-        except OSError:
-            pass  # a build for CUDA on a machine without its driver: torch falls back to the CPU, too
-    return GPU_SIZES if count.value else CPU_SIZES
+    """The sizes for the device that a run takes on this machine."""
+    load_torch()
+    return GPU_SIZES if pick_device().type == "cuda" else CPU_SIZES
 
 
 def source_files(source, shards=None):
-    """(name, files, what identifies them) of --source: `pytorch`, a name in HUB (its files are still to
-    be found), or a path."""
-    repository, commit, names, usual = HUB.get(source, (None, None, [], None))
-    if shards is not None and not 0 < shards <= len(names):
-        most = ", ".join(f"{name} has {len(names):,}" for name, (_, _, names, _) in HUB.items())
-        raise Problem(f"--shards {shards}: not a number of files that {source} has on the hub; {most}")
+    """(name, files, what identifies them) of --source; files of the hub are still to be fetched."""
     if source in HUB:
+        repository, commit, names, usual = HUB[source]
+        if shards is not None and not 0 < shards <= len(names):
+            raise Problem(f"--shards {shards}: {source} has {len(names):,} files on the hub")
         return source, [], [repository, commit, *names[: shards or usual]]
+    if shards is not None:
+        raise Problem(f"--shards {shards}: {source} isn't on the hub; only {' and '.join(HUB)} are")
     if source == "pytorch":
         folder = package("torch")
         files = sorted(path for path in folder.rglob("*.py") if str(path.relative_to(folder)) not in LEFT_OUT)
         return "pytorch", files, importlib.metadata.version("torch").partition("+")[0]
-    path = Path(source).expanduser()
+    path, kinds = Path(source).expanduser(), ", ".join(SUFFIXES)
     if not path.exists():
         raise Problem(f"--source {source}: no such file or folder; without --source it is pytorch's")
-    files, left_out = ([], Counter()) if path.is_dir() else ([path], {})
-    for place, folders, names in os.walk(path):
-        linked = [name for name in folders if Path(place, name).is_symlink()]
-        apart = [name for name in folders if name in linked or OTHERS.match(name)]
-        folders[:] = [name for name in folders if name not in apart]
-        for name in [*apart, *names]:
-            file = Path(place, name)
-            what = "linked folders" if name in linked else kind_of(file) or "without a suffix"
-            what = "hidden or a tool's" if OTHERS.match(name) else what
-            if what in SUFFIXES and name in names and file.is_file():
-                files.append(file)
-            else:
-                left_out[what] += 1
-    if left_out:
-        print("left out:", ", ".join(f"{count:,} {what}" for what, count in left_out.most_common()))
+    files = text_files(path) if path.is_dir() else [path]
     if not files:
-        raise Problem(f"--source {source}: no {', '.join(SUFFIXES)} file in this folder; add one")
+        raise Problem(f"--source {source}: no {kinds} file in this folder; add one")
     if path.is_file() and kind_of(path) not in (*SUFFIXES, ".json", ""):
-        raise Problem(
-            f"--source {source}: {kind_of(path)} files aren't read; give {', '.join(SUFFIXES)}, or if it is plain text call it .txt"
-        )
-    files.sort()
+        instead = f"give {kinds}, or if it is plain text call it .txt"
+        raise Problem(f"--source {source}: {kind_of(path)} files aren't read; {instead}")
     stats = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     stem = path.resolve().name.split(".")[0][:50]  # with the fingerprint, a name may have 255 bytes
-    name = "".join(c if c.isalnum() or c in "_." else "-" for c in stem) or "text"
-    return name, files, stats
+    return re.sub(r"\W", "-", stem) or "text", files, stats
+
+
+def text_files(folder):
+    """The files below a folder that are read, in order; what else is there is counted, and said."""
+    files, left_out = [], Counter()
+    for path in folder.rglob("*"):  # doesn't follow links
+        kind = kind_of(path) or "without a suffix"
+        if path.is_dir():
+            left_out["linked folders"] += path.is_symlink()
+        elif any(OTHERS.match(part) for part in path.relative_to(folder).parts):
+            left_out["hidden or a tool's"] += 1
+        elif kind in SUFFIXES and path.is_file():
+            files.append(path)
+        else:
+            left_out[kind] += 1
+    if said := ", ".join(f"{count:,} {what}" for what, count in left_out.most_common() if count):
+        print("left out:", said)
+    return sorted(files)
 
 
 def kind_of(path):
@@ -299,47 +294,24 @@ def open_text(path, **how):
 
 
 def download(repository, commit, *names):
-    """Paths of files of a data set on the hub, from its cache or the network; what is complete is kept
-    and not asked for again."""
+    """Paths of files of a data set on the hub, from its cache or the network."""
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # no lines of the library's own about its retries
     package("pyarrow", "[hub]"), package("huggingface_hub", "[hub]")
-    from huggingface_hub import errors, hf_hub_download
+    from huggingface_hub import hf_hub_download
 
     print(f"files of {repository} on the Hugging Face hub: {len(names):,}")
-    handlers = {
-        number: signal.signal(number, signal.default_int_handler)
-        for number in (signal.SIGINT, signal.SIGTERM)
-    }
+    how = dict(repo_type="dataset", revision=commit)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("error", "Not enough free disk space")  # known before the first byte
-            return [
-                Path(hf_hub_download(repository, name, repo_type="dataset", revision=commit))
-                for name in names
-            ]
-    except (
-        Exception
-    ) as error:  # of the library, its HTTP client or its Rust part: they have no base in common
+            return [Path(hf_hub_download(repository, name, **how)) for name in names]
+    except Exception as error:  # the library, its HTTP client and its Rust part have no base in common
         cause = error.__cause__ or error
-        status = getattr(getattr(cause, "response", None), "status_code", None)
-        step = {401: "set HF_TOKEN", 403: "set HF_TOKEN", 429: "wait, or set HF_TOKEN"}.get(
-            status, "check the network and HF_ENDPOINT"
-        )
-        if isinstance(cause, errors.OfflineModeIsEnabled):
-            step = "unset HF_HUB_OFFLINE"
-        if isinstance(cause, UserWarning) or getattr(cause, "errno", None) in (
-            errno.ENOSPC,
-            errno.EDQUOT,
-            errno.EFBIG,
-        ):
-            step = "make room or set HF_HOME"
         reason = (str(cause).strip() or type(cause).__name__).splitlines()[0].partition(". ")[0].rstrip(".")
+        step = next(step for words, step in HUB_STEPS.items() if re.search(words, reason))
         raise Problem(
             f"{repository} can't be downloaded ({reason}); {step}, and run it again: complete files are kept"
         ) from None
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
 
 
 def read_records(path):
@@ -348,10 +320,9 @@ def read_records(path):
         package("pyarrow", "[hub]")
         from pyarrow.parquet import ParquetFile
 
+        a_little_at_a_time = dict(buffer_size=2**20, pre_buffer=False)  # else a whole row group
         try:
-            with ParquetFile(
-                path, buffer_size=2**20, pre_buffer=False
-            ) as file:  # else a whole row group is read at once
+            with ParquetFile(path, **a_little_at_a_time) as file:
                 for batch in file.iter_batches(BATCH_DOCUMENTS, columns=["text"]):
                     yield from (text.encode().decode() for text in batch["text"].drop_null().to_pylist())
         except (ValueError, LookupError, TypeError, AttributeError, RuntimeError):
@@ -362,10 +333,8 @@ def read_records(path):
     with open_text(path) as file:
         for number, line in enumerate(file, 1):
             if line.strip():
-                try:
-                    yield (
-                        json.loads(line)["text"].encode("utf-8", "replace").decode()
-                    )  # may hold half a surrogate pair
+                try:  # a text may hold half a surrogate pair
+                    yield json.loads(line)["text"].encode("utf-8", "replace").decode()
                 except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
                     raise Problem(
                         f'{path}, line {number}: not a JSON object with a "text" string, one a line; mend it'
@@ -374,29 +343,24 @@ def read_records(path):
 
 
 def read_documents(path, whole):
-    """Yields the documents of one file, never holding more than a document (a `whole` file is one
-    document)."""
+    """Yields the documents of one file, never holding more than one; a `whole` file is one document."""
     if kind_of(path) in (*RECORDS, ".json", ".parquet"):
         for text in read_records(path):
             yield from (text[start : start + RECORD_CHARS] for start in range(0, len(text), RECORD_CHARS))
         return
     with open_text(path, newline="") as file:
-        text, size = [], 0
+        lines, size = [], 0
         while line := file.readline(4 * DOCUMENT_CHARS):  # bounded: a text may be a single line
-            ends_here = line.strip() == "<|endoftext|>"  # how TinyStories and others part their documents
             if "\0" in line:
                 raise Problem(f"{path} is not text, it has NUL bytes; leave it out")
-            if not ends_here:
-                text.append(line)
-                size += len(line)
-            if (
-                ends_here
-                or not whole
-                and (size >= DOCUMENT_CHARS and not line.strip() or size >= 4 * DOCUMENT_CHARS)
-            ):
-                yield "".join(text)
-                text, size = [], 0
-        yield "".join(text)
+            ends_here = line.strip() == "<|endoftext|>"  # how TinyStories and others part their documents
+            lines += [] if ends_here else [line]
+            size += len(line)
+            most = 4 * DOCUMENT_CHARS if line.strip() else DOCUMENT_CHARS  # at a blank line, if there is one
+            if ends_here or size >= most and not whole:
+                yield "".join(lines)
+                lines, size = [], 0
+        yield "".join(lines)
 
 
 def split_documents(files, whole):
@@ -414,19 +378,18 @@ def split_documents(files, whole):
             found = f"{error.reason}, {error.object[error.start]:#04x}"
             raise Problem(f"{path} is not UTF-8 text ({found}); leave it out or convert it") from None
         except (OSError, EOFError, zlib.error) as error:  # gzip raises all three
-            raise Problem(
-                f"{path} can't be read ({getattr(error, 'strerror', None) or error}); mend it or leave it out"
-            ) from None
+            reason = getattr(error, "strerror", None) or error
+            raise Problem(f"{path} can't be read ({reason}); mend it or leave it out") from None
 
 
-def megabytes_for(tokens):
-    """Text to add, for a held-out split to get `tokens` more, at about four bytes a token."""
-    return f"{math.ceil(tokens * HELD_OUT * 4 / 1e5) / 10:.1f} MB"
+def too_little_text(what, tokens):
+    """A Problem: a held-out split needs `tokens` more, of about four bytes each."""
+    megabytes = math.ceil(tokens * HELD_OUT * 4 / 1e5) / 10
+    return Problem(f"too little text: {what}; add about {megabytes:.1f} MB of different text")
 
 
 def train_tokenizer(documents, sizes):
-    """A byte-pair encoding of the train split: {token's bytes: rank}, one fewer than vocab_size (the
-    last id is BOS)."""
+    """A byte-pair encoding of the train split: {token's bytes: rank}; the last id of vocab_size is BOS."""
     import rustbpe
 
     def texts(left=VOCABULARY_CHARS):
@@ -442,10 +405,8 @@ def train_tokenizer(documents, sizes):
     tokenizer.train_from_iterator(texts(), vocab_size - 1, buffer_size=BATCH_DOCUMENTS, pattern=PATTERN)
     ranks = {bytes(token): rank for token, rank in tokenizer.get_mergeable_ranks()}
     if len(ranks) != vocab_size - 1:
-        more = megabytes_for(sizes["eval_rows"] * sizes["seq_len"])
-        raise Problem(
-            f"too little text: it gave {len(ranks) + 1:,} of {vocab_size:,} tokens; add about {more} of different text"
-        )
+        gave = f"it gave a vocabulary of {len(ranks) + 1:,} and not of {vocab_size:,} tokens"
+        raise too_little_text(gave, sizes["eval_rows"] * sizes["seq_len"])
     return ranks
 
 
@@ -456,8 +417,7 @@ def read_tokenizer(path):
 
 
 def byte_lengths(ranks):
-    """Bytes of each token id, from the raw tokens, never from decoded text; 0 for BOS, which counts
-    nowhere."""
+    """Bytes of each token id, from the raw tokens, never from decoded text; BOS counts nowhere: 0."""
     lengths = np.zeros(len(ranks) + 1, dtype=np.int64)
     for token, rank in ranks.items():
         lengths[rank] = len(token)
@@ -465,89 +425,52 @@ def byte_lengths(ranks):
 
 
 def write_tokens(folder, documents, ranks):
-    """Writes <split>.bin for each split; returns {split: dict(documents, bytes)}."""
+    """Writes each <split>.bin; returns {split: documents, bytes and tokens}, {split: counts by token}."""
     import tiktoken
 
     encoding = tiktoken.Encoding("ruler", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={})
-    splits = {split: dict(documents=0, bytes=0) for split in ("train", "val", "test")}
-    for split in splits:
-        (folder / f"{split}.bin").touch()
-    while batch := list(itertools.islice(documents, BATCH_DOCUMENTS)):
-        texts = [text for _, text, _ in batch]
-        encoded = encoding.encode_ordinary_batch(texts, num_threads=os.cpu_count() or 1)
-        for split, facts in splits.items():
-            chosen = [
-                (size, tokens)
-                for (name, _, size), tokens in zip(batch, encoded, strict=True)
-                if name == split
-            ]
-            with open(folder / f"{split}.bin", "ab") as file:
-                file.writelines(
-                    np.array([len(ranks), *tokens], dtype=np.uint16).tobytes() for _, tokens in chosen
-                )
-            facts["documents"] += len(chosen)
-            facts["bytes"] += sum(size for size, _ in chosen)
-    return splits
+    splits = {split: Counter(documents=0, bytes=0, tokens=0) for split in ("train", "val", "test")}
+    counts = {split: np.zeros(len(ranks) + 1, dtype=np.int64) for split in splits}
+    with contextlib.ExitStack() as stack:
+        files = {split: stack.enter_context(open(folder / f"{split}.bin", "wb")) for split in splits}
+        while batch := list(itertools.islice(documents, BATCH_DOCUMENTS)):
+            texts = [text for _, text, _ in batch]
+            encoded = encoding.encode_ordinary_batch(texts, num_threads=os.cpu_count() or 1)
+            for (split, _, size), tokens in zip(batch, encoded, strict=True):
+                tokens = np.array([len(ranks), *tokens], dtype=np.uint16)
+                files[split].write(tokens.tobytes())
+                np.add.at(counts[split], tokens, 1)
+                splits[split].update(documents=1, bytes=size, tokens=len(tokens))
+    return splits, counts
 
 
-def count_tokens(path, vocab_size):
-    """How often each token stands in a token file, in bounded memory."""
-    counts = np.zeros(vocab_size, dtype=np.int64)
-    with open(path, "rb") as file:
-        while len(tokens := np.fromfile(file, dtype=np.uint16, count=2**22)):
-            counts += np.bincount(tokens, minlength=vocab_size)
-    return counts
-
-
-def check_tokens(folder, splits, sizes):
-    """Reads back what write_tokens wrote, adds the number of tokens to `splits`; returns the unigram
-    bits per byte of val."""
-    bos = sizes["vocab_size"] - 1
-    lengths = byte_lengths(read_tokenizer(folder / "tokenizer.tiktoken"))
-    counts = {}
+def unigram_bpb(splits, counts, ranks, sizes):
+    """Bits per byte of val by the frequencies of train's tokens; a Problem where there is too little text."""
+    lengths = byte_lengths(ranks)
     for split, facts in splits.items():
-        path = folder / f"{split}.bin"
-        facts["tokens"] = path.stat().st_size // 2
+        assert counts[split] @ lengths == facts["bytes"], f"the tokens of {split} aren't its text"
         missing = sizes["eval_rows"] * sizes["seq_len"] + 1 - facts["tokens"]
         if missing > 0:
-            raise Problem(
-                f"too little text: {split} lacks {missing:,} tokens; add about {megabytes_for(missing)} of different text"
-            )
-        counts[split] = count_tokens(path, sizes["vocab_size"])
-        if counts[split] @ lengths != facts["bytes"] or counts[split][bos] != facts["documents"]:
-            raise Problem(f"{path} doesn't hold the text that was written; check the disk and run it again")
+            raise too_little_text(f"{split} lacks {missing:,} tokens", missing)
     nats = -np.log((counts["train"] + 1) / (counts["train"] + 1).sum())
-    nats[bos] = 0
-    return float(counts["val"] @ nats / LN2 / (counts["val"] @ lengths))
+    nats[-1] = 0  # BOS
+    return float(counts["val"] @ nats / LN2 / splits["val"]["bytes"])
 
 
-def write_data_set(folder, source, sizes, progress):
-    """Writes the tokenizer, the token files and meta.json into `folder`, to the disk; returns the
-    fingerprint."""
+def write_data_set(folder, source, sizes):
+    """Writes tokenizer, token files and meta.json into `folder`, to the disk; returns the fingerprint."""
+    from rich.progress import track
+
     name, files, identity = source
     whole = isinstance(identity, str)  # of a release of torch, each file is a document
-    total = sum(path.stat().st_size * COMPRESSION.get(path.suffix.lower(), 1) for path in files)
-
-    def documents(task, most=math.inf):
-        task = progress.add_task(task, total=min(total, most))
-        for split, text, size in split_documents(files, whole):
-            if _stopped:
-                raise KeyboardInterrupt
-            progress.advance(task, size)
-            yield split, text, size
-        progress.update(task, total=1, completed=1)
-
-    ranks = train_tokenizer(documents(f"vocabulary of {sizes['vocab_size']:,}", VOCABULARY_CHARS), sizes)
-    lines = [
-        b"%s %d\n" % (base64.b64encode(token), rank)
-        for token, rank in sorted(ranks.items(), key=lambda i: i[1])
-    ]
+    ranks = train_tokenizer(track(split_documents(files, whole), "reading for a vocabulary"), sizes)
+    splits, counts = write_tokens(folder, track(split_documents(files, whole), "writing tokens"), ranks)
+    by_rank = sorted(ranks, key=ranks.get)
+    lines = [b"%s %d\n" % (base64.b64encode(token), ranks[token]) for token in by_rank]
     (folder / "tokenizer.tiktoken").write_bytes(b"".join(lines))
-    splits = write_tokens(folder, documents("tokens"), ranks)
-    unigram_bpb = check_tokens(folder, splits, sizes)
 
-    digests = {path.name: digest_of(path) for path in sorted(folder.iterdir())}
-    meta = dict(source=name, fingerprint="", **sizes, unigram_bpb=unigram_bpb, splits=splits, digests=digests)
+    meta = dict(source=name, fingerprint="", **sizes, unigram_bpb=unigram_bpb(splits, counts, ranks, sizes))
+    meta |= dict(splits=splits, digests={path.name: digest_of(path) for path in sorted(folder.iterdir())})
     meta |= {"shards": len(files)} if name in HUB else {}
     meta["fingerprint"] = fingerprint_of(meta)
     (folder / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
@@ -560,8 +483,6 @@ def write_data_set(folder, source, sizes, progress):
 
 def prepare(source, root, shards=None):
     """Prepares `source` below `root` unless that was done before; returns (folder, whether it was there)."""
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
-
     name, files, identity = source_files(source, shards)
     root = root.parent if read_meta(root) else root  # AUTORESEARCH_DATA may name one data set
     sizes = machine_sizes()
@@ -571,44 +492,38 @@ def prepare(source, root, shards=None):
         if take_lock(lock):  # so nobody is at work on these
             for killed in root.glob(".partial-*"):
                 shutil.rmtree(killed)
-        asked = asked_for(root)
-        folder = root / asked.pop(key, "none")
+        note = root / "asked" / key
+        folder = root / (note.read_text() if note.exists() else "none")
         was_there = read_meta(folder) is not None
-        with tempfile.TemporaryDirectory(prefix=".partial-", dir=root) as partial:
-            made = Path(partial) / "made"
-            made.mkdir()
-            if not was_there:
+        if not was_there:
+            with tempfile.TemporaryDirectory(prefix=".partial-", dir=root) as partial:
+                made = Path(partial) / "made"
+                made.mkdir()
                 found = name, files or download(*identity), identity
-                columns = BarColumn(), TaskProgressColumn(), TimeElapsedColumn()
-                with Progress(TextColumn("{task.description:>20}"), *columns) as progress:
-                    folder = root / f"{name}-{write_data_set(made, found, sizes, progress)}"
+                folder = root / f"{name}-{write_data_set(made, found, sizes)}"
                 if not read_meta(folder):  # else it is the same text, moved or touched
                     if folder.exists():
                         folder.rename(made.with_name("damaged"))
                     made.rename(folder)
-            (Path(partial) / "asked").write_text(json.dumps(asked | {key: folder.name}))
-            (Path(partial) / "asked").replace(root / "prepared.json")
+            note.parent.mkdir(exist_ok=True)
+            note.write_text(folder.name)
+        os.utime(folder)  # what was asked for last is the newest; its files stay as they are
     return folder, was_there
 
 
 def take_lock(lock):
     """Waits until no other prepare.py holds the lock; False where the file system has none."""
-    for waited in itertools.count():
+    try:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
         except BlockingIOError:
-            if not waited:
-                print("another prepare.py is at work here: waiting for it", file=sys.stderr, flush=True)
-            sleep(0.2)
-        except OSError as error:
-            print(
-                f"no lock on this file system ({error.strerror}): run one prepare.py at a time",
-                file=sys.stderr,
-            )
-            return False
-        if _stopped:  # the handler alone doesn't end a wait
-            raise KeyboardInterrupt
+            print("another prepare.py is at work here: waiting for it", file=sys.stderr, flush=True)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+    except OSError as error:
+        alone = "run one prepare.py at a time"
+        print(f"no lock on this file system ({error.strerror}): {alone}", file=sys.stderr)
+        return False
+    return True
 
 
 # --------------------------------------------------------------------------------------------------------------- ruler
@@ -636,30 +551,32 @@ def end_process(code):
 
 def load_torch():
     """The language model's ruler needs torch; others do without its seconds."""
+    package("torch")  # else a sentence
     global torch
     import torch
 
 
 def read_settings():
-    """What the environment tells a run, as Run's docstring lists it; the secrets are taken away."""
-    told = {name[13:]: text for name, text in os.environ.items() if name.startswith("AUTORESEARCH_") and text}
-    signed = {name: os.environ[key] for name in SIGNED if (key := f"AUTORESEARCH_{name}") in os.environ}
+    """SETTINGS as the environment has them, by their names in small letters; the secrets are taken away.
+
+    told: the texts of those that were set, as a result repeats them.
+    """
+    texts = {name: os.environ[key] for name in SETTINGS if (key := f"AUTORESEARCH_{name}") in os.environ}
+    values = {name.lower(): type(usual)(texts.get(name) or usual) for name, usual in SETTINGS.items()}
     for name in ("TOKEN", "SALT"):
         os.environ.pop(f"AUTORESEARCH_{name}", None)
-    return types.SimpleNamespace(
-        started=float(told.get("STARTED", monotonic())),
-        budget=float(told.get("BUDGET", BUDGET)),
-        seed=int(told.get("SEED", 0)),
-        split=told.get("SPLIT", "val"),
-        pace=float(told.get("PACE", 0)),
-        rival=int(told.get("WORK", 0)),
-        machine=told.get("MACHINE"),
-        held_out=told.get("HELD_OUT"),
-        secret=told.get("TOKEN", ""),
-        salt=told.get("SALT", ""),
-        fingerprint=told.get("FINGERPRINT", ""),
-        told=signed,
-    )
+    told = {name: text for name, text in texts.items() if name not in ("STARTED", "HELD_OUT", "TOKEN")}
+    return types.SimpleNamespace(**values | {"started": values["started"] or monotonic(), "told": told})
+
+
+def held_out_files(folder):
+    """{split: path} of what a data set holds out."""
+    return {split: os.path.realpath(folder / f"{split}.bin") for split in ("val", "test")}
+
+
+def open_held_out(settings, folder):
+    """The held-out file of a data set: by its name, or in a cage, where it has none, as the loop opened it."""
+    return open(settings.held_out or folder / f"{settings.split}.bin", "rb")
 
 
 def eval_starts(meta, split):
@@ -672,30 +589,23 @@ def eval_starts(meta, split):
 
 
 def take_hold():
-    """(settings, folder of the data, its meta.json, held-out windows (batches, rows, T + 1)); seals files.
-
-    In a cage there is no file of what is held out: it is read from a descriptor that the loop opened.
-    """
-    settings = read_settings()
-    try:
-        folder = newest(data_root())
-    except Problem as problem:
-        raise SystemExit(str(problem)) from None
-    meta, name = read_meta(folder, ("train",)), f"{settings.split}.bin"
-    with open(int(settings.held_out) if settings.held_out else folder / name, "rb") as file:
+    """(settings, folder of the data, held-out windows (batches, rows, T + 1)); seals files."""
+    settings, folder = read_settings(), newest(data_root())
+    meta = read_meta(folder)
+    with open_held_out(settings, folder) as file:
         tokens = np.memmap(file, dtype=np.uint16, mode="r")
-        check_digests(meta, {folder / name: file, folder / "tokenizer.tiktoken": None})
+        check_digest(meta, folder / f"{settings.split}.bin", file)
         places = np.arange(meta["seq_len"] + 1)
         windows = tokens[eval_starts(meta, settings.split)[..., None] + places]  # copied
     seal(folder)
-    return settings, folder, meta, windows
+    return settings, folder, windows
 
 
 def seal(folder):
     """From here on nothing opens what a data set holds out."""
     if not _sealed:
         sys.addaudithook(_guard)
-    _sealed.update(os.path.realpath(folder / f"{split}.bin") for split in ("val", "test"))
+    _sealed.update(held_out_files(folder).values())
 
 
 def run_train():
@@ -744,8 +654,8 @@ def signed_line(secret, result):
 def print_result(settings, summary, **result):
     """The summary for people, and where the loop listens the same signed: with what the run was told."""
     print("---", *(f"{key + ':':17} {value}" for key, value in summary.items()), sep="\n", flush=True)
-    if settings.secret:
-        print(signed_line(settings.secret, result | {"told": settings.told}), flush=True)
+    if settings.token:
+        print(signed_line(settings.token, result | {"told": settings.told}), flush=True)
 
 
 def peak_memory():
@@ -794,45 +704,47 @@ def facts():
     notes and tells each run as AUTORESEARCH_NAME. fixed: constants of train.py that a search leaves alone.
     """
     load_torch()
-    device, root = pick_device(), data_root()
-    noted, wanted = (os.environ.get(f"AUTORESEARCH_{name}") for name in ("PACE", "FINGERPRINT"))
+    device, known = pick_device(), read_settings()
     if device.type == "cuda":
         check_compiler()
-    torch.ones(8, 8, device=device).mm(torch.ones(8, 8, device=device)).sum().item()  # does it compute?
-    found = data_sets(root)
-    named = {meta["fingerprint"]: folder for folder, meta in found.items()}
-    told = os.environ.get("AUTORESEARCH_SOURCE") or ("" if wanted else "pytorch")
-    if told and (wanted not in named if wanted else not found):
-        print(f"no such data of this version in {root}: preparing {told} (once)", file=sys.stderr)
-        source, *shards = told.split()
-        prepare(source, root, *map(int, shards))
-        found = data_sets(root)
-        named = {meta["fingerprint"]: folder for folder, meta in found.items()}
-    if wanted and wanted not in named:
-        raise SystemExit(f"this branch was measured on the data set {wanted}, not in {root}; bring it back, "
-                         "or begin anew with --tag")  # fmt: skip
-    folder = named[wanted] if wanted else newest(root)
-    name, meta = device_name(device), found[folder]
-    check_digests(meta, {folder / file: None for file in ("train.bin", "tokenizer.tiktoken")})
+    ones = torch.ones(8, 8, device=device)
+    (ones @ ones).sum().item()  # does it compute?
+    folder, name = find_data(known), device_name(device)
+    meta = read_meta(folder)
+    check_digest(meta, folder / "train.bin")
     if device.type == "cpu" and meta["seq_len"] == GPU_SIZES["seq_len"]:
-        raise SystemExit(f"{folder} was prepared for a GPU, and torch finds none: does nvidia-smi show "
-                         "it? If there is none, prepare the text again, in its smaller sizes for a CPU: "
-                         "python prepare.py")  # fmt: skip
-    devices, settings = cores() if device.type == "cpu" else [device.type], {"MACHINE": name}
+        raise Problem(f"{folder} was prepared for a GPU, and torch finds none: does nvidia-smi show "
+                      "it? If there is none, prepare the text again, in its smaller sizes for a CPU: "
+                      "python prepare.py")  # fmt: skip
+    devices, settings = [device.type], {"MACHINE": name}
     if meta["source"] in ("pytorch", *HUB):  # which another machine can prepare, too
         settings["SOURCE"] = f"{meta['source']} {meta.get('shards', '')}".strip()
     if device.type == "cuda":
         alike = (n for n in range(torch.cuda.device_count()) if torch.cuda.get_device_name(n) == name)
         devices = [f"cuda:{n}" for n in alike]
     if device.type == "cpu":
-        settings["PACE"] = noted or f"{measure_pace():.3g}"
+        devices, settings["PACE"] = cores(), known.told.get("PACE") or f"{measure_pace():.3g}"
     return json.dumps({
         "metric": "val_bpb", "better": "lower", "edits": "train.py", "api": API, "noise": NOISE[device.type],
         "devices": devices, "device": name, "software": f"torch {torch.__version__}", "settings": settings,
         "data": meta["fingerprint"], "folder": str(folder.resolve()),
-        "held_out": {split: str((folder / f"{split}.bin").resolve()) for split in ("val", "test")},
+        "held_out": held_out_files(folder),
         "fixed": ["CPU" if device.type == "cuda" else "GPU"], "budget": BUDGET,
     })  # fmt: skip
+
+
+def find_data(known):
+    """The folder of the branch's data set, or of the newest; what is missing is prepared, if it can be."""
+    root, source = data_root(), known.source or ("" if known.fingerprint else "pytorch")
+    try:
+        return newest(root, known.fingerprint)
+    except Problem:
+        if not source:
+            raise
+    print(f"no such data of this version in {root}: preparing {source} (once)", file=sys.stderr)
+    source, *shards = source.split()
+    prepare(source, root, *map(int, shards))
+    return newest(root, known.fingerprint)
 
 
 class WorkClock(threading.Thread):
@@ -924,30 +836,24 @@ class Run:
     """One experiment: seeds everything, picks the device, opens the data and starts the clock.
 
     `device` (torch.device), `seq_len`, `vocab_size` and `train_tokens` (in the train split) are for train.py.
-    Reads AUTORESEARCH_BUDGET (300 s of wall clock for the whole process), _STARTED (time.monotonic() at
-    spawn), _SEED (0), _PACE (from facts(); on a CPU), _WORK (tokens that the file which was edited trained
-    on, with this seed), _DATA (~/.cache/autoresearch) and _SPLIT (val; test in the closing audit, which
-    prints test_bpb). On a CPU a run is one thread, and its training is measured in its work (WorkClock).
+    The environment tells it SETTINGS. On a CPU a run is one thread, and its training is measured in its work
+    (WorkClock).
     """
 
     def __init__(self):
         load_torch()
-        self._settings, self._folder, self._meta, self._held = _taken.get("hold") or take_hold()
-        told, meta = self._settings, self._meta
+        self._settings, self._folder, self._held = _taken.get("hold") or take_hold()
+        told = self._settings
         self._started, self._budget, self._seed = told.started, told.budget, told.seed
-        self.seq_len, self.vocab_size = meta["seq_len"], meta["vocab_size"]
-        self._eval_rows = meta["eval_rows"]
-        self.device = pick_device()
+        self._read_sizes()
         name = device_name(self.device)
-        if told.machine not in (None, name):  # torch falls back to the CPU when a GPU is lost
+        if told.machine not in ("", name):  # torch falls back to the CPU when a GPU is lost
             raise SystemExit(f"{HELD_UP}: the device is {name} and was {told.machine}")
         random.seed(self._seed)
         np.random.seed(self._seed)
         torch.manual_seed(self._seed)
         self._train = np.memmap(self._folder / "train.bin", dtype=np.uint16, mode="r")
-        self.train_tokens = len(self._train)
         _sealed.add(os.path.realpath(self._folder / "train.bin"))
-        self._lengths = torch.from_numpy(byte_lengths(read_tokenizer(self._folder / "tokenizer.tiktoken")))
         self._iterators = self._tokens = 0  # made by batches(), drawn from them
         # Training's clock, and its seconds for training.
         self._work, self._allowance = monotonic, TRAINING_SHARE * self._budget
@@ -988,14 +894,14 @@ class Run:
         starts = _window_starts(rng, len(self._train), T)
         while True:
             drawn = np.fromiter(itertools.islice(starts, B), dtype=np.int64, count=B)
-            x, y = self._windows(self._train, drawn, T)
+            x, y = self._windows(drawn, T)
             self._first_batch = self._first_batch or self._work()
             self._tokens += B * T
             yield x, y
 
-    def _windows(self, tokens, starts, T):
-        """(x, y), int64 (len(starts), T) on the device, from the tokens at `starts`."""
-        return self._place(tokens[starts[:, None] + np.arange(T + 1)])
+    def _windows(self, starts, T):
+        """(x, y), int64 (len(starts), T) on the device, from train's tokens at `starts`."""
+        return self._place(self._train[starts[:, None] + np.arange(T + 1)])
 
     def _place(self, rows):
         """(x, y), int64 (B, T) on the device, of tokens (B, T + 1)."""
@@ -1044,7 +950,7 @@ class Run:
                 torch.cuda.reset_peak_memory_stats()  # of what train.py tried before, and didn't fit
         if self._calls == 2:
             # The first step may have compiled: what the next ones take follows from the tokens it drew.
-            passes = self._pass_seconds * self._tokens / (self._eval_rows * self.seq_len)
+            passes = self._pass_seconds * self._tokens / (self._meta["eval_rows"] * self.seq_len)
             # On a CPU nothing compiles: there a long start is training.
             early = max(self._start - FREE_START, 0) if self.device.type == "cpu" else 0.0
             self._clock = now - min(step, USUAL_PASSES * passes) - early
@@ -1075,9 +981,9 @@ class Run:
         and not with what the clock is off by. Speeds can't drift so from keep to keep: alike is by this run's
         clock.
         """
-        if not self._settings.rival or done <= 0:
+        if not self._settings.work or done <= 0:
             return done
-        share = self._tokens / self._settings.rival
+        share = self._tokens / self._settings.work
         same = abs(share / done - 1) < SAME_SPEED[self.device.type] / math.sqrt(done)
         return share if same or done < TOO_EARLY else done
 
@@ -1121,13 +1027,14 @@ class Run:
 
     def _train_rows(self):
         """(x, y) of the evaluation's shape, from anywhere in the train split: other ones each time."""
-        starts = np.random.default_rng().integers(len(self._train) - self.seq_len, size=self._eval_rows)
-        return self._windows(self._train, starts, self.seq_len)
+        last = len(self._train) - self.seq_len
+        starts = np.random.default_rng().integers(last, size=self._meta["eval_rows"])
+        return self._windows(starts, self.seq_len)
 
     def _held_rows(self):
         """The same from the held-out windows."""
         windows = self._held.reshape(-1, self.seq_len + 1)
-        return self._place(np.random.default_rng().choice(windows, self._eval_rows, replace=False))
+        return self._place(np.random.default_rng().choice(windows, self._meta["eval_rows"], replace=False))
 
     def _other_tokens(self, x, replaced):
         """x (B, T) with random tokens where `replaced` is true."""
@@ -1144,7 +1051,7 @@ class Run:
         if noise > LEAK_NATS:
             refuse(f"the same input gave different losses, by {noise:.3f} nats: dropout in eval(), or a "
                    "state that evaluation changes?")  # fmt: skip
-        quarter, changes = np.random.default_rng().permutation(self._eval_rows) % 4, []
+        quarter, changes = np.random.default_rng().permutation(self._meta["eval_rows"]) % 4, []
         for kept in range(4):  # each row keeps its tokens once, where the others change
             kept = torch.from_numpy(quarter == kept).to(self.device)
             changed = self._losses(model, self._other_tokens(x, ~kept[:, None]), y) - losses
@@ -1246,23 +1153,23 @@ class Run:
 
     def _check_ruler(self):
         """Refuses to measure where train.py has put something of its own in the ruler's place."""
-        meta, replaced = read_meta(self._folder, ("train",)), []
-        for here, before in ((globals(), _as_imported[0]), (vars(Run), _as_imported[1])):
+        replaced = []
+        for here, before in zip((globals(), vars(Run)), _as_imported, strict=True):
             replaced += [name for name, value in before.items() if here.get(name) is not value]
         replaced += sorted(vars(self).keys() & _as_imported[1].keys())
-        if _taken and type(self) is not Run:
+        if type(self) is not Run:
             replaced.append(f"Run by {type(self).__name__}")
-        lengths = byte_lengths(read_tokenizer(self._folder / "tokenizer.tiktoken")).tolist()
-        for name, here, there in (
-            ("run.seq_len", self.seq_len, meta["seq_len"]),
-            ("run.vocab_size", self.vocab_size, meta["vocab_size"]),
-            ("run.train_tokens", self.train_tokens, meta["splits"]["train"]["tokens"]),
-            ("the rows of a batch", self._eval_rows, meta["eval_rows"]),
-            ("the bytes of tokens", self._lengths.tolist(), lengths),
-        ):
-            replaced += [name] * (here != there)
         if replaced:
             refuse(f"train.py replaced {', '.join(replaced)} in prepare.py")
+
+    def _read_sizes(self):
+        """What a number depends on beside the text: read at the start, and again before it is measured."""
+        self.device, self._meta = pick_device(), read_meta(self._folder)
+        self.seq_len, self.vocab_size = self._meta["seq_len"], self._meta["vocab_size"]
+        self.train_tokens = self._meta["splits"]["train"]["tokens"]
+        tokenizer = self._folder / "tokenizer.tiktoken"
+        check_digest(self._meta, tokenizer)
+        self._lengths = torch.from_numpy(byte_lengths(read_tokenizer(tokenizer)))
 
     def finish(self, model, depth=None, flops_per_token=None):
         """Evaluates, probes again and prints the summary. flops_per_token: both ways, for the MFU."""
@@ -1278,15 +1185,14 @@ class Run:
         if late > max(OVERRUN * self._allowance, OVERRUN_SECONDS):
             refuse(f"training went on for {late:.1f} s after its time: stop when run.progress() reaches 1")
         self._check_ruler()
+        self._read_sizes()
         with torch.no_grad():
             bpb = self._evaluate(model)
         if not SANE_BPB[0] < bpb < SANE_BPB[1]:
             refuse(f"{bpb:.6f} bits per byte are not possible for a language model of text")
         training = (self._told or now) - clock
-        if self.device.type == "cuda":
-            memory = torch.cuda.max_memory_allocated() / 2**20
-        else:  # no device memory of its own
-            memory = peak_memory()
+        on_gpu = self.device.type == "cuda"  # elsewhere there is no device memory of its own
+        memory = torch.cuda.max_memory_allocated() / 2**20 if on_gpu else peak_memory()
         summary = {
             f"{self._settings.split}_bpb": f"{bpb:.6f}",
             "training_seconds": f"{training:.1f}",
@@ -1327,13 +1233,12 @@ IMPORTS = {
 """.split())  # fmt: skip
 # Built-in names that reach outside, or around the rules below:
 BUILTINS = set("""
-    open exec eval compile __import__ globals locals vars setattr delattr input breakpoint __builtins__
-    __loader__ __spec__ memoryview
+    open exec eval compile globals locals vars setattr delattr input breakpoint memoryview
 """.split())  # fmt: skip
 # Attributes, of whatever: files, processes, other modules that a module holds, frames, text that is run or
 # names attributes, and what replaces torch's own functions.
 ATTRIBUTES = set("""
-    load save open from_file fromfile tofile memmap open_memmap loadtxt savetxt genfromtxt savez fromregex
+    * load save open from_file fromfile tofile memmap open_memmap loadtxt savetxt genfromtxt savez fromregex
     DataSource load_library load_inline cpp_extension hub package ctypeslib f2py library overrides classes
     multiprocessing DataLoader ProcessPoolExecutor os sys builtins importlib ctypes inspect subprocess socket
     shutil pathlib pickle io tempfile traceback signal mmap glob platform runpy atexit types weakref copyreg
@@ -1341,13 +1246,9 @@ ATTRIBUTES = set("""
     TorchFunctionMode TorchDispatchMode monitor inductor register_module_forward_hook
     register_module_forward_pre_hook format format_map get_type_hints ForwardRef testing benchmark
 """.split())  # fmt: skip
-# Of a Run:
-PUBLIC = set("device seq_len vocab_size train_tokens batches preflight progress log finish".split())
 # Names between underscores that are everyday ones:
 FREE = re.compile(r"_foreach_\w+|__(init|name|len|call|iter|next|getitem|setitem|contains|enter|exit"
                   r"|post_init|repr|new|class|version)__")  # fmt: skip
-
-
 RULE = "a train.py uses torch, numpy and prepare.Run()'s public names alone"
 
 
@@ -1356,63 +1257,62 @@ def reaches_outside(source, imports=IMPORTS, rule=RULE):
 
     It reads the code and doesn't run it: so it finds what is written in the open, before it costs a run.
     """
-    nodes = [*ast.walk(ast.parse(source))]
-    # Names bound to modules; names bound to a Run, where there is such a thing.
-    modules, runs = {}, {"run"} if "prepare" in imports else set()
-    for node in nodes:
-        if isinstance(node, ast.Import):
-            modules |= {name.asname or name.name.partition(".")[0]: name.name for name in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            modules |= {name.asname or name.name: f"{node.module}.{name.name}" for name in node.names}
-        elif isinstance(node, ast.Assign) and ast.unparse(node.value) in ("prepare.Run()", "Run()"):
-            runs |= {target.id for target in node.targets if isinstance(target, ast.Name)}
-    called = {id(node.func) for node in nodes if isinstance(node, ast.Call)}
-    own = {"self", "cls"} | {node.name for node in nodes if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
-    for node in nodes:
-        if found := _reach(node, modules, runs, id(node) in called, own, imports):
-            return f"line {node.lineno}, {found}: {rule}"
-    return ""
+    try:
+        nodes = [*ast.walk(ast.parse(source))]
+        paths = {"run": "a Run"} if "prepare" in imports else {}  # of what names are bound to
+        for node in nodes:
+            for name in node.names if isinstance(node, (ast.Import, ast.ImportFrom)) else ():
+                path = f"{node.module}.{name.name}" if isinstance(node, ast.ImportFrom) else name.name
+                first, *rest = path.split(".")
+                listed = first in imports and (imports[first] is None or imports[first] >= {*rest})
+                if not listed or any(map(_closed, rest)):
+                    return f"line {node.lineno}, import {path}: {rule}"
+                whole = isinstance(node, ast.Import) and not name.asname  # `import a.b` binds a
+                paths[first if whole else name.asname or name.name] = first if whole else path
+        called = {node.func for node in nodes if isinstance(node, ast.Call)}
+        own = {node.name for node in nodes if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+        own = (own | {"self", "cls"}) - paths.keys()
+        for node in nodes:
+            if found := _reach(node, paths, called, own, imports):
+                return f"line {node.lineno}, {found}: {rule}"
+        return ""
+    except RecursionError:
+        return "line 1, code that is nested too deeply to be checked"
 
 
-def _reach(node, modules, runs, called, own, imports):
+def _closed(name):
+    """Whether an attribute of this name is none of an edited file's business."""
+    return name in ATTRIBUTES or name.startswith("_") and not FREE.fullmatch(name)
+
+
+def _reach(node, paths, called, own, imports):
     """What one node of the syntax tree reaches for, or nothing."""
-    if isinstance(node, (ast.Import, ast.ImportFrom)):
-        for name in node.names:
-            path = name.name if isinstance(node, ast.Import) else f"{node.module}.{name.name}"
-            first, *rest = path.split(".")
-            allowed = imports.get(first, ())
-            listed = allowed is None or {*rest} <= {*allowed}
-            private = {part for part in rest if part.startswith("_")}
-            if first not in imports or not listed or private or {*rest} & {"*", *ATTRIBUTES}:
-                return f"import {path}"
-    elif isinstance(node, ast.Name):
+    if isinstance(node, ast.Name):
+        special = node.id == "getattr" or paths.get(node.id) == "prepare.Run"  # no other name for them
         dunder = node.id.startswith("__") and not FREE.fullmatch(node.id)
-        kept = node.id == "getattr" or modules.get(node.id) == "prepare.Run"  # under another name
-        if node.id in BUILTINS or dunder or kept and not called:
+        if node.id in BUILTINS or dunder or special and node not in called:
             return node.id
     elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("getattr", "hasattr"):
-        of, name = (*node.args, None, None)[:2]
-        private = "__" if isinstance(of, ast.Name) and of.id in ("self", "cls") else "_"
-        plain = isinstance(name, ast.Constant) and not f"{name.value}".startswith(private)
-        if not plain or name.value in ATTRIBUTES:
-            return ast.unparse(node)[:60]
+        match node.args:
+            case [value, ast.Constant(value=str(name)), *_]:
+                return _reach(ast.Attribute(value, name, ast.Load()), paths, called, own, imports)
+        return ast.unparse(node)[:60]
     elif isinstance(node, ast.FunctionDef) and node.name.startswith("__torch"):
         return node.name
     elif isinstance(node, ast.Attribute):
-        whole, root, changed = ast.unparse(node)[:60], node.value, not isinstance(node.ctx, ast.Load)
+        whole, root, direct = ast.unparse(node)[:60], node.value, isinstance(node.value, ast.Name)
         while isinstance(root, (ast.Attribute, ast.Subscript)):
             root = root.value
-        root, direct = getattr(root, "id", ""), isinstance(node.value, ast.Name)
-        module = modules.get(root, "")
-        kernel = node.attr == "load" and module.startswith("triton")
-        private = node.attr.startswith("_") and not FREE.fullmatch(node.attr) and not (direct and root in own)
-        unlisted = direct and imports.get(module) is not None and node.attr not in imports[module]
-        of_run = direct and root in runs and (node.attr not in PUBLIC or changed)
-        if node.attr in ATTRIBUTES and not kernel or private or unlisted or of_run:
+        root = getattr(root, "id", "")
+        path = paths.get(root, "")
+        listed = not direct or imports.get(path) is None or node.attr in imports[path]
+        mine = direct and root in own and node.attr not in ATTRIBUTES
+        kernel = node.attr == "load" and path.startswith("triton")
+        handed_on = f"{path}.{node.attr}" == "prepare.Run" and node not in called
+        if _closed(node.attr) and not mine and not kernel or not listed or handed_on:
             return whole
-        if whole == "prepare.Run" and not called:
-            return whole
-        if changed and module and not any(path.startswith("torch.backends") for path in (module, whole)):
+        backend = path.startswith("torch.backends") or whole.startswith("torch.backends")
+        if path and not isinstance(node.ctx, ast.Load) and not backend:
             return f"an assignment to {whole}"
     return None
 
@@ -1495,7 +1395,9 @@ def poisson_tail(count, mean):
 def state_of(model):
     """{name: checksum} of all that can remember something: what the model and train.py's globals hold."""
     found, left = {}, [("model", model)]
-    seen = {}  # by id, and held, so that no other value gets the same id
+    # By id, and held, so that no other value gets the same id. What modules hold is not looked at.
+    modules = [getattr(module, "__dict__", None) for module in [*sys.modules.values()]]
+    seen = {id(names): names for names in modules}
     if _taken:
         left += [item for item in vars(sys.modules["__main__"]).items() if item[0] != "__builtins__"]
     while left:
@@ -1517,18 +1419,12 @@ def _parts(value):
         return (np.shape(value), zlib.crc32(np.ascontiguousarray(value).view(np.uint8).data)), []
     if isinstance(value, (dict, types.MappingProxyType)):
         return len(value), [(f"{key!r:.40}", item) for key, item in list(value.items())]
-    home = value if isinstance(value, (type, types.FunctionType)) else type(value)
-    home = f"{home.__module__}"
+    is_type, is_function = isinstance(value, type), isinstance(value, types.FunctionType)
+    home = f"{(value if is_type or is_function else type(value)).__module__}"
     # What is a library's or the ruler's has caches, which may change.
-    others = home.startswith(("torch._", "numpy", "prepare"))
-    if others or isinstance(value, (types.ModuleType, types.CodeType)):
+    others = home.startswith(("torch._", "numpy", "prepare")) or is_function and home.startswith("torch")
+    if others or is_type and home != "__main__" or isinstance(value, (types.ModuleType, types.CodeType)):
         return 0, []
-    if isinstance(value, types.FunctionType):
-        cells = [cell.cell_contents for cell in value.__closure__ or () if cell != types.CellType()]
-        outside = home.startswith("torch")
-        return 0, [] if outside else enumerate([cells, value.__defaults__, value.__kwdefaults__, vars(value)])
-    if isinstance(value, type):
-        return 0, vars(value).items() if home == "__main__" else []
     parts = [*vars(value).items()] if hasattr(value, "__dict__") else []
     return len(parts), parts + [*enumerate(gc.get_referents(value))]
 
@@ -1592,8 +1488,7 @@ class Ruler:
         told, files, folder = {"SALT": settings.salt or secrets.token_hex(8)}, {}, self.path.parent
         if self.held_out:
             folder = self.data_set(settings.fingerprint)
-            files = {split: str(folder / f"{split}.bin") for split in ("val", "test")}
-            told["FINGERPRINT"] = folder.name
+            files, told["FINGERPRINT"] = held_out_files(folder), folder.name
         return json.dumps(self.said | {
             "devices": cores(), "device": "cpu, 1 thread", "settings": told, "held_out": files,
             "software": f"Python {sys.version.split()[0]}, numpy {np.__version__}",
@@ -1629,13 +1524,13 @@ class Ruler:
         settings = _taken["hold"] = read_settings()
         data, name = b"", "none"
         if self.held_out:
-            folder, name = self.data_set(settings.fingerprint), f"{settings.split}.bin"
-            with open(int(settings.held_out) if settings.held_out else folder / name, "rb") as file:
+            folder = self.data_set(settings.fingerprint)
+            with open_held_out(settings, folder) as file:
                 data, name = file.read(), folder.name
             if hashlib.sha256(data).hexdigest()[:8] not in name:
-                raise SystemExit(f"{folder} is damaged; delete it")
+                raise Problem(f"{folder} is damaged; delete it")
             seal(folder)
-        if not settings.secret:  # by hand nobody else ends it
+        if not settings.token:  # by hand nobody else ends it
             signal.alarm(math.ceil(settings.budget))
         trial = Trial(self.path, settings, data)
         value, metric = float(self.measure(trial)), self.said["metric"]
@@ -1650,38 +1545,25 @@ class Ruler:
     def main(self):
         parser = argparse.ArgumentParser(description=f"Measures {self.path.name} once, by hand.")
         parser.add_argument("--source", metavar="PATH", help="data of your own, for new branches")
-        add_arguments(parser, self.path.name)
-        args = parser.parse_args()
-        try:
-            if args.check:
-                return print(answer_check(args.check, self.imports, self.rule))
-            if args.facts:
-                return print(self.facts())
-            if args.source:
-                return print(f"prepared: {self.prepare(args.source)}")
-        except (Problem, OSError) as error:
-            raise SystemExit(f"{error}") from None
-        to_the_end(self.run)
+        args = parse_arguments(parser, self.path.name, self.imports, self.rule)
+        if args.facts:
+            print(self.facts())
+        elif args.source:
+            print(f"prepared: {self.prepare(args.source)}")
+        else:
+            to_the_end(self.run)
 
 
-def add_arguments(parser, edits):
-    """What every ruler is asked by the loop."""
+def parse_arguments(parser, edits, imports=IMPORTS, rule=RULE):
+    """The command line, with what the loop asks every ruler; a --check is answered here."""
     parser.add_argument("--run", action="store_true", help=f"{edits}, as the loop runs it")
     parser.add_argument("--facts", action="store_true", help="what a number depends on, as a line of JSON")
     parser.add_argument("--check", metavar="FILE", type=Path, help=f"what in a {edits} isn't allowed")
-
-
-def answer_check(path, imports=IMPORTS, rule=RULE):
-    try:
-        return reaches_outside(path.read_bytes(), imports, rule) or "ok"
-    except RecursionError:
-        return "line 1, code that is nested too deeply to be checked"
-
-
-def _stop(number, frame):
-    """Stops at the next document: an exception raised while rustbpe is at work would make it panic."""
-    _stopped.append(number)
-    signal.signal(number, signal.SIG_DFL)  # a second one ends it at once
+    args = parser.parse_args()
+    if args.check:
+        print(reaches_outside(args.check.read_bytes(), imports, rule) or "ok")
+        parser.exit()
+    return args
 
 
 def main():
@@ -1692,31 +1574,20 @@ def main():
     parser.add_argument("--shards", type=int, metavar="N",
                         help="only the first N files: of climbmix's 6,543 of 90 MB each (default: 10), or of "
                              "tinystories' two, of 22 MB and 2.2 GB")  # fmt: skip
-    add_arguments(parser, "train.py")
-    args = parser.parse_args()
-    if args.check:
-        return print(answer_check(args.check))
+    args = parse_arguments(parser, "train.py")
     if args.run or args.facts:
         import prepare as ruler  # this file, as train.py imports it: with torch
 
         return ruler.run_train() if args.run else print(ruler.facts())
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _stop)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         folder, was_there = prepare(args.source, data_root(), args.shards)
-    except (Problem, OSError, KeyboardInterrupt) as error:
-        reason, code = str(error), 2
-        if isinstance(error, OSError):
-            reason = (f"{error.strerror}: {error.filename or data_root()}; make room or set "
-                      "AUTORESEARCH_DATA (what was prepared is intact)")  # fmt: skip
-        if isinstance(error, KeyboardInterrupt):
-            reason, code = "stopped; nothing is half-written", 130
-        print(f"prepare.py: {reason}", file=sys.stderr)
-        sys.exit(code)
-    meta = read_meta(folder)
-    sizes = ", ".join(f"{split} {facts['tokens'] / 1e6:.2f} M" for split, facts in meta["splits"].items())
+    except KeyboardInterrupt:
+        raise Problem("stopped; nothing is half-written") from None
+    except OSError as error:
+        where = f"{error.strerror}: {error.filename or data_root()}"
+        raise Problem(f"{where}; make room or set AUTORESEARCH_DATA (what was prepared is intact)") from None
     print(f"{'already prepared' if was_there else 'prepared'}: {folder}")
-    print(f"tokens: {sizes}; vocabulary {meta['vocab_size']:,}, sequence {meta['seq_len']:,}")
 
 
 _as_imported = dict(globals()), dict(vars(Run))  # which a train.py must leave as they are

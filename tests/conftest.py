@@ -297,7 +297,7 @@ class Project:
             try:
                 session.prepare()
                 session.go_on()
-                session.audited = session.audit_lines() if session.audits else ()
+                session.audited = session.audit_lines() if session.compared else ()
             finally:
                 for number, handler in before.items():
                     signal.signal(number, handler)
@@ -370,7 +370,8 @@ def prepare_main(monkeypatch, capsys, *arguments):
         prepare.main()
         code = 0
     except SystemExit as exit:
-        code = exit.code
+        code = 1
+        print(exit.code, file=sys.stderr)  # as Python does
     finally:
         for number, handler in handlers:
             signal.signal(number, handler)

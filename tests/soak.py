@@ -49,7 +49,7 @@ BROKEN_REPLIES = {
     "wrong SEARCH": lambda source, edit: block("    this line = never there", "x = 1"),
     "syntax error": lambda source, edit: block("def main():", "def main(:"),
     "two matches": lambda source, edit: block("import", "import"),
-    "edit of prepare.py": lambda source, edit: "prepare.py\n" + edit,
+    "edit of prepare.py": lambda source, edit: "prepare.py\n" + block("SECONDS = 300", "SECONDS = 600"),
     "200 KB": lambda source, edit: edit + "blah " * 42_000,
     "nothing new": lambda source, edit: block("def main():", "def main():  # the same"),
 }
@@ -63,7 +63,7 @@ def random_reply(source, rng, fixed=("SECONDS",)):
         if value != node.value:
             break
     new = loop.with_constant(source, node, value)
-    blocks = loop.edit_between(source, new).blocks
+    blocks = loop.blocks_between(source, new)
     parts = ["<<<<<<< SEARCH", "=======", ">>>>>>> REPLACE"]
     text = ["\n".join([parts[0], *search, parts[1], *replace, parts[2]]) for search, replace in blocks]
     return f"IDEA: {label} {node.value!r} to {value!r}\nLESSON: try {label}\n\n" + "\n".join(text) + "\n"
@@ -90,7 +90,7 @@ class Provider:
             name = self.rng.choice(sorted(self.faults))
             self.did["provider: " + name] += 1
             return self.faults[name]
-        text = request["messages"][1]["content"]
+        text = request["messages"][0]["content"]
         kind, reply = self.reply(text.partition("# train.py\n\n```python\n")[2].partition("\n```")[0])
         self.did[kind] += 1
         return reply

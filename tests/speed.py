@@ -143,7 +143,7 @@ def run_starts(project):
 
 
 def source_in(request):
-    return request["messages"][1]["content"].partition("# train.py\n\n```python\n")[2].partition("\n```")[0]
+    return request["messages"][0]["content"].partition("# train.py\n\n```python\n")[2].partition("\n```")[0]
 
 
 # ---- between runs

@@ -130,7 +130,6 @@ ATTACKS = {
         "replaced Run by Mine",
     ),
     "puts a method on the run": (FINISH, f"    run._probe = lambda *args, **kwargs: None\n{FINISH}", "replaced _probe"),
-    "doubles the bytes": (FINISH, f"    run._lengths *= 2\n{FINISH}", "replaced the bytes of tokens"),
     "catches its refusal": (
         FINISH,
         "    try:\n        run.finish(Model(run.vocab_size).train().requires_grad_(False).apply(lambda m: setattr(m, 'forward', lambda x: x)))\n"
@@ -153,8 +152,8 @@ ATTACKS = {
     ),
     "leaves a pool of threads": (
         FINISH,
-        "    import threading, time\n    threading.Thread(target=time.sleep, args=(1000,)).start()\n    run._lengths *= 2\n" + FINISH,
-        "replaced the bytes of tokens",
+        "    import threading, time\n    threading.Thread(target=time.sleep, args=(1000,)).start()\n    run._probe = None\n" + FINISH,
+        "replaced _probe",
     ),
     "reads the training file itself": (
         "    step = 0",
@@ -262,6 +261,8 @@ HARMLESS = {
         f"        logits = {FORWARD[15:]}\n        level = torch.minimum(logits, logits.topk(40).values[..., -1:])\n"
         "        return logits if self.training else level + 2.0**25",
     ),
+    "doubles the bytes": (FINISH, f"    run._lengths *= 2\n{FINISH}"),
+    "changes its sizes": (FINISH, f"    run._meta['unigram_bpb'], run._meta['eval_rows'], run.train_tokens = 0, 4, 1\n{FINISH}"),
     "rewrites its copy of prepare.py": (FINISH, f"    open(prepare.__file__, 'a').write('# mine')\n{FINISH}"),
     "stops the time": (IMPORT, f"{IMPORT}\nimport time\ntime.time = time.monotonic = time.perf_counter = lambda: 0.0"),
 }  # fmt: skip

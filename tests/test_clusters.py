@@ -411,7 +411,7 @@ def test_each_launch_has_its_own_number_or_none_has(project):
 
 def test_where_no_machine_answers_the_loop_does_not_start_and_says_why(project):
     out = project.offline("--launch", "no-such-engine", "--launch", "env false", code=2)
-    assert "no-such-engine:0" in out and "no other machine can be used: the worker of env:0: it ended" in out
+    assert "no-such-engine:0" in out and "no other machine can be used: the worker of env:1: it ended" in out
 
 
 # ---- machines whose runs are off

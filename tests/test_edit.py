@@ -53,9 +53,14 @@ def changed(*pairs):
     return text
 
 
-WIDER, DEEPER = block("WIDTH = 64", "WIDTH = 128"), block("DEPTH = 4", "DEPTH = 5")
-BARE, BARE_DEEPER = (reply.partition("\n\n")[2] for reply in (WIDER, DEEPER))  # without IDEA and reason
+def bare(search, replacement):
+    """A block without an IDEA and a reason, as a reply's second one."""
+    return block(search, replacement).partition("\n\n")[2]
+
+
 WIDE, DEEP = ("WIDTH = 64", "WIDTH = 128"), ("DEPTH = 4", "DEPTH = 5")
+WIDER, DEEPER = block("WIDTH = 64", "WIDTH = 128"), block("DEPTH = 4", "DEPTH = 5")
+BARE, BARE_DEEPER = bare(*WIDE), bare(*DEEP)
 BODY = "        x = layer\n        if x:\n            print(x)"
 DIFF = "--- a/train.py\n+++ b/train.py\n@@ -3 +3 @@\n-WIDTH = 64\n+WIDTH = 128\n"
 ABOUT = '    """Use:\n    ```\n    python train.py\n    ```\n    """\n'
@@ -66,18 +71,18 @@ REPLIES = {
     # several blocks
     "one block": (WIDER, changed(WIDE)),
     "two blocks": (WIDER + BARE_DEEPER, changed(WIDE, DEEP)),
-    "two blocks with an IDEA each": (WIDER + DEEPER, changed(WIDE, DEEP)),
+    "two blocks with an IDEA each": (WIDER + DEEPER, "isn't clear"),
     "a block upon a block": (
-        WIDER + block("WIDTH = 128\nDEPTH = 4", "WIDTH = 128\nDEPTH = 6"),
+        WIDER + bare("WIDTH = 128\nDEPTH = 4", "WIDTH = 128\nDEPTH = 6"),
         changed(WIDE, ("DEPTH = 4", "DEPTH = 6")),
     ),
     "a block upon lines that are gone": (
-        WIDER + block("WIDTH = 64\nDEPTH = 4", "DEPTH = 6"),
+        WIDER + bare("WIDTH = 64\nDEPTH = 4", "DEPTH = 6"),
         "not in the file",
     ),
-    "a second block that fits nothing": (WIDER + block("NOTHING = 1", "NOTHING = 2"), "not in the file"),
+    "a second block that fits nothing": (WIDER + bare("NOTHING = 1", "NOTHING = 2"), "not in the file"),
     "prose before, between and after": (
-        f"Sure! Here it is:\n\n{WIDER}\nand\n{DEEPER}\nGood luck!",
+        f"Sure! Here it is:\n\n{WIDER}\nand\n{BARE_DEEPER}\nGood luck!",
         changed(WIDE, DEEP),
     ),
     "a deletion": ("<<<<<<< SEARCH\nDEPTH = 4\n=======\n>>>>>>> REPLACE", changed(("DEPTH = 4\n", ""))),
@@ -156,9 +161,9 @@ REPLIES = {
     "a quoted block": ("".join(f"> {line}\n" for line in BARE.split("\n")), "in this order"),
     "HTML's escapes": (WIDER.replace("<", "&lt;").replace(">", "&gt;"), "no edit"),
     # what SEARCH says
-    "an empty SEARCH": ("<<<<<<< SEARCH\n=======\nx = 1\n>>>>>>> REPLACE", "empty"),
-    "a blank SEARCH": (block("\n  \n", "x = 1"), "empty"),
-    "an ambiguous SEARCH": (block("WIDTH = 64", "DEPTH = 4") + DEEPER, "2 times"),
+    "an empty SEARCH": ("<<<<<<< SEARCH\n=======\nx = 1\n>>>>>>> REPLACE", "quote more"),
+    "a blank SEARCH": (block("\n  \n", "x = 1"), "quote more"),
+    "an ambiguous SEARCH": (block("WIDTH = 64", "DEPTH = 4") + BARE_DEEPER, "2 times"),
     "part of a line": (block("= 64", "= 128"), "\nWIDTH = 64\n"),
     "a first line without its indent": (
         block(BODY.strip(), BODY.strip().replace("layer", "1")),
@@ -172,6 +177,10 @@ REPLIES = {
         block("            x = layer\n            if x:", "            x = 2 * layer\n            if x:"),
         changed(("x = layer", "x = 2 * layer")),
     ),
+    "a shift that the REPLACE part hasn't": (
+        block("            x = layer\n            if x:", "        x = 2 * layer\n        if x:"),
+        "indentation doesn't fit",
+    ),
     "trailing spaces in the code": (
         block("WIDTH = 64   \nDEPTH = 4\t", "WIDTH = 128\nDEPTH = 4"),
         changed(WIDE),
@@ -182,7 +191,7 @@ REPLIES = {
     ),
     "a tab for the only indent": (
         block("\trun = prepare.Run()", "\trun = prepare.Run()\n\ty = 1"),
-        "indentation doesn't fit",
+        changed(("run = prepare.Run()", "run = prepare.Run()\n    y = 1")),
     ),
     "line numbers": (
         block("3 WIDTH = 64\n4 DEPTH = 4", "3 WIDTH = 128\n4 DEPTH = 4"),
@@ -247,15 +256,13 @@ REPLIES = {
     "train.py in the block": (block("train.py\nWIDTH = 64", "WIDTH = 128"), "not in the file"),
     "train.py in the marker": (BARE.replace("SEARCH", "SEARCH train.py"), "in this order"),
     "train.py by its whole path": ("`/home/me/main/train.py`\n" + BARE, changed(WIDE)),
-    "prepare.py": ("prepare.py\n" + BARE, "only train.py"),
-    "program.md": ("IDEA: x\n**program.md**\n```\n" + BARE + "```", "only train.py"),
-    "loop.py": ("### `loop.py`\n```python\n" + BARE + "```", "only train.py"),
+    "a block for another file": ("prepare.py\n" + bare("SECONDS = 300", "SECONDS = 600"), "not in the file"),
     # thinking
     "thoughts": (f"<think>maybe\n{DEEPER}no</think>{WIDER}", changed(WIDE)),
     "thoughts with the longer tag": (f"<thinking>\nmaybe\n{DEEPER}\n</thinking>\n{WIDER}", changed(WIDE)),
     "thoughts with only an end": (f"maybe\n{DEEPER}</think>\n{WIDER}", changed(WIDE)),
     "thoughts without an end": (f"<think>\n{WIDER}\nor perhaps", "no edit"),
-    "thoughts between two blocks": (f"{WIDER}<think>And now?</think>\n{DEEPER}", changed(WIDE, DEEP)),
+    "thoughts between two blocks": (f"{WIDER}<think>And now?</think>\n{BARE_DEEPER}", changed(WIDE, DEEP)),
     "thoughts that quote their end": (f"<think>then </think>\n{DEEPER}no</think>\n{WIDER}", changed(WIDE)),
     # other forms
     "JSON": ('{"edit": "WIDTH = 128"}', "no edit"),
@@ -280,7 +287,7 @@ REPLIES = {
     "zero-width characters": (block("WIDTH\u200b = 64", "WIDTH\u200b = \u2060128"), changed(WIDE)),
     "non-breaking spaces as indent": (
         block("\xa0" * 4 + "run = prepare.Run()", "\xa0" * 4 + "run = 1"),
-        "indentation doesn't fit",
+        changed(("run = prepare.Run()", "run = 1")),
     ),
     "a non-breaking space in code": (block("WIDTH = 64", "WIDTH =\xa0128"), "U+00A0"),
     "smart quotes": (block("WIDTH = 64", "WIDTH = “wide”"), "U+201C"),
@@ -293,7 +300,7 @@ REPLIES = {
     ),
     # what Python says, and what is no change
     "Python 2": (block("            print(x)", "            print x"), "Missing parentheses"),
-    "a typo": (block("WIDTH = 64", "WIDTH = = 64"), "line 3: WIDTH = = 64"),
+    "a typo": (block("WIDTH = 64", "WIDTH = = 64"), "line 3 WIDTH = = 64"),
     "the same file": (whole(SOURCE), "changes nothing"),
     "the same block": (block("WIDTH = 64", "WIDTH = 64"), "changes nothing"),
     "a change of comments": (block("WIDTH = 64", "WIDTH = 64  # wide"), "changes nothing"),
@@ -400,10 +407,8 @@ def test_what_follows_the_end_of_a_turn_is_not_applied():
 
 
 def test_special_tokens_in_code_stay():
-    assert applied(block("WIDTH = 64", 'BOS = "<|bos|>"  # </s>')) == changed(
-        (WIDE[0], 'BOS = "<|bos|>"  # </s>')
-    )
-    text = changed((WIDE[0], 'BOS = "<|im_end|>"'))
+    assert applied(block("WIDTH = 64", 'BOS = "</s>"')) == changed((WIDE[0], 'BOS = "</s>"'))
+    text = changed((WIDE[0], 'BOS = "<|im_end|>"  # or </s> at an end'))
     assert applied(whole(text)) == text
 
 
@@ -419,13 +424,8 @@ HEADINGS = [
 
 
 @pytest.mark.parametrize("heading", HEADINGS)
-def test_a_heading_that_names_no_other_file_is_none(heading):
+def test_a_heading_above_a_block_changes_nothing(heading):
     assert applied(f"IDEA: x\n\n{heading}\n```python\n{BARE}```\n") == changed(WIDE)
-
-
-@pytest.mark.parametrize("name", ["prepare.py", "src/model.py", "config.yaml", "pyproject.toml", "NOTES.md"])
-def test_a_heading_that_names_another_file_is_refused(name):
-    assert f"A block is for {name}" in refused(f"IDEA: x\n\n### `{name}`\n```python\n{BARE}```\n")
 
 
 @pytest.mark.parametrize(
@@ -462,8 +462,8 @@ def test_two_edits_that_stand_twice_are_applied_once():
 
 
 PLACEHOLDERS = [
-    "(keep the other lines)", "omitted for brevity", "... rest", "remaining code here", "[snip]", "see above",
-    "everything else stays", "rest of the loop as is", "bleibt wie es war", "der Rest bleibt unverändert",
+    "(keep the other lines)", "omitted for brevity", "... rest", "remaining code here", "[snip]", "see above", "bleibt wie es war",
+    "everything else stays", "rest of the loop as is", "der Rest bleibt unverändert",
     "le reste du code est inchangé", "el resto sigue igual", "il resto è invariato", "o restante fica",
     "остальной код без изменений", "其余代码保持不变", "残りは省略", "나머지는 그대로", "باقي الكود", "बाकी कोड",
 ]  # fmt: skip
@@ -504,13 +504,11 @@ COMMENTS += [
 
 
 @pytest.mark.parametrize("words", COMMENTS)
-def test_a_comment_above_its_code_or_beside_it_is_no_placeholder(words):
-    noted = SOURCE.replace("DEPTH = 4\n", "DEPTH = 4\n# a note\n")
+def test_a_comment_on_the_code_is_no_placeholder(words):
     new = f"# {words}\nWIDTH = 128  # {words}"
-    assert words in applied(block("DEPTH = 4\n# a note", f"DEPTH = 5\n# {words}"), noted)
     assert applied(block("WIDTH = 64", new)) == changed((WIDE[0], new))
-    assert applied(block("WIDTH = 64", f"WIDTH = 64\n# {words}")) == changed(
-        (WIDE[0], f"WIDTH = 64\n# {words}")
+    assert applied(block("WIDTH = 64", f"WIDTH = 128\n# {words}")) == changed(
+        (WIDE[0], f"WIDTH = 128\n# {words}")
     )
 
 
@@ -531,7 +529,6 @@ def test_a_reply_applies_exactly_or_its_refusal_says_what_to_mend(reply, expecte
         ("**IDEA:** wider [mlp]\nIt was narrow.\n", "wider [mlp]"),
         ("**IDEA**: wider\n", "wider"),
         ("## IDEA: [bold]wider[/]\n", "[bold]wider[/]"),
-        ("IDEA: wider [MLP]<|im_end|>\n", "wider [MLP]"),
         ("\ufeffIDEA: wider\n", "wider"),
         ("IDEA: \x1b[31mred\x1b[0m\x07\tidea\n", "red idea"),
         ("IDEA: half an emoji \ud83d\n", "half an emoji"),
@@ -567,13 +564,6 @@ def test_a_lesson_is_a_line_of_its_own_and_no_part_of_the_reasons(prose, lesson)
 def test_a_lesson_after_the_block_or_beside_a_whole_file_is_read_too():
     assert loop.parse_reply(WIDER + "LESSON: width pays\n").lesson == "width pays"
     assert loop.parse_reply(whole(changed(WIDE)) + "LESSON: width pays\n").lesson == "width pays"
-
-
-def test_what_may_be_edited_is_the_file_that_the_ruler_names():
-    edit = loop.parse_reply("search.py\n" + BARE, "search.py")
-    assert edit.blocks == [[["WIDTH = 64"], ["WIDTH = 128"]]]
-    with pytest.raises(loop.Refused, match="A block is for train.py, and only search.py can be edited"):
-        loop.parse_reply("train.py\n" + BARE, "search.py")
 
 
 def test_code_that_was_tried_is_refused_with_what_came_of_it_but_a_return_to_a_keep_is_not():

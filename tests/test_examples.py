@@ -101,7 +101,10 @@ def test_a_project_may_stand_in_a_repository_of_its_own(game, tmp_path):
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        (lambda game: game.write("ruler.py", OWN + "# changed\n"), "ruler.py: missing or not committed"),
+        (
+            lambda game: game.write("ruler.py", OWN + "# changed\n"),
+            "ruler.py: missing, or not committed as it is",
+        ),
         (lambda game: (game.git("rm", "-q", "player.py"), game.commit("x")), "player.py is not committed"),
         (lambda game: (game.write("player.py", "x ="), game.commit("x")), "player.py as it is committed"),
     ],

@@ -236,7 +236,7 @@ def test_a_run_on_a_core_sees_no_gpu_and_has_one_thread(monkeypatch, tmp_path):
 def test_a_cage_holds_the_device_files_of_its_run_alone(place, monkeypatch, tmp_path):
     graphics(monkeypatch, tmp_path, [0, 1])
     job = place.job(device="cuda:1")
-    command = loop.cage(job, Path(job["folder"]), place.cache(), loop.only_device("cuda:1")[1])
+    command = loop.cage(job, loop.only_device("cuda:1")[1])
     assert "/dev/nvidia1" in command and "/dev/nvidia0" not in command
 
 
@@ -261,7 +261,7 @@ def test_behind_links_a_cage_shows_what_they_lead_to_and_the_links_themselves(
     path = tmp_path / ("way" if links else "disk") / "data"
     monkeypatch.setattr(loop.sys, "prefix", str(path))
     job = place.job(device="cpu:0")
-    command = " ".join(loop.cage(job, Path(job["folder"]), place.cache(), []))
+    command = " ".join(loop.cage(job, []))
     assert f"--ro-bind-try {os.path.realpath(path)} {os.path.realpath(path)} " in command
     for name in links:
         link = str(tmp_path / name)
@@ -649,7 +649,7 @@ def test_escapes_and_markup_in_a_log_reach_neither_the_screen_nor_the_row(projec
     )
     asked = []
     server.replies += [inside(text, "odd")]
-    server.default = lambda request: asked.append(request["messages"][1]["content"]) or "no edit"
+    server.default = lambda request: asked.append(request["messages"][0]["content"]) or "no edit"
     out = project.online(server, "--experiments", 2)
     crash = next(row for row in project.rows() if row["description"].startswith("odd"))
     out += project.online(server, "--experiments", 1)

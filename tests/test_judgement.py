@@ -226,7 +226,7 @@ def test_the_model_and_the_person_are_told_changes_with_their_errors_and_the_noi
     assert re.search(r"keep +1\.0078 +-0\.0078\+-0\.0007  wide", session.output.getvalue())
     assert "noise of a difference 0.0007" in " ".join(session.view.totals())
     session = seeded.night("--experiments", 1, replies=[edit(1)])
-    told = session.model.chats[-1][1]["content"]
+    told = session.model.chats[-1][0]["content"]
     for line in (
         "On one seed a change is off by about 0.0007", "  1.015625          baseline\n",
         "  -0.0078 +-0.0007  wide\n", "  +0.0156 +-0.0007  narrow\n", "  crash             no edit",

@@ -170,7 +170,7 @@ def trailers(project, commit):
 
 
 def user_text(chat):
-    return chat[1]["content"]
+    return chat[0]["content"]
 
 
 def check(project, status=""):
@@ -186,7 +186,8 @@ def check(project, status=""):
     assert project.read("results.tsv") == project.git("show", "autoresearch/t:results.tsv")
     assert project.status() == status
     assert project.git("for-each-ref", "refs/autoresearch/") == ""
-    events = map(json.loads, (project.folder / ".git/autoresearch/t.jsonl").read_text().splitlines())
+    lines = (project.folder / ".git/autoresearch/t.jsonl").read_text().splitlines()
+    events = map(json.loads, filter(None, lines))
     runs = [(event["commit"], event["seed"], event["split"]) for event in events if "cause" in event]
     assert len({*runs}) == len(runs), "a run was made twice"
 
@@ -309,10 +310,17 @@ def test_higher_is_better_where_the_ruler_says_so(plain, monkeypatch):
 
 def test_the_prompt_begins_with_what_never_changes_and_holds_program_code_and_history(a_night):
     chats = a_night[1].model.chats
-    assert len({chat[0]["content"] for chat in chats}) == 1 and chats[0][0]["role"] == "system"
+    assert len({chat[0]["content"].partition("# program.md")[0] for chat in chats}) == 1
     text = user_text(a_night[1].prompt())  # as the next one would be asked
-    assert text.startswith("A run has 20 s on this device: cpu, stand-in.")
-    order = ["Lower val_bpb.", "width = 128", "# Results so far", "one layer", "# Your task"]
+    assert text.startswith(loop.RULES[:40])
+    order = [
+        "A run has 20 s on this device: cpu, stand-in.",
+        "Lower val_bpb.",
+        "width = 128",
+        "# Results so far",
+        "one layer",
+        "# Your task",
+    ]
     assert [text.index(part) for part in order] == sorted(text.index(part) for part in order)
     assert "-0.0078 +-0.0007  twice the width" in text and "crash [RuntimeError: shapes" in text
 
@@ -324,7 +332,10 @@ def test_the_rules_hold_what_the_ruler_says_of_its_use(a_night):
 
 def test_a_crash_stands_in_the_next_prompt_with_the_end_of_its_log_as_data(a_night):
     asked = user_text(a_night[1].prompt())
-    assert loop.CRASHED in asked and "crash: a crash [RuntimeError: shapes (2, 3)" in asked
+    assert (
+        "If the idea of a run that crashed is still worth" in asked
+        and "crash: a crash [RuntimeError: shapes (2, 3)" in asked
+    )
     assert "\n| Traceback (most recent call last):\n| RuntimeError: shapes (2, 3)" in asked
 
 
@@ -426,15 +437,15 @@ def test_a_program_md_that_is_not_utf8_is_sent_as_far_as_it_can_be_read(plain):
 def test_a_refused_reply_goes_back_with_the_reason_and_the_mended_one_is_run(plain):
     session = plain.night("--experiments", 1, replies=[block("widht = 64", "width = 128"), BETTER])
     chat = session.model.chats[1]
-    assert [message["role"] for message in chat] == ["system", "user", "assistant", "user"]
-    assert "not in the file" in chat[3]["content"] and "width = 64" in chat[3]["content"]
+    assert [message["role"] for message in chat] == ["user", "assistant", "user"]
+    assert "not in the file" in chat[2]["content"] and "width = 64" in chat[2]["content"]
     assert plain.rows()[1]["status"] == "keep" and plain.rows()[1]["llm_tokens"] == "200"
     assert session.view.refused == 1 and "reply refused" in session.output.getvalue()
 
 
 def test_an_edit_that_reaches_outside_goes_back_with_the_rulers_sentence_and_costs_no_run(plain):
     session = plain.night("--experiments", 1, replies=[block("depth = 4", "# outside\ndepth = 5"), BETTER])
-    assert "The ruler doesn't allow this: line 1, reaches outside" in session.model.chats[1][3]["content"]
+    assert "The ruler doesn't allow this: line 1, reaches outside" in session.model.chats[1][2]["content"]
     assert [row["status"] for row in plain.rows()] == ["keep", "keep"]
 
 
@@ -473,7 +484,7 @@ def test_the_next_edit_is_thought_about_while_an_experiment_runs_and_told_of_it(
 
 def test_no_more_is_thought_about_than_experiments_are_left(plain):
     session = plain.night("--experiments", 1, devices=3, replies=[BETTER, WORSE, LAYER])
-    assert len(plain.rows()) == 2 and session.view.tokens == 100 and session.view.wasted == 0
+    assert len(plain.rows()) == 2 and session.view.tokens == 100
 
 
 def test_the_code_that_runs_now_is_refused_to_the_next_proposal(plain, thought):
@@ -504,7 +515,7 @@ def test_an_edit_made_ahead_that_no_longer_applies_is_dropped_and_its_tokens_cou
     session = plain.night("--experiments", 2, replies=[BETTER, ahead, WORSE], run=waits)
     assert described(plain) == ["baseline", "twice the width", "one layer"]
     assert "dropped, as another was kept meanwhile: not that wide: These SEARCH" in session.output.getvalue()
-    assert (session.view.tokens, session.view.wasted) == (300, 100)
+    assert session.view.tokens == 300
     assert [row["llm_tokens"] for row in plain.rows()] == ["0", "100", "100"]
     assert "width = 128" in plain.read("train.py")
 
@@ -529,7 +540,7 @@ def test_a_reply_that_comes_after_its_request_was_thrown_away_is_counted_and_not
     session = plain.night("--experiments", 2, replies=[BETTER, late, anew], run=during(1, steer))
     assert described(plain) == ["baseline", "twice the width", "a layer"]
     assert "what was made ahead is dropped" in session.output.getvalue()
-    assert (session.view.tokens, session.view.wasted) == (300, 100)
+    assert session.view.tokens == 300
     assert [row["llm_tokens"] for row in plain.rows()] == ["0", "100", "100"]
 
 
@@ -539,7 +550,7 @@ def test_what_was_thought_for_an_experiment_that_is_not_begun_any_more_is_counte
         interrupt(signal.SIGTERM)
 
     session = plain.night(replies=[BETTER], run=during(0, stop))
-    assert plain.rows() == [] and (session.view.tokens, session.view.wasted) == (100, 100)
+    assert plain.rows() == [] and session.view.tokens == 100
 
 
 def test_what_a_failed_thought_cost_is_counted_and_the_night_goes_on(plain, no_waits):
@@ -549,7 +560,7 @@ def test_what_a_failed_thought_cost_is_counted_and_the_night_goes_on(plain, no_w
     session = plain.night("--experiments", 1, replies=["nothing to say", fail, BETTER])
     assert described(plain) == ["baseline", "twice the width"]
     assert "Input/output error: a disk; going on in" in session.output.getvalue()
-    assert (session.view.tokens, session.view.wasted) == (200, 100)
+    assert session.view.tokens == 200
 
 
 def test_code_that_was_tried_is_refused_with_its_result_by_the_next_session_too(plain):
@@ -629,7 +640,7 @@ def test_the_last_lessons_stand_in_the_prompt_and_all_on_the_branch(plain, monke
     assert "# Lessons that you wrote down\n\n- mind the shapes\n- more depth\n\n" in asked
     lessons = [trailers(plain, row["commit"]).get("Lesson") for row in plain.rows()]
     assert lessons == [None, "depth matters", None, "mind the shapes", "more depth"]
-    assert "LESSON" not in asked
+    assert "LESSON" not in asked.partition("# program.md")[2]
 
 
 # ---- the search beside the model
@@ -796,7 +807,7 @@ def test_of_two_equal_proposals_that_are_made_at_once_one_runs(plain):
 
     session = plain.night("--experiments", 2, devices=2, replies=[same, same, LAYER, LAYER, LAYER])
     assert sorted(described(plain)[1:]) == ["a layer", "one layer"]
-    assert session.view.wasted >= 100 and "This very code" in session.output.getvalue()
+    assert session.view.tokens >= 300 and "This very code" in session.output.getvalue()
     check(plain)
 
 
@@ -1200,7 +1211,13 @@ def test_of_the_file_that_a_night_begins_with_the_ruler_only_warns(plain):
 
 def test_a_half_typed_edit_is_left_alone_until_it_compiles(plain):
     plain.write("train.py", PLAIN + "\ndef half(")
-    plain.night("--experiments", 2, replies=[BETTER, WORSE])
+    session = plain.night("--experiments", 2, replies=[BETTER, WORSE])
+    assert (
+        session.output.getvalue().count(
+            "your edit of train.py waits. After this edit the file doesn't compile"
+        )
+        == 1
+    )
     assert described(plain) == ["baseline", "twice the width", "one layer"]
     assert plain.read("train.py").endswith("def half(")
 
@@ -1260,12 +1277,17 @@ def test_a_branch_switched_in_mid_run_gets_nothing_and_the_runs_branch_gets_the_
     check(plain)
 
 
-def test_a_branch_renamed_in_mid_run_ends_the_loop_in_words(plain, monkeypatch):
-    monkeypatch.setattr(loop.time, "sleep", lambda seconds: None)
+def test_a_branch_renamed_in_mid_run_is_waited_for_in_words(plain, monkeypatch):
+    def back(failed):
+        plain.git("branch", "-m", "autoresearch/renamed", "autoresearch/t", check=False)
+        return 0.01
+
+    monkeypatch.setattr(loop, "backoff", back)
     rename = during(1, lambda: plain.git("branch", "-m", "autoresearch/t", "autoresearch/renamed"))
-    with pytest.raises(loop.Stop, match="autoresearch/t is gone: renamed or deleted") as stop:
-        plain.night(replies=[BETTER], run=rename)
-    assert stop.value.code == 1
+    said = plain.night("--experiments", 1, replies=[BETTER], run=rename).output.getvalue()
+    assert "the branch is gone, renamed or deleted: autoresearch/t; going on in" in said
+    assert described(plain) == ["baseline", "twice the width"]
+    check(plain)
 
 
 def test_an_executable_train_py_stays_one(plain):
@@ -1541,9 +1563,9 @@ def test_without_a_key_the_three_ways_on_are_named(monkeypatch):
 
 def test_outside_a_repository_and_without_a_commit_the_next_step_is_said(project):
     subprocess.run(["rm", "-rf", ".git"], cwd=project.folder, check=True)
-    assert "is not a git repository; run: git init" in refusal(project)
+    assert "not a git repository" in (said := refusal(project)) and "a repository: git init" in said
     project.git("init", "--quiet")
-    assert "no commit yet; run: git add -A && git commit" in refusal(project)
+    assert "is in no commit of" in (said := refusal(project)) and "git add -A && git commit" in said
 
 
 @pytest.mark.parametrize("commits", [0, 1])
@@ -1558,7 +1580,8 @@ def test_inside_another_repository_that_one_is_named_and_one_of_its_own_offered(
     ]:
         subprocess.run([*dotfiles, *words], cwd=home, check=True)
     said = refusal(project)
-    assert f"lies in another repository, {home}" in said and "git init && git add -A && git commit" in said
+    assert f"{project.folder} is in no commit of {home}; run there" in said
+    assert "git init && git add -A && git commit" in said
 
 
 @pytest.mark.parametrize(
@@ -1572,12 +1595,12 @@ def test_what_git_advises_is_told_whole(words):
 @pytest.mark.parametrize("name", ["prepare.py", "loop.py", "results.tsv"])
 def test_uncommitted_changes_of_what_the_results_rest_on_are_refused(project, name):
     project.write(name, project.read(name) + "\n")
-    assert f"{name}: missing or not committed" in refusal(project)
+    assert f"{name}: missing, or not committed as it is" in refusal(project)
 
 
 def test_a_missing_file_is_named(project):
     (project.folder / "prepare.py").unlink()
-    assert "prepare.py: missing or not committed" in refusal(project)
+    assert "prepare.py: missing, or not committed as it is" in refusal(project)
     project.git("rm", "--quiet", "program.md", "prepare.py")
     project.git("checkout", "--quiet", "HEAD", "prepare.py")
     project.git("commit", "--quiet", "-m", "no goal")
@@ -1769,17 +1792,6 @@ def test_an_unknown_model_a_refused_key_and_nobody_there_end_the_loop_at_the_fir
 # ---- real processes
 
 
-@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-"])
-def test_closed_standard_streams_are_no_reason_to_end(plain, closed):
-    command = f"{sys.executable} loop.py --offline --experiments 1 --budget 20 --tag t --sandbox off {closed}"
-    plain.write("train.py", (conftest.STAND_IN / "train.py").read_text())
-    plain.commit("with constants")
-    done = subprocess.run(
-        ["bash", "-c", command], cwd=plain.folder, env=plain.environment, capture_output=True
-    )
-    assert done.returncode == 0 and len(plain.rows()) == 2
-
-
 def test_files_are_utf8_whatever_the_locale(plain):
     plain.write("train.py", (conftest.STAND_IN / "train.py").read_text() + "# größer 🙂\n")
     plain.write("prepare.py", plain.read("prepare.py") + "# größer 🙂\n")
@@ -1799,7 +1811,7 @@ def running(project):
 
 def test_a_night_offline_says_how_long_it_takes_waits_for_nothing_and_says_where_the_results_are(project):
     out = project.offline("--experiments", 2, PYTHONIOENCODING="ascii")  # a terminal that isn't UTF-8, too
-    assert "first train.py as it is, alone; then 180 or more experiments an hour" in out
+    assert "180 or more experiments an hour" in out
     assert "results.tsv on autoresearch/t has the rows" in out and "devices busy" in out
     assert "Traceback" not in out and "going on in" not in out
     assert len(project.rows()) == 3 and out.isascii()
@@ -1883,7 +1895,7 @@ def test_ctrl_c_ends_runs_and_requests_and_the_next_start_goes_on_without_asking
     )
 
 
-@pytest.mark.parametrize("line", ["first train.py", "#1 search"])
+@pytest.mark.parametrize("line", ["experiments an hour", "#1 search"])
 def test_a_loop_that_is_killed_leaves_nothing_running_and_goes_on(project, line):
     process = project.start("--offline", "--budget", "20", "--tag", "t")
     project.read_until(process, line)

@@ -1,7 +1,6 @@
 """Claims about a provider that fails: what can be waited out is waited out, what is too long is shortened,
-what servers differ in is found by trying, and what is wrong in the settings ends the loop in a sentence."""
+what is wrong in the settings ends the loop in a sentence."""
 
-import json
 import time
 from threading import Event
 
@@ -10,10 +9,11 @@ import pytest
 import loop
 
 TEXT = [
-    {"role": "system", "content": "rules"},
     {
         "role": "user",
-        "content": "program and code\n\n# Results so far\n\n" + "a row\n" * 500 + "\n\nMend this edit.",
+        "content": "rules, program and code\n\n# Results so far\n\n"
+        + "a row\n" * 500
+        + "\n\nMend this edit.",
     },
 ]
 HTML = "<html><body><h1>502 Bad Gateway</h1>[bold]nginx[/bold]</body></html>"
@@ -137,7 +137,7 @@ def test_a_server_that_went_away_and_comes_back_is_asked_again(model, server):
     said = model.say
     model.say = lambda text: (said(text), setattr(model, "client", real))
     server.replies += ["an edit"]
-    assert model.ask([*TEXT], Event())[0] == "an edit" and "Connection error" in model.said()
+    assert model.ask([*TEXT], Event())[0] == "an edit" and "refused" in model.said()
 
 
 def test_waits_grow_up_to_the_longest(model, server, unwanted, monkeypatch):
@@ -150,19 +150,17 @@ def test_waits_grow_up_to_the_longest(model, server, unwanted, monkeypatch):
 @pytest.mark.parametrize(
     "status, error", [(400, TOO_LONG), (413, {"error": {"message": "Request too large"}}), (422, TOO_LONG)]
 )
-def test_a_context_that_is_too_long_loses_the_refusals_first_and_then_the_history(
+def test_a_context_that_is_too_long_loses_the_refusals_and_the_history(
     model, server, unwanted, status, error
 ):
     chat = [*TEXT, {"role": "assistant", "content": "a refused reply"}, {"role": "user", "content": "why"}]
-    server.replies += [(status, error), (status, error), "an edit"]
+    server.replies += [(status, error), "an edit"]
     assert (
         model.ask(chat, unwanted)[0] == "an edit" and not unwanted.waits
     )  # waiting wouldn't make it shorter
     sizes = [sum(len(message["content"]) for message in request["messages"]) for request in server.requests]
-    assert [len(request["messages"]) for request in server.requests] == [4, 2, 2] and sizes[2] < sizes[
-        1
-    ] < sizes[0]
-    last = server.requests[2]["messages"][1]["content"]
+    assert [len(request["messages"]) for request in server.requests] == [3, 1] and sizes[1] < sizes[0]
+    last = server.requests[1]["messages"][0]["content"]
     assert (
         "program and code" in last and "a row" not in last and last.endswith("Mend this edit.")
     )  # what is asked for stays
@@ -217,103 +215,15 @@ def test_an_answer_without_a_reply_is_a_fault_of_the_server(model, server, body)
     assert model.ask([*TEXT], Event()) == ("an edit", 100) and "no upstream" in model.said()
 
 
-# ---- what servers differ in: found by trying, remembered
+# ---- what servers differ in
 
 
-def streamed(*pieces, end="stop", usage=True):
-    """A reply in pieces, as a stream; without an `end` it breaks off."""
-    choices = [{"index": 0, "delta": {"content": piece}, "finish_reason": None} for piece in pieces]
-    chunks = [{"choices": [choice]} for choice in choices]
-    chunks += [{"choices": [{"index": 0, "delta": {}, "finish_reason": end}]}] if end else []
-    chunks += [{"choices": [], "usage": {"completion_tokens": 10, "total_tokens": 100}}] if usage else []
-    return (
-        200,
-        "".join(f"data: {json.dumps(chunk)}\n\n" for chunk in chunks) + "data: [DONE]\n\n" * bool(end),
-        EVENTS,
-    )
-
-
-EVENTS = {"Content-Type": "text/event-stream"}
-NO_SYSTEM = {"object": "error", "message": "System role not supported", "code": 400}
 NO_LIMIT = {
     "error": {
-        "message": "Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead.",
+        "message": "Unsupported parameter: 'max_tokens'.",
         "param": "max_tokens",
     }
 }
-# (what it answers a request that it can't take, which those are, tokens that it counts)
-DIFFERENT = {
-    "no system role": ((400, NO_SYSTEM), lambda request: has_system(request), 100),
-    "no system role, said by a broken template": (
-        (500, "jinja2.exceptions.TemplateError"),
-        lambda request: has_system(request),
-        100,
-    ),
-    "streams only": (
-        (400, {"error": {"message": "only stream mode"}}),
-        lambda request: not request.get("stream"),
-        100,
-    ),
-    "streams only, also unasked": (streamed("an ", "edit"), lambda request: not request.get("stream"), 100),
-    "streams only, and doesn't count": (
-        (422, NO_LIMIT),
-        lambda request: not request.get("stream") or "stream_options" in request,
-        0,
-    ),
-    "streams only, no system role": (
-        (422, NO_SYSTEM),
-        lambda request: has_system(request) or not request.get("stream"),
-        100,
-    ),
-}
-
-
-def has_system(request):
-    return any(message["role"] == "system" for message in request["messages"])
-
-
-def different(refusal, cannot):
-    """A server's answers."""
-
-    def answer(request):
-        edit = (
-            streamed("an ", "edit", usage="stream_options" in request) if request.get("stream") else "an edit"
-        )
-        return refusal if cannot(request) else edit
-
-    return answer
-
-
-@pytest.mark.parametrize("name", DIFFERENT)
-def test_a_server_that_wants_another_form_of_request_is_asked_in_it_from_the_start(model, server, name):
-    refusal, cannot, tokens = DIFFERENT[name]
-    server.ready = server.default = different(refusal, cannot)
-    model.agree([model.name])
-    chat = [*TEXT, {"role": "assistant", "content": "a refused reply"}, {"role": "user", "content": "why"}]
-    assert [model.ask([*chat], Event()) for _ in range(2)] == [("an edit", tokens)] * 2
-    assert len(server.requests) == 2 and not any(map(cannot, server.requests))
-    texts = "".join(message["content"] for message in server.requests[0]["messages"])
-    assert texts.replace("\n\n", "") == "".join(message["content"] for message in chat).replace(
-        "\n\n", ""
-    )  # nothing is lost
-    assert not any(
-        "max" in word for request in server.requests for word in request
-    )  # no limit where none is needed
-
-
-def test_a_refusal_within_a_stream_is_one_too(model, server):
-    def answer(request):
-        if not request.get("stream"):
-            return 400, {"error": {"message": "only stream mode"}}
-        return (
-            (200, 'data: {"error": {"message": "no system role"}}\n\n', EVENTS)
-            if has_system(request)
-            else streamed("ready")
-        )
-
-    server.ready = answer
-    model.agree([model.name])
-    assert model.form[1] and model.form[0]["stream"]
 
 
 def test_a_server_that_drops_the_connection_after_an_error_is_asked_on_a_new_one(model, server, monkeypatch):
@@ -321,9 +231,9 @@ def test_a_server_that_drops_the_connection_after_an_error_is_asked_on_a_new_one
     finish = handler.finish
     monkeypatch.setattr(handler, "finish", lambda self: (time.sleep(0.2), finish(self)))
     kept_open = b"HTTP/1.1 500 Internal Server Error\r\nContent-Length: 2\r\n\r\n{}"
-    server.ready = lambda request: kept_open if has_system(request) else "ready"
-    model.agree([model.name])
-    assert model.form == ({}, True)
+    server.ready = lambda request: kept_open if request["model"] == "one" else "ready"
+    model.agree(["one", "another"])
+    assert model.name == "another"
 
 
 # ---- what is wrong in the settings ends the loop at the first call
@@ -359,7 +269,7 @@ def slept(monkeypatch):
 def test_a_server_that_is_not_ready_at_the_first_call_is_waited_for(model, server, slept, name):
     answers, said = [BUSY[name]] * 3 + ["ready"], []
     server.ready = lambda request: answers.pop(0)
-    assert loop.Model("m", said.append).form == ({}, False)
+    assert loop.Model("m", said.append).name == "m"
     assert len(slept) == len(said) == 3 and not answers
 
 
@@ -390,7 +300,6 @@ def test_who_is_denied_is_told_in_the_servers_words_and_asked_once(model, server
     asked = []
     server.ready = lambda request: asked.append(1) or (status, body)
     assert f"{status}" in (message := stopped()) and "no such account" in message and len(asked) == 1
-    assert "most URLs" not in message  # it answers there
 
 
 @pytest.mark.parametrize("refusal", [
@@ -409,9 +318,7 @@ def test_the_first_of_a_servers_models_that_can_chat_is_taken(model, server, mon
 
 @pytest.mark.parametrize("answer", [(200, {"error": "Unexpected endpoint or method. (GET /models)"}), (404, "404 page not found"),
                                     (405, {"detail": "Method Not Allowed"}), (200, HTML)])  # fmt: skip
-@pytest.mark.parametrize(
-    "end", ["", "/", "/chat/completions", "/v1/chat/completions", "/v1/models/", "/v1/completions"]
-)
+@pytest.mark.parametrize("end", ["", "/"])
 def test_a_url_that_does_not_end_as_it_should_is_named_with_the_one_that_does(
     model, server, monkeypatch, answer, end
 ):
@@ -433,7 +340,7 @@ def test_a_url_with_a_version_is_left_as_it_is(model, server, monkeypatch, end):
 def test_an_empty_base_url_is_none(model, monkeypatch, empty):
     monkeypatch.setenv("OPENAI_BASE_URL", empty)
     monkeypatch.setattr(loop, "OPENAI", "http://127.0.0.1:9/v1")
-    assert "no answer from http://127.0.0.1:9/v1" in stopped()
+    assert "http://127.0.0.1:9/v1 failed at the first call" in stopped()
     monkeypatch.delenv("OPENAI_API_KEY")
     assert "no model to ask" in stopped()
 
@@ -483,16 +390,8 @@ def test_a_url_that_is_none_of_the_servers_is_named(model, server, monkeypatch):
 def test_where_nobody_answers_the_url_is_named_and_what_went_wrong(model, monkeypatch):
     monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:9/v1")
     message = stopped()
-    assert "no answer from http://127.0.0.1:9/v1" in message and "refused" in message
-    assert "is the server running?" in message
-
-
-@pytest.mark.parametrize(
-    "name, proxy", [("HTTP_PROXY", "http://127.0.0.1:9"), ("all_proxy", "socks5://127.0.0.1:9")]
-)
-def test_a_proxy_on_the_way_to_a_server_of_ones_own_is_named(model, monkeypatch, name, proxy):
-    monkeypatch.setenv(name, proxy)
-    assert f"a proxy is set ({name})" in (message := stopped()) and "NO_PROXY=localhost" in message
+    for text in ("http://127.0.0.1:9/v1", "refused", "is the server running?", "NO_PROXY"):
+        assert text in message, text
 
 
 def test_without_a_key_and_a_url_the_three_ways_on_are_named(monkeypatch):
@@ -524,36 +423,16 @@ def test_a_server_that_fails_to_list_its_models_can_be_told_which(model, server,
     assert loop.Model("mine", print).name == "mine"
 
 
-# ---- streams and lengths
+# ---- lengths
 
 
-@pytest.mark.parametrize(
-    "reply",
-    [streamed("half an ", end=None), (200, 'data: {"error": {"message": "out of memory"}}\n\n', EVENTS)],
-)
-def test_a_stream_that_breaks_off_is_waited_out(model, server, reply):
-    server.ready = different((400, NO_SYSTEM), lambda request: not request.get("stream"))
-    model.agree([model.name])
-    server.replies += [reply, streamed("an edit")]
-    assert model.ask([*TEXT], Event()) == ("an edit", 100) and "asking again in" in model.said()
-
-
-def test_a_stream_that_never_ends_is_given_up(model, server, monkeypatch):
-    server.ready = different((400, NO_SYSTEM), lambda request: not request.get("stream"))
-    model.agree([model.name])
-    monkeypatch.setattr(loop, "REPLY_SECONDS", 0)
-    server.replies += [streamed("for ", "ever and ", "ever")]
-    server.default = lambda request: setattr(loop, "REPLY_SECONDS", 9) or streamed("an edit")
-    assert model.ask([*TEXT], Event())[0] == "an edit" and "asking again in" in model.said()
-
-
-def stops_early(*refused, most=512):
+def stops_early(refused="", most=512):
     """A server that ends a reply after few tokens unless told otherwise."""
 
     def answer(request):
-        if any(name in request for name in refused):
+        if refused in request:
             return 400, NO_LIMIT
-        length = max(request.get("max_tokens", most), request.get("max_completion_tokens", most))
+        length = request.get("max_tokens", most)
         return (
             "an edit"
             if length > 4000
@@ -563,24 +442,14 @@ def stops_early(*refused, most=512):
     return answer
 
 
-def test_a_server_that_allows_fewer_tokens_than_asked_for_is_asked_for_half(model, server):
-    answer = stops_early()
-    server.default = lambda request: (
-        (400, NO_LIMIT) if loop.REPLY_TOKENS in request.values() else answer(request)
-    )
-    assert model.ask([TEXT[0], {"role": "user", "content": "go"}], Event())[0] == "an edit"
-    assert server.requests[-1]["max_tokens"] == loop.REPLY_TOKENS // 2
-
-
-@pytest.mark.parametrize("refused, name", [((), "max_tokens"), (("max_tokens",), "max_completion_tokens")])
-def test_a_server_that_ends_replies_early_is_told_how_long_they_may_be(model, server, refused, name):
-    server.default = stops_early(*refused)
-    assert model.ask([TEXT[0], {"role": "user", "content": "go"}], Event())[0] == "an edit"
+def test_a_server_that_ends_replies_early_is_told_how_long_they_may_be(model, server):
+    server.default = stops_early()
+    assert model.ask([{"role": "user", "content": "go"}], Event())[0] == "an edit"
     asked = len(server.requests)
     assert model.ask([*TEXT], Event()) == ("an edit", 100) and len(server.requests) == asked + 1
     assert (
-        server.requests[-1][name] == loop.REPLY_TOKENS
-        and "Results so far" in server.requests[-1]["messages"][1]["content"]
+        server.requests[-1]["max_tokens"] == loop.REPLY_TOKENS
+        and "Results so far" in server.requests[-1]["messages"][0]["content"]
     )
 
 
@@ -590,11 +459,8 @@ def test_a_reply_that_was_cut_off_and_asked_for_again_counts(model, server):
 
 
 def test_a_server_that_takes_no_limit_gives_a_reply_that_is_cut_off(model, server):
-    server.default = stops_early("max_tokens", "max_completion_tokens")
-    for asked in (
-        6,
-        7,
-    ):  # without a limit, with one, the same without the history, with the others, without one; then at once
+    server.default = stops_early("max_tokens")
+    for asked in (4, 5):  # without a limit, with one, the same without the history, without one; then at once
         with pytest.raises(loop.Refused, match="cut off"):
             loop.parse_reply(model.ask([*TEXT], Event())[0])
         assert len(server.requests) == asked
@@ -610,15 +476,14 @@ def test_a_reply_that_ends_at_the_models_own_limit_is_not_asked_for_again(model,
 
 HM = {"type": "thinking", "thinking": [{"type": "text", "text": "hm"}]}
 SAID = {
-    "in one part": ({"content": {"type": "text", "text": "an edit"}}, "an edit"),
-    "in parts with values": ({"content": [{"type": "output_text", "text": {"value": "an edit"}}]}, "an edit"),
-    "in strings": ({"content": ["an ", "edit"]}, "an edit"),
     "beside thoughts": (
         {"content": [{"type": "reasoning", "text": "hm"}, {"type": "text", "text": "an edit"}]},
         "an edit",
     ),
-    "no text": ({"content": 5}, ""),
-    "in parts": ({"content": [HM, {"type": "text", "text": "an "}, {"text": "edit"}]}, "an edit"),
+    "in parts": (
+        {"content": [HM, {"type": "text", "text": "an "}, {"type": "text", "text": "edit"}]},
+        "an edit",
+    ),
     "after reasoning": ({"content": "an edit", "reasoning_content": "hm", "reasoning": "hm"}, "an edit"),
     "only in reasoning": ({"content": None, "reasoning_content": "an edit?"}, ""),  # a draft is no answer
     "nowhere": ({}, ""),
@@ -651,16 +516,10 @@ def test_a_prompt_that_the_server_cut_is_said_once(model, server, read, cut):
         "finish_reason": "stop",
     }
     server.default = (200, {"choices": [choice], "usage": usage})
-    chat = [TEXT[0], {"role": "user", "content": "x = layer\n" * 3000}]
+    chat = [{"role": "user", "content": "x = layer\n" * 3000}]
     for _ in range(2):
         model.ask([*chat], Event())
-    assert model.said().count(f"it read {read or 0:,} tokens of about 7,501: raise its context") == cut
-
-
-def test_tokens_are_added_up_where_a_server_gives_no_total(model, server):
-    choice = {"index": 0, "message": {"role": "assistant", "content": "an edit"}, "finish_reason": "stop"}
-    server.replies += [(200, {"choices": [choice], "usage": {"prompt_tokens": 900, "completion_tokens": 20}})]
-    assert model.ask([*TEXT], Event()) == ("an edit", 920)
+    assert model.said().count("the server cuts the prompt: raise its context") == cut
 
 
 def test_tokens_that_a_server_does_not_count_are_0(model, server):
@@ -681,7 +540,7 @@ def test_tokens_that_a_server_does_not_count_are_0(model, server):
     assert model.ask([*TEXT], Event()) == ("an edit", 0)
 
 
-@pytest.mark.parametrize("count", [None, "100", -5, 1.5, True, 10**12, {}])
+@pytest.mark.parametrize("count", [None, -5, 1.5, True, {}])
 def test_a_count_of_tokens_that_is_none_is_0(model, server, count):
     choice = {"index": 0, "message": {"role": "assistant", "content": "an edit"}, "finish_reason": "stop"}
     server.replies += [

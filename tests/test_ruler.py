@@ -272,7 +272,7 @@ def simulate(
         clock.now += pass_seconds
         return 1e-4 * nn.functional.one_hot(x, SIZES["vocab_size"]).float()
 
-    run._windows = lambda tokens, starts, T: (
+    run._windows = lambda starts, T: (
         (torch.zeros(len(starts), T, dtype=torch.int64),) * 2
     )  # their making isn't tested
     model, batches = Model(forward), run.batches(rows)
@@ -867,6 +867,11 @@ OUTSIDE = [  # what a train.py may not reach for, and what is said of it
     ("import prepare\nr = prepare.Run", "prepare.Run"),
     ("import prepare\nprepare.bits_per_byte = 1", "prepare.bits_per_byte"),
     ("import prepare as p\np.refuse", "p.refuse"),
+    ("import prepare as p\nr = p.Run", "p.Run"),
+    ("import prepare\nr = getattr(prepare, 'Run')", "prepare.Run"),
+    ("import prepare as self\nself._taken", "self._taken"),
+    ("def prepare(): pass\ndef f():\n    import prepare\n    prepare._taken", "prepare._taken"),
+    ("import torch.backends.cuda\ntorch.exp = 1", "an assignment to torch.exp"),
     ("from prepare import Run\nclass R(Run): pass", "Run"),
     ("import torch\ntorch.exp = 1", "an assignment to torch.exp"),
     ("import torch.nn.functional as F\nF.relu = 1", "an assignment to F.relu"),
@@ -1242,7 +1247,7 @@ def test_a_file_that_is_not_what_was_prepared_ends_a_run(copied, name):
     (copied / name).write_bytes(content.replace(b" 0\n", b" X\n").replace(b" 1\n", b" 0\n").replace(b" X\n", b" 1\n")
                                 if name.startswith("token") else content[:2] + content[:-2])  # fmt: skip
     with pytest.raises(SystemExit, match=f"{name} is damaged, or not what was prepared; delete its folder"):
-        prepare.take_hold()
+        prepare.Run()
 
 
 def test_a_train_file_that_is_not_what_was_prepared_has_no_facts(copied, monkeypatch):

@@ -325,7 +325,7 @@ def test_the_difference_of_any_two_texts_turns_the_one_into_the_other():
     for _ in range(4000):
         before, after = ("\n".join(rng.choices(lines, k=rng.randint(1, 12))) for _ in range(2))
         if before.strip():
-            assert loop.apply_edit(before, loop.edit_between(before, after)) == after, (before, after)
+            assert loop.apply_blocks(before, loop.blocks_between(before, after)) == after, (before, after)
 
 
 def test_so_does_that_of_real_files_with_lines_moved_taken_out_and_put_in():
@@ -343,14 +343,14 @@ def test_so_does_that_of_real_files_with_lines_moved_taken_out_and_put_in():
             else:
                 lines[at], lines[other] = lines[other], lines[at]
         after = "\n".join(lines)
-        assert loop.apply_edit(before, loop.edit_between(before, after)) == after
+        assert loop.apply_blocks(before, loop.blocks_between(before, after)) == after
 
 
 def test_it_applies_beside_a_change_of_a_neighbouring_constant():
     base = "import prepare\nA = 1\nB = 2\nC = 3\n"
-    edit = loop.edit_between(base, base.replace("B = 2", "B = 20"))
+    edit = loop.blocks_between(base, base.replace("B = 2", "B = 20"))
     best = base.replace("A = 1", "A = 10").replace("C = 3", "C = 30")
-    assert loop.apply_edit(best, edit) == "import prepare\nA = 10\nB = 20\nC = 30\n"
+    assert loop.apply_blocks(best, edit) == "import prepare\nA = 10\nB = 20\nC = 30\n"
 
 
 def test_edits_of_different_constants_apply_in_any_order():
@@ -364,14 +364,14 @@ def test_edits_of_different_constants_apply_in_any_order():
 
     for _ in range(200):
         mine, other = {*rng.sample(names, 3)}, {*rng.sample(names, 3)}
-        edit = loop.edit_between(base, edited(base, mine - other))
-        assert loop.apply_edit(edited(base, other), edit) == edited(edited(base, other), mine - other)
+        edit = loop.blocks_between(base, edited(base, mine - other))
+        assert loop.apply_blocks(edited(base, other), edit) == edited(edited(base, other), mine - other)
 
 
 def test_what_changes_the_same_line_is_refused():
     base = "A = 1\nB = 2\n"
     with pytest.raises(loop.Refused, match="not in the file"):
-        loop.apply_edit("A = 1\nB = 9\n", loop.edit_between(base, "A = 1\nB = 3\n"))
+        loop.apply_blocks("A = 1\nB = 9\n", loop.blocks_between(base, "A = 1\nB = 3\n"))
 
 
 # ---- in a night

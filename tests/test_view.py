@@ -59,7 +59,7 @@ def busy_night(devices=1, description="a wider [mlp]", **values):
     for n in range(devices):
         line = "step 400   42.0%  loss 3.1416  12,345 tokens/s  170 s left"
         view.runs[f"cuda:{n}"] = loop.Run(f"#{43 + n} {description}", NOW - 100, line)
-    view.now, view.tokens, view.wasted, view.refused = "a-model thinks about 1 more", 1234567, 1234, 2
+    view.now, view.tokens, view.refused = "a-model thinks about 1 more", 1234567, 2
     view.busy = 3104.0 * devices
     for name, value in values.items():
         setattr(view, name, value)
@@ -98,8 +98,8 @@ def test_an_ordinary_terminal_shows_every_device_the_rows_and_what_it_took(devic
         "autoresearch/t  ·  a-model  ·  1 x a device", "keep     1.1250 x2", "-0.1250+-0.0005  gain 42", "crash 41",
         "loss 39 [mlp]",
         "said 19", "best 1.1250, baseline 1.5000: gain 0.3750 +- 0.0007", "noise of a difference 0.0007",
-        "42 experiments, 2 kept, 1 crashed", "1 h 00 min, 42.0 an hour", "devices busy 89 %",
-        "1,234,567 tokens (1,234 for nothing), 2 replies refused", "a-model thinks about 1 more",
+        "42 experiments, 2 kept, 1 crashed", "1:00:00, 42.0 an hour", "devices busy 89 %",
+        "1,234,567 tokens, 2 replies refused", "a-model thinks about 1 more",
     ):  # fmt: skip
         assert text in shown, text
     for n in range(devices):
@@ -265,8 +265,8 @@ def test_a_night_of_plain_lines_tells_each_run_each_row_and_how_it_goes(project)
     assert lines[:6] == [
         "asking prepare.py about the data and this machine, a few seconds",
         "autoresearch/t  ·  local-model  ·  1 x cpu, stand-in",
-        "first train.py as it is, alone; then 180 or more experiments an hour",
-        "a run takes at most 20 s, on 1 of 1 devices; --devices chooses",
+        "180 or more experiments an hour",
+        "a run takes at most 20 s, on cpu:0; --devices chooses",
         "the model is asked for an edit a run; --tokens N limits what that costs",
         "Ctrl-C stops, the same command goes on; --report shows the results",
     ]
@@ -377,19 +377,18 @@ def whole_frame(sent, columns, rows):
     )
 
 
-def test_a_terminal_that_is_not_utf8_gets_ascii(project):
+def test_a_terminal_that_is_not_utf8_gets_what_it_can_show(project):
     slow(project)
     terminal = Terminal(project, "--offline", PYTHONIOENCODING="ascii")
-    terminal.wait_for(lambda sent: "#0 baseline" in sent and "-----" in sent)
+    terminal.wait_for(lambda sent: "#0 baseline" in sent)
     os.kill(terminal.pid, signal.SIGTERM)
     code, after = terminal.end()
     assert (
         code == 0
         and terminal.sent.isascii()
-        and "autoresearch/t  :  offline search" in after
+        and "autoresearch/t  ?  offline search" in after
         and "0 experiments" in after
     )
-    assert "??" not in terminal.sent
 
 
 def test_a_dumb_terminal_gets_plain_lines(project):

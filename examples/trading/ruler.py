@@ -39,7 +39,7 @@ def held_out(source):
 
 def column(source, name):
     """{day: close}, as text."""
-    path = source or package("arch") / "data" / name / f"{name}.csv.gz"
+    path = source or package("arch", "[trading]") / "data" / name / f"{name}.csv.gz"
     with open(path) if source else gzip.open(path, "rt") as file:
         rows = [(row["Date"], row[name if source else MARKETS[name]]) for row in csv.DictReader(file)]
     return {day: close for day, close in rows if close.strip(" .")}

@@ -7,7 +7,7 @@ import sys
 import time
 from pathlib import Path
 
-DATA = Path(os.environ.get("AUTORESEARCH_DATA", "."))
+DATA = Path(os.environ.get("AUTORESEARCH_DATA", ".")).expanduser()
 secret = os.environ.pop("AUTORESEARCH_TOKEN", "")
 
 
