@@ -86,7 +86,7 @@ def test_every_command_in_the_texts_exists_with_its_options():
         assert all(re.search(rf"{word}\b", found) for word in rest if word.startswith("--")), command
 
 
-SMALL = {  # the benchmarks that the README names: what makes them quick, and what they must then say
+SMALL = {  # benchmarks that README and MANUAL name: what makes them quick, and what they must then say
     "judge": ("--nights 1", [rf"^0\.00{noise} +{rule}" for noise in ("03", "07", "15") for rule in ("strict", "0.20 fresh", "unpaired")]),
     "kills": ("--kills 4", ["^4 kills, [0-9]+ rows, 0 with problems"]),
     "speed": (
@@ -99,9 +99,9 @@ SMALL = {  # the benchmarks that the README names: what makes them quick, and wh
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SMALL)
-def test_the_benchmarks_that_the_readme_names_give_their_figures(name, data):
+def test_the_benchmarks_that_the_texts_name_give_their_figures(name, data):
     options, wanted = SMALL[name]
-    assert f"python tests/bench.py {name}" in TEXTS["README.md"]
+    assert f"python tests/bench.py {name}" in "\n".join(TEXTS.values())
     command = [sys.executable, "tests/bench.py", name, *options.split()]
     environment = os.environ | {"AUTORESEARCH_DATA": str(data)}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
