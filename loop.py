@@ -2015,7 +2015,8 @@ class View:
         seconds, finished = max(now - self.began, 1e-9), len(self.rows) - self.before
         busy = self.busy + sum(now - run.began for run in self.runs.values() if run)
         share = 100 * busy / seconds / max(len(self.runs), 1)
-        pace = f"{timedelta(seconds=round(seconds))}, {3600 * max(finished, 0) / seconds:.1f} an hour"
+        pace = f"{timedelta(seconds=round(seconds))}"
+        pace += f", {3600 * finished / seconds:.1f} an hour" if finished > 0 else ""  # an audit ends none
         won, noise = outcome(self.rows, self.sign)
         lines = [won, f"{noise}  ·  {counts(self.rows)}", f"{pace}  ·  devices busy {min(share, 100):.0f} %"]
         if self.tokens:
