@@ -275,7 +275,9 @@ class Night:
 
     def results(self):
         path = self.project.folder / ".git" / "autoresearch" / "t.jsonl"
-        return [event for event in map(json.loads, path.read_text().splitlines()) if "cause" in event]
+        return [
+            event for event in map(json.loads, filter(None, path.read_text().split("\n"))) if "cause" in event
+        ]
 
 
 def trouble(engine, folder):
@@ -393,6 +395,7 @@ def latency(name, words, folder, env):
         told = {"SEED": f"{seed}", "SPLIT": "val", "BUDGET": "60", "WORK": "", "PACE": "0.0101"}
         job = dict(
             files={"prepare.py": (STAND_IN / "prepare.py").read_text(), "train.py": train},
+            ruler="prepare.py",
             told=told,
             branch="latency",
             kept="",
