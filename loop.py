@@ -870,6 +870,11 @@ class Git:
         head, _, text = self("cat-file", "--batch", stdin=f"{commit}:{self.prefix}{name}\n").partition("\n")
         return text[:-1] if " blob " in head else None
 
+    def blobs(self, name, *commits):
+        """What stands for a file's text in each of these commits: equal for equal texts."""
+        asked = "".join(f"{commit}:{self.prefix}{name}\n" for commit in commits)
+        return self("cat-file", "--batch-check=%(objectname)", stdin=asked).splitlines()
+
     def differs(self, commit, *names):
         """Which of these files in the checkout aren't as in a commit, as git sees it: line ends, filters and
         modes are no change."""
@@ -1018,7 +1023,8 @@ class Ledger:
     @property
     def best(self):
         """The last Experiment that was kept."""
-        return next((one for one in reversed(self.ended()) if one.row.status == "keep"), None)
+        kept = (one for one in reversed(self.experiments.values()) if one.row and one.row.status == "keep")
+        return next(kept, None)
 
     @property
     def source(self):
@@ -1139,9 +1145,9 @@ class Ledger:
         source = self.source_of(commit) if row.status == "keep" else self.source
         lines = "".join(other.line() for other in [*self.rows, row])
         files = {"results.tsv": self.header + lines, self.edits: source}
-        ran, before, now = (git.text(at, "program.md") for at in (commit, f"{commit}^", tip))
-        if now == before:  # else the user took it away, or committed another one meanwhile
-            files["program.md"] = ran
+        ran, before, now = git.blobs("program.md", commit, f"{commit}^", tip)
+        if now == before != ran:  # else the user took it away, or committed another one meanwhile
+            files["program.md"] = git.text(commit, "program.md")
         experiment.row_message = write_message(f"{row.status}: {row.description}", body, trailers)
         after = git.commit([tip, commit], files, experiment.row_message)
         git.move(f"update {self.ref} {after} {tip}", f"delete {self.refs}{experiment.number} {commit}")
@@ -1451,7 +1457,7 @@ def run_job(job, tell):
         shutil.copyfileobj(output, copy)
     if cause.startswith(("held up by the machine", "the disk is full", "changed while")):  # no edit's fault
         result["machine"] = True
-    elif cause:
+    elif cause and "refused by the ruler" not in cause:
         result["facts"] = ask_facts(command, folder, env)
     remove(folder / "home", folder / "tmp")
     return result | {"cause": one_line(cause)}
@@ -2091,8 +2097,8 @@ class Report:
     def __post_init__(self):
         self.kept = [number for number, row in enumerate(self.rows) if row.status == "keep" and row.runs]
         # Where what was kept rose, or what was not fell, higher is better.
-        signs = {"keep": 1, "discard": -1}
-        changes = [signs[row.status] * row.change for row in self.rows if not math.isnan(row.change)]
+        known = [row for row in self.rows if not math.isnan(row.change)]
+        changes = [row.change if row.status == "keep" else -row.change for row in known]
         self.sign = -1 if sum(changes) > 0 else 1
 
     def gain(self, number):
@@ -2120,9 +2126,8 @@ class Report:
         lines = ["", *outcome(rows, self.sign), counts(rows)]
         if self.unread:
             lines.append(f"lines left out: {len(self.unread)}; {self.unread[0]}")
-        with contextlib.suppress(
-            ValueError, IndexError, ZeroDivisionError
-        ):  # no two times, or in another form
+        # Where there are two times, and in our form:
+        with contextlib.suppress(ValueError, IndexError, ZeroDivisionError):
             ends = [datetime.strptime(row.finished, "%Y-%m-%dT%H:%M:%SZ") for row in rows if row.finished]
             hours = (ends[-1] - ends[0]).total_seconds() / 3600
             lines.append(f"{hours:.1f} hours, {(len(ends) - 1) / hours:.1f} an hour")
@@ -2191,12 +2196,12 @@ def read_report(folder, tag, file):
         name = git("for-each-ref", *newest, f"refs/heads/{space}").strip() or f"{space}TAG yet"
     if not git.find(f"refs/heads/{name}"):
         raise Stop(f"no branch {name}; run: python loop.py, or name a file: --report FILE")
-    rows, nodes = read_rows(git.text(f"refs/heads/{name}", "results.tsv") or header(METRIC), name), []
-    with contextlib.suppress(Stop, KeyError):  # a branch of another version
-        ledger = Ledger(git, name.removeprefix(space))
+    ledger = Ledger(git, name.removeprefix(space))
+    try:
         ledger.load()
-        nodes = ledger.odd_nodes()
-    return Report(name, *rows, nodes)
+        return Report(name, ledger.header.split("\t")[1], ledger.rows, nodes=ledger.odd_nodes())
+    except (Stop, KeyError, subprocess.CalledProcessError):  # a branch of another version
+        return Report(name, *read_rows(git.text(ledger.ref, "results.tsv") or header(METRIC), name))
 
 
 def report(folder, tag, file, console):
@@ -2225,10 +2230,10 @@ class Session:
         tag = args.tag or (here if here.startswith(space) else f"{datetime.now():%Y-%m-%d}")
         self.ledger = Ledger(self.git, tag.removeprefix(space))
         self.say, self.view.rows = self.view.say, self.ledger.rows
+        self.say_once = functools.cache(self.say)
         # What is asked, and started for each run.
         self.script = OWN_RULER if (folder / OWN_RULER).is_file() else RULER
         self.model, self.painter, self.caged = None, None, False
-        self.half_typed = ""  # what was said last of a user's edit that doesn't compile
         self.devices = {}  # {name: Device}
         self.launched = {}  # {name: what a job says of its device}, of those on other machines
         self.in_flight = set()  # (commit, seed, split) of the runs that devices make
@@ -2479,9 +2484,7 @@ class Session:
         try:
             return self.ledger.user_edit()
         except Refused as refused:
-            if self.half_typed != (why := f"your edit of {self.ledger.edits} waits. {refused}"):
-                self.half_typed = why
-                self.say(why)
+            self.say_once(f"your edit of {self.ledger.edits} waits. {refused}")
 
     def begin_next(self):
         """Begins a user's edit, a proposal that is ready, or a step of the search: its Experiment."""

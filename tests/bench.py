@@ -209,7 +209,7 @@ def written(args):
     server, left, one_at_a_time = ChatServer(), list(WRITTEN), threading.Lock()
 
     def reply(request):
-        source = speed.source_in(request)
+        source = soak.source_in(request)
         with one_at_a_time:
             for idea, reason, blocks in left:
                 if all(source.count(before) == 1 for before, _ in blocks):

@@ -69,6 +69,11 @@ def random_reply(source, rng, fixed=("SECONDS",)):
     return f"IDEA: {label} {node.value!r} to {value!r}\nLESSON: try {label}\n\n" + "\n".join(text) + "\n"
 
 
+def source_in(request):
+    """The file that a prompt shows."""
+    return request["messages"][0]["content"].partition("# train.py\n\n```python\n")[2].partition("\n```")[0]
+
+
 class Provider:
     """Answers the loop's requests, as models and their servers do on a bad day; counts what it did."""
 
@@ -90,8 +95,7 @@ class Provider:
             name = self.rng.choice(sorted(self.faults))
             self.did["provider: " + name] += 1
             return self.faults[name]
-        text = request["messages"][0]["content"]
-        kind, reply = self.reply(text.partition("# train.py\n\n```python\n")[2].partition("\n```")[0])
+        kind, reply = self.reply(source_in(request))
         self.did[kind] += 1
         return reply
 

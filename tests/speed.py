@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 from conftest import ROOT, ChatServer, Project
-from soak import Clone, random_reply
+from soak import Clone, random_reply, source_in
 
 import loop
 
@@ -140,10 +140,6 @@ def run_starts(project):
     """[(time, folder)] of the runs so far, by when their train.py was written."""
     files = project.folder.glob("runs/[0-9]*/*/train.py")
     return sorted((file.stat().st_mtime, file.parent) for file in files)
-
-
-def source_in(request):
-    return request["messages"][0]["content"].partition("# train.py\n\n```python\n")[2].partition("\n```")[0]
 
 
 # ---- between runs
