@@ -35,9 +35,8 @@ from statistics import fmean
 import faults
 import soak
 import speed
-from conftest import ROOT, ChatServer
+from conftest import ROOT, ChatServer, reply_of
 from night.edits import EDITS as WRITTEN
-from night.edits import as_reply
 
 import loop
 
@@ -214,7 +213,7 @@ def written(args):
             for idea, reason, blocks in left:
                 if all(source.count(before) == 1 for before, _ in blocks):
                     left.remove((idea, reason, blocks))
-                    return as_reply(idea, reason, blocks)
+                    return reply_of(idea, reason, *blocks)
         return 503, {"error": {"message": "no edit is left that fits this file"}}
 
     server.default = reply

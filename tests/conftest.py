@@ -401,6 +401,12 @@ def most_quick(names, *slow):
     return [pytest.param(name, marks=[pytest.mark.slow] * (name in slow), id=name) for name in names]
 
 
+def reply_of(idea, reason, *blocks):
+    """A reply with these blocks, each a pair of what is searched and what replaces it."""
+    parts = [f"<<<<<<< SEARCH\n{search}\n=======\n{replace}\n>>>>>>> REPLACE\n" for search, replace in blocks]
+    return f"IDEA: {idea}\n{reason}\n\n" + "\n".join(parts)
+
+
 def block(search, replace, idea="an idea"):
     """A reply with one SEARCH/REPLACE block."""
-    return f"IDEA: {idea}\nBecause.\n\n<<<<<<< SEARCH\n{search}\n=======\n{replace}\n>>>>>>> REPLACE\n"
+    return reply_of(idea, "Because.", (search, replace))

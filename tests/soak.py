@@ -14,7 +14,7 @@ from collections import Counter
 from pathlib import Path
 
 from check_night import check, survivors
-from conftest import ROOT, ChatServer, Project, block
+from conftest import ROOT, ChatServer, Project, block, reply_of
 from faults import TRAIN
 from test_provider import CUT, FAULTS, TOO_LONG
 
@@ -63,10 +63,8 @@ def random_reply(source, rng, fixed=("SECONDS",)):
         if value != node.value:
             break
     new = loop.with_constant(source, node, value)
-    blocks = loop.blocks_between(source, new)
-    parts = ["<<<<<<< SEARCH", "=======", ">>>>>>> REPLACE"]
-    text = ["\n".join([parts[0], *search, parts[1], *replace, parts[2]]) for search, replace in blocks]
-    return f"IDEA: {label} {node.value!r} to {value!r}\nLESSON: try {label}\n\n" + "\n".join(text) + "\n"
+    blocks = [("\n".join(search), "\n".join(replace)) for search, replace in loop.blocks_between(source, new)]
+    return reply_of(f"{label} {node.value!r} to {value!r}", f"LESSON: try {label}", *blocks)
 
 
 def source_in(request):

@@ -8,8 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT
-from night.edits import EDITS, as_reply
+from conftest import ROOT, reply_of
+from night.edits import EDITS
 
 import loop
 import prepare
@@ -208,5 +208,7 @@ def test_on_a_gpu_windows_are_what_a_dense_mask_gives():
 
 @pytest.mark.parametrize("edit", EDITS, ids=[idea for idea, *_ in EDITS])
 def test_an_edit_written_for_a_night_fits_the_shipped_file_and_the_ruler_lets_it_run(edit):
-    source = loop.apply_edit((ROOT / "train.py").read_text(), loop.parse_reply(as_reply(*edit)))
+    idea, reason, blocks = edit
+    reply = reply_of(idea, reason, *blocks)
+    source = loop.apply_edit((ROOT / "train.py").read_text(), loop.parse_reply(reply))
     assert not prepare.reaches_outside(source)

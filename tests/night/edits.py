@@ -4,13 +4,6 @@ Each is (idea, reason, [(lines that are there, lines in their place), ...]), wri
 that stands beside this each had made three steps, to see that it runs (one doesn't, as a model's sometimes), and no run.
 """
 
-
-def as_reply(idea, reason, blocks):
-    """What a model answers."""
-    parts = [f"<<<<<<< SEARCH\n{a.rstrip()}\n=======\n{b.rstrip()}\n>>>>>>> REPLACE" for a, b in blocks]
-    return "\n\n".join([f"IDEA: {idea}\n{reason}", *parts])
-
-
 EDITS = [
     (
         "a learned bias of the logits, the unigram",
