@@ -819,7 +819,7 @@ class Git:
     START = "git init && git add -A && git commit -m start"
 
     def __init__(self, folder):
-        self.folder, self.place = folder, {}
+        self.folder, self.place, self.modes = folder, {}, {}
         try:
             places = self("rev-parse", "--show-prefix", "--absolute-git-dir", "--show-toplevel")
         except subprocess.CalledProcessError as error:
@@ -886,15 +886,15 @@ class Git:
     def commit(self, parents, files, message):
         """The hash of a new commit: the first parent's tree with `files` ({name: text}) in it."""
         files = {self.prefix + name: text for name, text in files.items()}
-        listed = self("ls-tree", "-z", "--full-tree", parents[0], "--", *files).split("\0")
-        modes = {line.partition("\t")[2]: line[:6] for line in listed}
+        for path in files.keys() - self.modes.keys():
+            self.modes[path] = self("ls-tree", "--full-tree", parents[0], "--", path)[:6] or "100644"
         ref = f"refs/autoresearch/new-{os.getpid()}"  # fast-import wants one; it is never written
         who = "autoresearch <autoresearch@localhost>"
         lines = [f"commit {ref}", "mark :1", f"committer {who} now", as_data(message)]
         lines += [f"{word} {parent}" for word, parent in zip(("from", "merge"), parents, strict=False)]
         for path, text in files.items():
             name = json.dumps(path, ensure_ascii=False)
-            lines += [f"M {modes.get(path, '100644')} inline {name}", as_data(text)]
+            lines += [f"M {self.modes[path]} inline {name}", as_data(text)]
         lines += ["get-mark :1", f"reset {ref}", f"from {'0' * len(parents[0])}", ""]
         return self("fast-import", "--quiet", "--date-format=now", stdin="\n".join(lines)).strip()
 
@@ -1082,7 +1082,8 @@ class Ledger:
 
     def user_edit(self):
         """The file in the checkout where, as git sees it, a user changed it. Refused until it compiles."""
-        if not self.checked_out() or not (self.git.folder / self.edits).is_file():
+        path = self.git.folder / self.edits
+        if read_text(path) == self.source or not self.checked_out() or not path.is_file():
             return None
         ours = [self.best.commit]
         for experiment in self.unfinished():
@@ -2570,6 +2571,8 @@ class Session:
 
     def steer(self):
         """program.md as it is now; what was made under an earlier one and hasn't begun is dropped."""
+        if read_text(self.folder / "program.md") == self.program:
+            return  # the rule, and without a process of git
         program = self.ledger.program() or self.program
         if program != self.program:
             new = "the next idea follows it, and is committed with it; what was made ahead is dropped"

@@ -95,6 +95,7 @@ def test_the_log_says_where_a_cage_works(node):
     assert Path(result["log"]).read_text().startswith(f"on {HERE}, caged\n") and result["cause"] == ""
 
 
+@pytest.mark.slow
 def test_a_node_keeps_nothing_of_a_run_but_its_compile_cache_and_that_of_what_was_kept(node):
     code = "import os\nopen(os.environ['AUTORESEARCH_CACHE'] + '/kernel', 'w').write('compiled')"
     node.device().run(node.job(code), quiet)
@@ -109,6 +110,7 @@ def test_a_node_keeps_nothing_of_a_run_but_its_compile_cache_and_that_of_what_wa
     assert not (place / "0001-abcdef0").exists() and (place / "0002-abcdef0").exists()
 
 
+@pytest.mark.slow
 def test_the_ruler_is_asked_once_and_again_after_a_failure(node):
     said = []
     for job in (node.job(), node.job(seed=1), node.job(probe=True)):
@@ -143,6 +145,7 @@ def test_where_a_cage_is_required_a_node_without_one_is_left_out(node):
     assert result["cause"] == f"{HERE} is left out: no sandbox: behind bwrap no namespaces here"
 
 
+@pytest.mark.slow
 def test_devices_of_a_node_that_no_engine_shares_out_are_shared_out_in_turns(node):
     node.patch.setenv("STAND_IN_DEVICES", "2")
     code = "import os\nprint('ON', os.environ['AUTORESEARCH_WHERE'])"
@@ -215,6 +218,7 @@ def test_a_prefix_that_is_not_there_is_said(node):
     assert "srunn" in result["cause"] and "No such file" in result["cause"] and result["blame"] == 0
 
 
+@pytest.mark.slow
 def test_the_nodes_python_is_the_loops_own_or_that_of_its_path_or_one_that_it_names(node, monkeypatch):
     real, packages = sys.executable, Path(psutil.__file__).parents[1]
     monkeypatch.setattr(loop.sys, "executable", "/nowhere/python")
@@ -293,6 +297,7 @@ def test_a_worker_that_is_asked_to_end_ends_its_run_first(node):
 
 
 @LINUX
+@pytest.mark.slow
 def test_what_a_worker_that_was_killed_left_running_ends_before_the_next_run(node):
     leaves = f"import os, time\nif os.fork() == 0:\n    os.setsid()\n    time.sleep(600)\n{KILLS_ITS_WORKER}\ntime.sleep(600)"
     node.patch.setattr(loop, "kill_leftovers", lambda *args: None)  # the loop is elsewhere: it can't

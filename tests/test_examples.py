@@ -74,6 +74,7 @@ def test_it_goes_on_reports_and_audits_there_too(game):
     assert "audited gain" in night(game, "--audit") and game.read("results.tsv").splitlines() == lines
 
 
+@pytest.mark.slow
 def test_another_project_s_branch_that_is_checked_out_is_not_gone_on_with(game):
     night(game, "--offline", "--experiments", 1)
     other = game.folder.with_name("go")
@@ -174,6 +175,7 @@ def test_a_night_of_an_example_needs_no_torch(start, name):
     assert len(rows) == 4 and "crash" not in "".join(rows)
 
 
+@pytest.mark.slow
 def test_a_model_s_edits_are_applied_refused_and_kept_in_an_example_as_anywhere(start, server):
     project = start("bidding")
     value = "VALUE = 20.0  # of a conversion, in the budget's unit, before pacing\n"
@@ -342,6 +344,7 @@ def test_by_hand_a_run_ends_with_its_budget_too(own):
 # ---- MANUAL.md's own ruler
 
 
+@pytest.mark.slow
 def test_the_ruler_that_the_manual_shows_makes_a_night(start):
     project, manual = start("speed"), (ROOT / "MANUAL.md").read_text()
     (project.folder / "neighbours.py").unlink()

@@ -476,6 +476,7 @@ def enough(tmp_path):
     return write_jsonl(tmp_path / "enough.jsonl", documents(1500, 150))
 
 
+@pytest.mark.slow
 def test_a_killed_run_leaves_what_was_there_and_the_next_one_cleans_up(stuck, enough, tmp_path):
     root = tmp_path / "data"
     killed = spawn(stuck, root)
@@ -506,6 +507,7 @@ def test_a_stopped_run_cleans_up_after_itself(stuck, tmp_path, sent):
     assert left_over(root) == []
 
 
+@pytest.mark.slow
 def test_a_second_prepare_waits_for_the_first(stuck, tmp_path):
     root = tmp_path / "data"
     first = spawn(stuck, root)
@@ -518,6 +520,7 @@ def test_a_second_prepare_waits_for_the_first(stuck, tmp_path):
             process.communicate()
 
 
+@pytest.mark.slow
 def test_a_prepare_that_waits_can_be_stopped(stuck, tmp_path):
     first = spawn(stuck, tmp_path / "data")
     with open(stuck, "w"):

@@ -68,6 +68,7 @@ def help_of(*command):
     ).stdout
 
 
+@pytest.mark.slow
 def test_every_command_in_the_texts_exists_with_its_options():
     text = "\n".join(TEXTS.values())
     prose = re.sub(r"^```\n.*?^```\n", "", text, flags=re.MULTILINE | re.DOTALL).replace("\n", " ")

@@ -524,6 +524,7 @@ def test_what_a_child_computes_counts_when_it_was_waited_for():
     assert clock() > 0.29
 
 
+@pytest.mark.slow
 def test_the_clocks_thread_is_gone_before_python_ends():
     """It was not, once: then the process was aborted within torch, one time in three."""
     code = "import atexit, prepare; prepare.load_torch(); clocks = []; atexit.register(lambda: print(clocks[0].is_alive())); clocks += [prepare.WorkClock()]"
