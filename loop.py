@@ -759,8 +759,10 @@ def audit_report(pairs, first, best, rows, sign):
     half = STUDENT[len(gains) - 2] * stdev(gains) / math.sqrt(len(gains))
     middle, (gain, error) = fmean(gains), night_gain(rows, sign)
     verdict = "" if middle > half else ": it is worse" if middle < -half else ": it may be no gain at all"
+    if not verdict and abs(middle - gain) > half:
+        verdict = f": real, but {'less' if middle < gain else 'more'} than the night's own figure"
     return (
-        f"baseline {first.commit}, best {best.commit} ({best.description}), {len(gains)} new seeds, test:",
+        f"baseline {first.commit}, best {best.commit} ({counts(rows)}), {len(gains)} new seeds, unseen text:",
         f"baseline {fmean(b for b, _ in pairs):.4f}, best {fmean(a for _, a in pairs):.4f}",
         f"audited gain {middle:.4f}, 95 % interval {middle - half:.4f} to {middle + half:.4f}{verdict}",
         f"the night's own figures: {sign * (first.value - best.value):.4f} by its rows, "
@@ -1449,7 +1451,8 @@ def run_job(job, tell):
         if not (cause := cause or code and cause_of(text, code) or ""):
             result |= read_result(text, secret, job)
             if result["trained"] < MIN_TRAINED:
-                cause = f"held up by the machine: the run got {result['trained']:.0%} of its training"
+                share = f"the run got {result['trained']:.0%} of its training"
+                cause = f"held up by the machine: {share}; too much else runs there"
     except ValueError as error:
         cause = f"timeout: killed after {deadline - started:g} s" if code is None else str(error)
     lay_out(folder, job["files"])  # anew: what the run left there may be anything
@@ -2071,8 +2074,9 @@ class View:
         finally:
             self.live = False
             with contextlib.suppress(OSError):
-                left = [*map(Text, [*self.said][before:]), self.draw(spare=3)]
-                self.console.print(*left, sep="\n", soft_wrap=True)
+                said = [*map(Text, [*self.said][before:])]
+                self.said.clear()  # it stands above
+                self.console.print(*said, self.draw(spare=3), sep="\n", soft_wrap=True)
 
 
 def shown(row):
@@ -2124,6 +2128,9 @@ class Report:
         if near:
             yield Text("\nnear misses, at most a standard error worse:\n")
             yield from self.table(sorted(near, key=self.gain, reverse=True)[:NEAR_MISSES])
+        if crashed := [n for n, row in enumerate(rows) if row.status == "crash"]:
+            yield Text(f"\nthe last {LATEST} at most of those that crashed:\n")
+            yield from self.table(crashed[-LATEST:])
         lines = ["", *outcome(rows, self.sign), counts(rows)]
         if self.unread:
             lines.append(f"lines left out: {len(self.unread)}; {self.unread[0]}")
@@ -2135,7 +2142,8 @@ class Report:
         if tokens := sum(row.llm_tokens for row in rows):
             lines.append(f"{tokens:,} tokens")
         lines += self.nodes
-        lines.append(f"clear: by more than {CLEAR} standard errors; git show COMMIT: the edit of a row")
+        lines.append(f"clear: by more than {CLEAR} standard errors; of a row, git show COMMIT is the edit,")
+        lines.append("and runs/NUMBER-COMMIT/ has the logs")
         yield Text("\n".join(lines))
 
     def paint(self, path):
@@ -2207,7 +2215,8 @@ def read_report(folder, tag, file):
 
 def report(folder, tag, file, console):
     """The morning after, or any time before it: the table, then the picture."""
-    night, path = read_report(folder, tag, file), folder / "progress.png"
+    night = read_report(folder, tag, file)
+    path = Path(file).with_suffix(".png") if file else folder / "progress.png"
     console.print(*night.render(), sep="\n", soft_wrap=True)
     try:
         night.paint(path)
@@ -2575,8 +2584,8 @@ class Session:
             return  # the rule, and without a process of git
         program = self.ledger.program() or self.program
         if program != self.program:
-            new = "the next idea follows it, and is committed with it; what was made ahead is dropped"
-            self.say(f"program.md was changed: {new}")
+            heard = "the next idea follows it" if self.model else "no model reads it"
+            self.say(f"program.md was changed: {heard}, and it is committed with the next experiment")
             self.drop_proposals()
             self.program = program
 
@@ -2967,10 +2976,11 @@ def parse_arguments(words=None):
     meaning = "so many at once, by the --launch that it belongs to (1)"
     option("--at-once", type=positive, metavar="N", help=meaning, **how)
     option("--offline", action="store_true", help="no LLM: a pattern search over the file's constants")
+    either = parser.add_mutually_exclusive_group().add_argument
     meaning = "show what was kept: of the branch, or of any results.tsv"
-    option("--report", nargs="?", const="", metavar="FILE", help=meaning)
+    either("--report", nargs="?", const="", metavar="FILE", help=meaning)
     meaning = "run baseline and best again, on fresh seeds and unseen data"
-    option("--audit", action="store_true", help=meaning)
+    either("--audit", action="store_true", help=meaning)
     meaning = "runs behind bwrap: where it works, or stop, or never"
     option("--sandbox", choices=("auto", "require", "off"), default="auto", help=meaning)
     return parser.parse_args(words)

@@ -411,7 +411,7 @@ def test_the_audit_runs_baseline_and_best_on_fresh_seeds_and_the_test_split(impr
     assert runs.made == [(number, seed, "test") for seed in loop.AUDIT_SEEDS for number in (0, 1)]
     assert len(loop.AUDIT_SEEDS) == 5 and min(loop.AUDIT_SEEDS) > loop.MAX_RUNS
     assert "audited gain 0.0146, 95 % interval 0.0146 to 0.0146" in report[2]
-    assert "(very wide), 5 " in report[0] and "own figures: 0.0146 by its rows" in report[3]
+    assert "1 kept, 0 crashed), 5 new seeds" in report[0] and "own figures: 0.0146 by its rows" in report[3]
     assert improved.git("rev-parse", "autoresearch/t") == before and improved.status() == ""
 
 
@@ -471,6 +471,9 @@ def test_the_interval_of_the_audit_is_students():
     assert "baseline 1.0800, best 1.0600" in report(pairs)
     assert "audited gain 0.0200, 95 % interval 0.0112 to 0.0288" in report(pairs)  # 2.78 x 0.00707 / sqrt(5)
     assert "0.0300 by its rows, 0.0300 +- 0.0020 with luck taken off" in report(pairs)
+    assert "to 0.0288: real, but less than the night's own figure" in report(pairs)
+    assert "own figure" not in report([(b, a - 0.01) for b, a in pairs]).replace("own figures", "")
+    assert "1 experiment, 1 kept, 0 crashed" in report(pairs)
     assert "it is worse" in report([(a, b + 0.1) for a, b in pairs])
     assert "no gain at all" in report([(1.0, 1.1), (1.1, 1.0), (1, 1), (1, 1), (1, 1)])
     assert "audited gain 0.0200" in report([(b, a) for a, b in pairs], sign=-1)

@@ -386,12 +386,18 @@ def test_a_change_of_program_md_between_two_sessions_is_announced(plain):
     assert "program.md was changed" not in plain.night("--experiments", 1, replies=[BETTER]).output.getvalue()
     plain.write("program.md", "# The goal\nTry depth.\n")
     session = plain.night("--experiments", 1, replies=[WORSE])
-    assert (
-        "program.md was changed: the next idea follows it, and is committed with it"
-        in session.output.getvalue()
-    )
+    said = session.output.getvalue()
+    assert "program.md was changed: the next idea follows it, and it is committed" in said
     assert "Try depth." in user_text(session.model.chats[0])
     check(plain)
+
+
+def test_where_no_model_reads_program_md_its_change_is_committed_all_the_same(project):
+    steers = during(1, lambda: project.write("program.md", "# The goal\nTry depth.\n"))
+    said = project.night("--experiments", 2, offline=True, run=steers).output.getvalue()
+    assert "program.md was changed: no model reads it, and it is committed with the next experiment" in said
+    assert "Try depth." in project.git("show", "autoresearch/t:program.md")
+    check(project)
 
 
 @pytest.mark.parametrize("how", ["git mv program.md goals.md", "git rm -q program.md", "rm program.md"])

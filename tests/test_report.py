@@ -457,6 +457,28 @@ def test_without_matplotlib_the_table_comes_and_a_sentence_says_how_to_get_the_p
     assert not (tmp_path / "progress.png").exists()
 
 
+def test_the_picture_of_a_file_lies_beside_it_and_leaves_the_night_s_own_alone(tmp_path, no_alarm):
+    pytest.importorskip("matplotlib")
+    (tmp_path / "five.tsv").write_text(FIVE)
+    console = Console(file=io.StringIO(), width=200)
+    assert loop.report(tmp_path, "", str(tmp_path / "five.tsv"), console) == 0
+    assert f"picture: {tmp_path}/five.png" in console.file.getvalue()
+    assert (tmp_path / "five.png").exists() and not (tmp_path / "progress.png").exists()
+
+
+def test_the_report_says_why_the_latest_crashed():
+    lines = [f"{n}\tnan\t0.0\tcrash\tidea {n} [out of memory]" for n in range(9)]
+    out = screen(read("commit\tval_bpb\tmemory_gb\tstatus\tdescription\n" + "\n".join(lines)))
+    told = out.partition("of those that crashed:")[2]
+    assert told.count("[out of memory]") == loop.LATEST and "idea 8" in told and "idea 0" not in told
+    assert "of those that crashed" not in screen(night(("keep", [1.0], "")))
+
+
+def test_a_report_and_an_audit_are_two_commands():
+    with pytest.raises(SystemExit):
+        loop.parse_arguments(["--report", "--audit"])
+
+
 def test_the_picture_is_drawn_beside_the_log_and_git_ignores_it(branch):
     pytest.importorskip("matplotlib")
     out = branch.run("--report", PYTHONPATH="")

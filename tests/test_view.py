@@ -343,6 +343,7 @@ def test_the_last_picture_and_what_was_said_stay_when_the_night_ends(project, se
     )
     code, after = terminal.end()
     assert code == 0 and after.index("reply refused") < after.index("autoresearch/t  ·  local-model")
+    assert after.count("reply refused") == 1
     assert re.search(r"keep +1\.0578.* -0\.0078\+-0\.000\d  twice the \[width\]", after)
     assert "2 experiments, 1 kept" in after and "results.tsv on" in after
     assert (
