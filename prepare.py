@@ -1278,6 +1278,8 @@ def reaches_outside(source, imports=IMPORTS, rule=RULE):
         return ""
     except RecursionError:
         return "line 1, code that is nested too deeply to be checked"
+    except (SyntaxError, ValueError) as error:
+        return f"it doesn't compile: {error}"  # with its line
 
 
 def _closed(name):

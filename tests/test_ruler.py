@@ -896,6 +896,11 @@ def test_what_reaches_outside_is_named_before_it_runs(source, found):
     assert sentence.startswith("line ") and found in sentence and sentence.endswith("public names alone")
 
 
+@pytest.mark.parametrize("source", [b"x = 1\nx = (", b"x = 1\n\0", b"# -*- coding: none -*-"])
+def test_what_does_not_compile_is_a_sentence_too(source):
+    assert prepare.reaches_outside(source).startswith("it doesn't compile: ")
+
+
 INSIDE = [
     "import torch\nfrom torch import nn\nimport torch.nn.functional as F\nfrom torch.nn.attention.flex_attention import flex_attention",
     "class A:\n    def __init__(self):\n        super().__init__()\n        self._kept = None\n        self.register_buffer('x', 1)",
