@@ -702,13 +702,16 @@ def gain_of(changes):
 def night_gain(rows, sign):
     """(the gain of what was kept after the baseline, luck taken off; its standard error).
 
-    What the baseline lost by bad luck on a seed, every better file wins back there: so the error is at least
-    that of the best file's gain over the baseline from seed to seed.
+    What the baseline lost by bad luck on a seed, every better file wins back there, and most edits ran on
+    the first seed alone: so where the baseline and the best file share several, their mean difference counts.
     """
     kept = [row for row in rows if row.status == "keep" and row.runs]
-    gain, error = gain_of([(-sign * row.change, row.error) for row in kept[1:]])
-    gains = [one - other for one, other in zip(kept[0].runs, kept[-1].runs, strict=False)]
-    return gain, max(error, stdev(gains) / math.sqrt(len(gains))) if gains[1:] else error
+    changes = [-sign * row.change for row in kept[1:]]
+    gain, error = gain_of(list(zip(changes, (row.error for row in kept[1:]), strict=True)))
+    gains = [sign * (one - other) for one, other in zip(kept[0].runs, kept[-1].runs, strict=False)]
+    if gains[1:]:
+        gain, error = fmean(gains) - sum(changes) + gain, max(error, stdev(gains) / math.sqrt(len(gains)))
+    return gain, error
 
 
 def noise_in(rows):

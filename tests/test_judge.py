@@ -199,13 +199,18 @@ def test_the_nights_gain_is_of_what_was_kept_after_the_baseline_in_the_direction
     assert loop.night_gain(higher, -1) == loop.night_gain(rows, 1)
 
 
-def test_a_baseline_s_bad_luck_on_a_seed_is_in_the_error_of_the_nights_gain():
+def test_a_baseline_s_bad_luck_on_a_seed_is_no_gain_where_the_best_file_ran_on_others_too():
     """As in tests/night/longer.tsv, whose audit found 0.0573 less than the sum of its gains."""
     first, best = kept(math.nan, math.nan, runs=(1.876, 1.806, 1.809)), kept(-0.2, runs=(1.605, 1.624))
     gain, error = loop.night_gain([first, kept(-0.05), best], 1)
-    assert gain == pytest.approx(0.25) and error == pytest.approx((0.271 - 0.182) / 2)
+    assert gain == pytest.approx((0.271 + 0.182) / 2) and error == pytest.approx((0.271 - 0.182) / 2)
+    edge = kept(-1.4 * NOISE)  # kept at the limit: its luck is taken off all the same
+    assert loop.night_gain([first, edge, best], 1)[0] < gain - 0.7 * NOISE
+    first.runs, best.runs = [-run for run in first.runs], [-run for run in best.runs]
+    assert loop.night_gain([first, kept(0.05), kept(0.2, runs=best.runs)], -1) == pytest.approx((gain, error))
     first.runs = [1.876]  # one seed says nothing of others
-    assert loop.night_gain([first, kept(-0.05), best], 1)[1] == pytest.approx(NOISE * 2**0.5)
+    gain, error = loop.night_gain([first, kept(-0.05), best], 1)
+    assert gain == pytest.approx(0.25) and error == pytest.approx(NOISE * 2**0.5)
 
 
 def test_the_noise_that_is_told_is_of_one_difference_whatever_the_last_discarded_row_had_of_runs():
