@@ -127,6 +127,7 @@ CLEAR = 2  # standard errors by which a change is clear of the noise
 ODD = 3  # standard errors by which a machine's runs are off, before a report names it; and runs that it needs
 
 FIRST_STEP = 0.4  # of the search: a constant is multiplied by e ** 0.4, about 1.5
+GOLDEN = 0.618  # wide steps are 0.4, 0.61, 0.47, 0.72, ...: by the golden ratio none comes again
 MAX_MOVES = 8  # of one constant that are skipped because they were tried
 HISTORY_KEEPS, HISTORY_OTHERS, NEAR_MISSES, MAX_LESSONS = 40, 20, 5, 20  # lines in the prompt, at most
 LATEST = 4  # runs that the prompt shows with the end of their log
@@ -497,22 +498,28 @@ MOVE = re.compile(rf"search: (\S+) {NUMBER} -> {NUMBER}")
 
 def next_step(moves):
     """(direction, size) of a constant's next step, from its (went up, status) so far: a step that wins is
-    repeated, one that loses is tried the other way, and when both ways lost the step is halved."""
-    direction, step, lost = 1, FIRST_STEP, 0
+    repeated, one that loses is tried the other way, and when both ways lost the step is halved.
+
+    Where both were `even`, equal within the noise, smaller steps would tell nothing: the next ones are wide
+    again, and of another size, as other constants have changed since.
+    """
+    direction, lost, even, halved, rounds = 1, 0, 0, 0, 0
     for up, status in moves:
         # After a win the value before it counts as the other way, lost.
         lost = 1 if status == "keep" else lost + 1
+        even = even + 1 if status == "even" else 0
         direction = 1 if up == (status == "keep") else -1
         if lost == 2:
-            step, lost = step / 2, 0
-    return direction, step
+            halved, rounds = (0, rounds + 1) if even >= 2 else (halved + 1, rounds)
+            lost = even = 0
+    return direction, FIRST_STEP * 2 ** (rounds * GOLDEN % 1 - halved)
 
 
 def search_step(source, history, tried, fixed=()):
     """(description, source) of the pattern search's next step, or None when nothing new is left.
 
-    history: (description, status) of the experiments in their order, `running` among them; tried: hashes of
-    code. What won goes on at once; else the constant that was moved least is next.
+    history: (description, status) of the experiments in their order, `running` and `even` among them; tried:
+    hashes of code. What won goes on at once; else the constant that was moved least is next.
     """
     moves = {}
     for description, status in history:
@@ -569,6 +576,11 @@ class Row:
         digits = 6 if round(self.error, 6) < 0.0001 else 4
         change = round(self.change, digits) + 0.0  # never -0.0000
         return "" if math.isnan(change) else f"{change:+.{digits}f}+-{self.error:.{digits}f}"
+
+    @property
+    def came_to(self):
+        """Its status; `even` where it wasn't kept and was equal within the noise."""
+        return "even" if self.status == "discard" and abs(self.change) <= self.error else self.status
 
 
 def header(metric):
@@ -2520,7 +2532,7 @@ class Session:
                 return experiment
         begun = [*ledger.ended(), *ledger.unfinished()]
         begun = [one for one in begun if one.trailers.get("Model") == "search"]  # a model may copy the form
-        moves = [(one.description, one.row.status if one.row else "running") for one in begun]
+        moves = [(one.description, one.row.came_to if one.row else "running") for one in begun]
         step = search_step(ledger.source, moves, ledger.tried(), self.facts.get("fixed", ()))
         return step and ledger.begin(step[1], self.program, step[0], "", {"Model": "search"})
 

@@ -155,6 +155,35 @@ def test_a_step_that_wins_is_repeated_one_that_loses_tried_the_other_way_and_bot
     assert loop.next_step(past) == next_one
 
 
+def test_where_both_ways_were_even_the_next_steps_are_wide_again_and_of_another_size():
+    even = [(True, "even"), (False, "even")]
+    assert loop.next_step(even) == (UP, pytest.approx(FIRST * 2**0.618))
+    assert loop.next_step([*even, (True, "discard"), (False, "even")])[1] == pytest.approx(FIRST * 2**-0.382)
+    assert loop.next_step([(True, "keep"), (True, "even")])[1] == FIRST / 2  # what it came from is worse
+    assert loop.next_step([(True, "discard"), (False, "even")])[1] == FIRST / 2
+
+
+def test_in_a_night_of_noise_no_step_is_smaller_than_what_can_be_seen():
+    """Without it, in the second hour of a night all steps were of a percent or less, and all rows were even."""
+    noise, rng, source, history, tried = 0.002, random.Random(0), "RATE = 1.3\n", [], set()
+    for _ in range(60):
+        description, new = loop.search_step(source, history, tried)
+        tried.add(loop.code_hash(new))
+        worse = loop.math.log(names_of(new).RATE / 1.3) ** 2 / 10 + rng.gauss(0, noise)
+        history.append((description, "even" if worse < noise else "discard"))
+    values = [names_of(f"RATE = {move.split()[-1]}").RATE for move in moves(history)]
+    far = [abs(loop.math.log(value / 1.3)) for value in values]
+    assert min(far) > 0.02 and len({*values}) == 60 and sum(step > 0.3 for step in far) > 10
+
+
+def test_what_is_even_the_row_says():
+    def came(change, error, status="discard"):
+        return loop.Row("1234567", 1.0, 1.0, status, "an idea", change, error).came_to
+
+    assert came(0.001, 0.002) == came(-0.001, 0.001) == "even" and came(0.003, 0.002) == "discard"
+    assert came(-0.001, 0.002, "keep") == "keep" and came(loop.math.nan, loop.math.nan, "crash") == "crash"
+
+
 def test_one_constant_walks_to_where_it_is_best():
     history = steps("RATE = 0.02\n", lambda names: abs(names.RATE - 0.1))
     assert moves(history)[:6] == [
