@@ -79,9 +79,9 @@ MEMORY_SHARE = 0.85  # of the machine's memory, for all runs together
 ORPHAN_SECONDS = 2  # for a worker to notice that its loop is gone, and to end its run
 BEAT = 3  # seconds after which a worker on another machine that has heard nothing speaks, and is answered
 SILENCE = 20  # seconds without a word from another machine, after which the other side is taken for lost
-LOST = 0.25  # of a machine's failure: a node that is lost during a run; hardly ever by the experiment's fault
+LOST = 0.25  # what a node that is lost in a run counts of a machine's failure: rarely the edit's fault
 LOG_BYTES = 100e6  # a run that prints more is stopped
-LOG_TAIL = 65_536  # bytes of its end that are read
+LOG_TAIL = 65_536  # bytes that are read of a log's end
 CACHE_BYTES = 2e9  # limit of the branch's compile cache: its oldest files go
 MAX_FOLDERS = 300  # of experiments that are kept, code and log
 MIN_FREE = 3e8  # bytes of disk: with less, old folders go and the loop waits; with half of it, a run ends
@@ -123,14 +123,14 @@ SIMPLER = 0.02  # share of the file that an edit must take out to be kept at an 
 TEXT_NODE = 5  # characters of a string that weigh as much as one node of the syntax tree: text can be code
 AUDIT_SEEDS = range(900_000_000, 900_000_005)  # which no experiment had
 STUDENT = 12.71, 4.30, 3.18, 2.78  # standard errors of half a 95 % interval, at 1, 2, ... degrees of freedom
-CLEAR = 2  # standard errors by which a change is clear of the noise
-ODD = 3  # standard errors by which a machine's runs are off, before a report names it; and runs that it needs
+CLEAR_ERRORS = 2  # standard errors by which a change is clear of the noise
+ODD = 3  # standard errors by which a machine's runs are off, and runs, before a report names it
 
 FIRST_STEP = 0.4  # of the search: a constant is multiplied by e ** 0.4, about 1.5
 GOLDEN = 0.618  # wide steps are 0.4, 0.61, 0.47, 0.72, ...: by the golden ratio none comes again
 MAX_MOVES = 8  # of one constant that are skipped because they were tried
 HISTORY_KEEPS, HISTORY_OTHERS, NEAR_MISSES, MAX_LESSONS = 40, 20, 5, 20  # lines in the prompt, at most
-LATEST = 4  # runs that the prompt shows with the end of their log
+LATEST = 4  # experiments that the prompt shows in full, crashes with the end of their log
 STUCK = 10  # experiments in a row that were not kept: then the prompt says so
 TAIL_CHARS = 3000  # of a failed run's log, in the prompt and on the screen
 COLUMNS = "commit METRIC memory_gb status description change runs llm_tokens finished"
@@ -505,7 +505,7 @@ def next_step(moves):
     """
     direction, lost, even, halved, rounds = 1, 0, 0, 0, 0
     for up, status in moves:
-        # After a win the value before it counts as the other way, lost.
+        # After a win the way back counts as lost.
         lost = 1 if status == "keep" else lost + 1
         even = even + 1 if status == "even" else 0
         direction = 1 if up == (status == "keep") else -1
@@ -519,7 +519,7 @@ def search_step(source, history, tried, fixed=()):
     """(description, source) of the pattern search's next step, or None when nothing new is left.
 
     history: (description, status) of the experiments in their order, `running` and `even` among them; tried:
-    hashes of code. What won goes on at once; else the constant that was moved least is next.
+    hashes of code. The last winner moves again first; then the constant that was moved least.
     """
     moves = {}
     for description, status in history:
@@ -527,12 +527,12 @@ def search_step(source, history, tried, fixed=()):
             before, after = (ast.literal_eval(text) for text in match.groups()[1:])
             moves.setdefault(match[1], []).append((after > before, status))
 
-    def turn(one):
+    def order(one):
         past = moves.get(one[0], [])
         last = past[-1][1] if past else ""
         return last == "running", last != "keep", len(past)
 
-    for label, node in sorted(constants(source, fixed), key=turn):
+    for label, node in sorted(constants(source, fixed), key=order):
         past = moves.get(label, [])
         for _ in range(MAX_MOVES):
             direction, step = next_step(past)
@@ -685,10 +685,10 @@ def effect_of(differences, noise):
 
 
 def judge(differences, noise, size):
-    """`keep`, `discard` or `again` (run it on another seed), by the sum of its gains in noises: what decides.
+    """`keep`, `discard` or `again` (run it on another seed), by the sum of the gains in units of the noise.
 
-    differences: parent minus candidate on each seed, a gain is positive; noise: the deviation of one; size:
-    by what share the edit makes the file larger. A clearly smaller one may be equal, but never worse.
+    differences: what was gained on each seed, a loss is negative; noise: the deviation of one difference;
+    size: by what share the edit makes the file larger. A clearly smaller one may be equal, but never worse.
     """
     runs, simpler = len(differences), size <= -SIMPLER
     gain = runs * (effect_of(differences, noise) / noise - SIZE_PRICE * max(size, 0))
@@ -703,7 +703,8 @@ def gain_of(changes):
     """(a night's gain corrected for selection, its standard error), from (gain, error) of each kept edit.
 
     What is kept because it looked good is worse than it looked, the more the nearer it was to the limit:
-    by the mean of a normal deviation that is cut off there.
+    by the mean of a normal deviation that is cut off there. After a second run the limit is lower: so a little
+    too much is taken off.
     """
     normal = NormalDist()
     above = [(error, max(gain / error, 0) - CLEAR_GAIN) for gain, error in changes if error > 0]
@@ -798,16 +799,16 @@ def history(rows, best, noise, facts):
         f"A line says how an experiment changed {metric} of the file that it edited, and the standard error.",
         f"On one seed a change is off by about {noise:.4f} (one standard deviation).",
         f"\nKept, in order, the last {HISTORY_KEEPS} at most:",
-        *map(told, keeps[-HISTORY_KEEPS:]),
+        *map(prompt_line, keeps[-HISTORY_KEEPS:]),
         "\nNear misses (not kept):",
-        *map(told, measured[:NEAR_MISSES]),
+        *map(prompt_line, measured[:NEAR_MISSES]),
         "\nLatest not kept:",
-        *map(told, others[-HISTORY_OTHERS:]),
+        *map(prompt_line, others[-HISTORY_OTHERS:]),
     )
     return "\n".join(lines)
 
 
-def told(row):
+def prompt_line(row):
     """A row as a line of the prompt."""
     change = row.effect().replace("+-", " +-") or ("crash" if row.status == "crash" else f"{row.value:.6f}")
     return f"  {change:16}  {row.description}"
@@ -1195,7 +1196,6 @@ class Ledger:
 # ------------------------------------------------------------------------- the worker: one run after another
 
 RESULT = re.compile(r"^result: ([0-9a-f]{64}) (\{.*\})$", re.MULTILINE)
-PERCENT = re.compile(r"(\d{1,3}(?:\.\d+)?) ?%")
 
 
 class Orphaned(BaseException):
@@ -1361,9 +1361,9 @@ def kill_descendants():
         time.sleep(0.01)
 
 
-def excess(log, most_memory):
-    """Why a run takes more than it may; empty if it doesn't. Not by limits of the kernel, where one for
-    memory counts addresses, which CUDA needs plenty of, and one for processes counts the user's."""
+def over_limit(log, most_memory):
+    """Which limit a run breaks; empty if none. Not by the kernel's limits: the one for memory counts
+    addresses, which CUDA needs plenty of, and the one for processes counts all of the user's."""
     found = descendants()
     if len(found) > MAX_PROCESSES:
         return f"stopped at {len(found)} processes; {MAX_PROCESSES} are the limit"
@@ -1507,7 +1507,7 @@ def watch(process, log, deadline, job, tell):
             process.wait(min(1, left))
             break
         tell(line=one_line(end_of(log).rstrip().rpartition("\n")[2]))
-        if reason := excess(log, job["memory"]):
+        if reason := over_limit(log, job["memory"]):
             return reason
     else:
         return ""  # it may have printed its result all the same
@@ -1519,8 +1519,8 @@ def watch(process, log, deadline, job, tell):
     return ""
 
 
-def differences(was, now, names):
-    """Which of these facts were known to be others, in words; empty where none was."""
+def changed_facts(was, now, names):
+    """Which of these facts have changed, in words; empty where none has."""
     changed = (name for name in names if was.get(name, now[name]) != now[name])
     return "; ".join(f"{name} was {was[name]} and is {now[name]}" for name in changed)
 
@@ -1530,7 +1530,7 @@ def why_no_cage(job, facts):
     if not shutil.which("bwrap"):
         return "bwrap (bubblewrap) is not installed"
     inside = run_job(job | {"facts": facts, "caged": True, "probe": True}, print)["facts"]
-    changed = inside if isinstance(inside, str) else differences(facts, inside, SAME)
+    changed = inside if isinstance(inside, str) else changed_facts(facts, inside, SAME)
     return changed and f"behind bwrap {changed}"
 
 
@@ -1556,7 +1556,7 @@ def run_for_another(job, tell):
     try:
         here = job.get("here") or ask_here(job, tell)
         facts, why = here["facts"], here["why"]
-        if differ := differences(job["facts"], facts, SAME):
+        if differ := changed_facts(job["facts"], facts, SAME):
             raise Stop(differ)
         if why and job["sandbox"] == "require":
             raise Stop(f"no sandbox: {why}")
@@ -1811,8 +1811,7 @@ def as_unicode(text):
 
 
 def backoff(failed):
-    """Seconds to wait after so many failures before the last one: doubled from the first of WAITS up to the
-    second."""
+    """Seconds to wait after a failure, when so many tries before it failed: doubled each time, see WAITS."""
     return min(WAITS[0] * 2**failed, WAITS[1])
 
 
@@ -1996,6 +1995,9 @@ class Proposal:
 # ------------------------------------------------------------------------------------------------- the view
 
 
+PERCENT = re.compile(r"(\d{1,3}(?:\.\d+)?) ?%")
+
+
 @dataclass
 class Run:
     """A run on a device, as the view shows it."""
@@ -2051,7 +2053,7 @@ class View:
     def draw(self, spare=0):
         """The view in a window of this size: title, rows, what was said, the devices, the totals."""
         width, height = self.console.width - 1, max(self.console.height - spare, 1)
-        below = [(self.state(name, run), "bold" if run else "") for name, run in [*self.runs.items()]]
+        below = [(self.device_line(name, run), "bold" if run else "") for name, run in [*self.runs.items()]]
         below += [(text, "") for text in (self.now, *self.totals()) if text]
         room = max(height - len(below) - 1, 0)
         latest = max(len(self.said) - max(min(room // 4, 6), room - len(self.rows)), 0)
@@ -2061,7 +2063,7 @@ class View:
         lines = [(self.title, "bold"), *rows, *said, *below][-height:]
         return Group(*(Text(text[:width], style, no_wrap=True, overflow="crop") for text, style in lines))
 
-    def state(self, name, run):
+    def device_line(self, name, run):
         """The line of a device: how far its run is, what it is, and what it last said."""
         if not run:
             return f"{name}  free"
@@ -2130,7 +2132,7 @@ class Report:
         """Lines of these rows, green where a change is clear of the noise."""
         for number in numbers:
             row = self.rows[number]
-            clear = "clear" if self.gain(number) > CLEAR * row.error else ""
+            clear = "clear" if self.gain(number) > CLEAR_ERRORS * row.error else ""
             line = f"{number:5}  {row.commit[:8]}  {clear:5}  {shown(row)}"
             yield Text(line, "green" if clear else "")
 
@@ -2157,8 +2159,8 @@ class Report:
         if tokens := sum(row.llm_tokens for row in rows):
             lines.append(f"{tokens:,} tokens")
         lines += self.nodes
-        lines.append(f"clear: by more than {CLEAR} standard errors; of a row, git show COMMIT is the edit,")
-        lines.append("and runs/NUMBER-COMMIT/ has the logs")
+        lines.append(f"clear: by more than {CLEAR_ERRORS} standard errors")
+        lines.append("of a row: git show COMMIT is the edit, runs/NUMBER-COMMIT/ has the logs")
         yield Text("\n".join(lines))
 
     def paint(self, path):
@@ -2310,7 +2312,7 @@ class Session:
         status = self.git("status", "--porcelain", "--ignored", "--", *looked_at).splitlines()
         if changed := ", ".join(line[3:] for line in status):
             raise Stop(
-                f"{changed}: missing, or not committed as it is: to what would the results belong? Commit it"
+                f"{changed}: missing, or not committed as it is; commit it, as results belong to a version"
             )
         self.check_committed(*names, "program.md")
         if begun:
@@ -2373,7 +2375,7 @@ class Session:
         now = {"code": hashlib.sha256(code).hexdigest()[:12], "budget": self.budget}
         now |= {name: facts[name] for name in SAME}
         self.noted = now | {name: began.get(name, facts[name]) for name in ("noise", "settings")}
-        if differ := differences(began, now, now):
+        if differ := changed_facts(began, now, now):
             other = f"{ledger.name} was measured with another ruler ({differ})"
             raise Stop(f"{other}; go back, or begin anew: --tag")
         self.sign = self.view.sign = direction(facts)
@@ -2482,7 +2484,7 @@ class Session:
             commit, parent = experiment.commit, experiment.parent
             seed = len(self.ledger.results_of(commit))
             if not parent:  # twice on seed 0: all later runs do as much as the clock gave the first one
-                yield commit, 0, "warm"
+                yield commit, 0, "warm"  # its value doesn't count, only how much it did in its time
                 if (commit, 0, "warm") in self.ledger.results:  # 1 and 2 where a device is free
                     yield from ((commit, seed, "val") for seed in range(MAX_RUNS))
             elif (parent, seed, "val") not in self.ledger.results:
@@ -2742,7 +2744,7 @@ class Session:
     def machine_failed(self, result):
         """Whether a run failed by the machine and not by its code: are the ruler's facts still the same?"""
         facts = result.get("facts", self.facts)
-        return result.get("machine") or isinstance(facts, str) or differences(facts, self.facts, SAME)
+        return result.get("machine") or isinstance(facts, str) or changed_facts(facts, self.facts, SAME)
 
     def take(self, key, result):
         """A finished run: noted, or to be made again where the machine failed."""
@@ -2988,7 +2990,7 @@ def parse_arguments(words=None):
     how = dict(action="append", default=[])
     meaning = "runs elsewhere: what starts a command there, as 'ssh -T box' (MANUAL, Many machines)"
     option("--launch", type=shlex.split, metavar="PREFIX", help=meaning, **how)
-    meaning = "so many at once, by the --launch that it belongs to (1)"
+    meaning = "runs at once by the --launch before it (1)"
     option("--at-once", type=positive, metavar="N", help=meaning, **how)
     option("--offline", action="store_true", help="no LLM: a pattern search over the file's constants")
     either = parser.add_mutually_exclusive_group().add_argument
@@ -2996,7 +2998,7 @@ def parse_arguments(words=None):
     either("--report", nargs="?", const="", metavar="FILE", help=meaning)
     meaning = "run baseline and best again, on fresh seeds and unseen data"
     either("--audit", action="store_true", help=meaning)
-    meaning = "runs behind bwrap: where it works, or stop, or never"
+    meaning = "cage runs by bwrap: where it works; or stop; or never"
     option("--sandbox", choices=("auto", "require", "off"), default="auto", help=meaning)
     return parser.parse_args(words)
 
