@@ -540,7 +540,10 @@ def search_step(source, history, tried, fixed=()):
             new = with_constant(source, node, value)
             if value != node.value and code_hash(new) not in tried:
                 return f"search: {label} {node.value!r} -> {value!r}", new
-            past = [*past, (direction > 0, "discard")]
+            past = [
+                *past,
+                (direction > 0, "even" if value == node.value else "discard"),
+            ]  # too small, or tried
 
 
 # ------------------------------------------------------------------------------------ rows and the judgement
@@ -703,8 +706,8 @@ def gain_of(changes):
     """(a night's gain corrected for selection, its standard error), from (gain, error) of each kept edit.
 
     What is kept because it looked good is worse than it looked, the more the nearer it was to the limit:
-    by the mean of a normal deviation that is cut off there. After a second run the limit is lower: so a little
-    too much is taken off.
+    by the mean of a normal deviation that is cut off there. After a second run the limit is lower: so this
+    takes a little too much off.
     """
     normal = NormalDist()
     above = [(error, max(gain / error, 0) - CLEAR_GAIN) for gain, error in changes if error > 0]
@@ -716,14 +719,18 @@ def night_gain(rows, sign):
     """(the gain of what was kept after the baseline, luck taken off; its standard error).
 
     What the baseline lost by bad luck on a seed, every better file wins back there, and most edits ran on
-    the first seed alone: so where the baseline and the best file share several, their mean difference counts.
+    the first seed alone. So up to the last kept file that ran on several, its mean difference to the baseline
+    counts, on the seeds that both have. The luck of what led there is then in one of these seeds alone.
     """
     kept = [row for row in rows if row.status == "keep" and row.runs]
-    changes = [-sign * row.change for row in kept[1:]]
-    gain, error = gain_of(list(zip(changes, (row.error for row in kept[1:]), strict=True)))
-    gains = [sign * (one - other) for one, other in zip(kept[0].runs, kept[-1].runs, strict=False)]
+    changes = [(-sign * row.change, row.error) for row in kept[1:]]
+    gain, error = gain_of(changes)
+    at = max((n for n, row in enumerate(kept) if len(row.runs) > 1), default=0)
+    gains = [sign * (one - other) for one, other in zip(kept[0].runs, kept[at].runs, strict=False)]
     if gains[1:]:
-        gain, error = fmean(gains) - sum(changes) + gain, max(error, stdev(gains) / math.sqrt(len(gains)))
+        added, (corrected, _) = sum(change for change, _ in changes[:at]), gain_of(changes[:at])
+        gain += fmean(gains) - corrected - (added - corrected) / len(gains)
+        error = max(error, stdev(gains) / math.sqrt(len(gains)))
     return gain, error
 
 
@@ -775,10 +782,10 @@ def audit_report(pairs, first, best, rows, sign):
     half = STUDENT[len(gains) - 2] * stdev(gains) / math.sqrt(len(gains))
     middle, (gain, error) = fmean(gains), night_gain(rows, sign)
     verdict = "" if middle > half else ": it is worse" if middle < -half else ": it may be no gain at all"
-    if not verdict and abs(middle - gain) > half:
+    if not verdict and abs(middle - gain) > math.hypot(half, CLEAR_ERRORS * error):
         verdict = f": real, but {'less' if middle < gain else 'more'} than the night's own figure"
     return (
-        f"baseline {first.commit}, best {best.commit} ({counts(rows)}), {len(gains)} new seeds, unseen text:",
+        f"baseline {first.commit}, best {best.commit} ({counts(rows)}), {len(gains)} new seeds, unseen data:",
         f"baseline {fmean(b for b, _ in pairs):.4f}, best {fmean(a for _, a in pairs):.4f}",
         f"audited gain {middle:.4f}, 95 % interval {middle - half:.4f} to {middle + half:.4f}{verdict}",
         f"the night's own figures: {sign * (first.value - best.value):.4f} by its rows, "
@@ -837,7 +844,7 @@ class Git:
     START = "git init && git add -A && git commit -m start"
 
     def __init__(self, folder):
-        self.folder, self.place, self.modes = folder, {}, {}
+        self.folder, self.place = folder, {}
         try:
             places = self("rev-parse", "--show-prefix", "--absolute-git-dir", "--show-toplevel")
         except subprocess.CalledProcessError as error:
@@ -904,15 +911,15 @@ class Git:
     def commit(self, parents, files, message):
         """The hash of a new commit: the first parent's tree with `files` ({name: text}) in it."""
         files = {self.prefix + name: text for name, text in files.items()}
-        for path in files.keys() - self.modes.keys():
-            self.modes[path] = self("ls-tree", "--full-tree", parents[0], "--", path)[:6] or "100644"
+        listed = self("ls-tree", "-z", "--full-tree", parents[0], "--", *files).split("\0")
+        modes = {line.partition("\t")[2]: line[:6] for line in listed}
         ref = f"refs/autoresearch/new-{os.getpid()}"  # fast-import wants one; it is never written
         who = "autoresearch <autoresearch@localhost>"
         lines = [f"commit {ref}", "mark :1", f"committer {who} now", as_data(message)]
         lines += [f"{word} {parent}" for word, parent in zip(("from", "merge"), parents, strict=False)]
         for path, text in files.items():
             name = json.dumps(path, ensure_ascii=False)
-            lines += [f"M {self.modes[path]} inline {name}", as_data(text)]
+            lines += [f"M {modes.get(path, '100644')} inline {name}", as_data(text)]
         lines += ["get-mark :1", f"reset {ref}", f"from {'0' * len(parents[0])}", ""]
         return self("fast-import", "--quiet", "--date-format=now", stdin="\n".join(lines)).strip()
 
@@ -1185,7 +1192,9 @@ class Ledger:
             ours = [one.commit for one in reversed(ended) if one.row.status == "keep"][:2]
             for one in ended[-1:]:
                 ours += [one.commit, *filter(git.find, {one.first} - {one.commit})]
-            follows = self.edits in behind and not all(git.differs(one, self.edits) for one in ours)
+            text = read_text(folder / self.edits)
+            same = (text == self.source_of(one) or not git.differs(one, self.edits) for one in ours)
+            follows = self.edits in behind and any(same)
             for name in [self.edits] * follows + ["results.tsv"]:
                 replace_file(folder / name, git("cat-file", "--filters", f"{self.ref}:{git.prefix}{name}"))
         with contextlib.suppress(subprocess.CalledProcessError):  # the index is held: the next row's turn
@@ -2160,7 +2169,6 @@ class Report:
             lines.append(f"{tokens:,} tokens")
         lines += self.nodes
         lines.append(f"clear: by more than {CLEAR_ERRORS} standard errors")
-        lines.append("of a row: git show COMMIT is the edit, runs/NUMBER-COMMIT/ has the logs")
         yield Text("\n".join(lines))
 
     def paint(self, path):
@@ -2233,13 +2241,17 @@ def read_report(folder, tag, file):
 def report(folder, tag, file, console):
     """The morning after, or any time before it: the table, then the picture."""
     night = read_report(folder, tag, file)
-    path = Path(file).with_suffix(".png") if file else folder / "progress.png"
+    path = Path(f"{file}.png") if file else folder / "progress.png"
     console.print(*night.render(), sep="\n", soft_wrap=True)
+    if not file:
+        console.print("of a row: git show COMMIT is the edit, runs/*-COMMIT/ has the logs")
     try:
         night.paint(path)
         painted = f"picture: {path}"
     except ImportError:
         painted = "no picture: matplotlib is missing; run: pip install -e '.[plot]'"
+    except OSError as error:
+        painted = f"no picture: {explain(error)}"
     console.print(Text(painted), soft_wrap=True)
     return 0
 
@@ -2460,7 +2472,7 @@ class Session:
         self.view.title = f"{ledger.name}  ·  {who}  ·  {used} x {self.facts['device']}"
         self.say(self.view.title, seen=True)
         plan = f"{3600 / self.budget * used:.0f} or more experiments an hour"
-        audit = f"{2 * len(AUDIT_SEEDS)} runs on new seeds and unseen text"
+        audit = f"{2 * len(AUDIT_SEEDS)} runs on new seeds and unseen data"
         self.say(audit if self.compared else plan)
         self.say(f"a run takes at most {self.budget:g} s, on {', '.join(self.devices)}; --devices chooses")
         if self.model:
@@ -2597,8 +2609,6 @@ class Session:
 
     def steer(self):
         """program.md as it is now; what was made under an earlier one and hasn't begun is dropped."""
-        if read_text(self.folder / "program.md") == self.program:
-            return  # the rule, and without a process of git
         program = self.ledger.program() or self.program
         if program != self.program:
             heard = "the next idea follows it" if self.model else "no model reads it"

@@ -1278,7 +1278,7 @@ def reaches_outside(source, imports=IMPORTS, rule=RULE):
         return ""
     except RecursionError:
         return "line 1, code that is nested too deeply to be checked"
-    except (SyntaxError, ValueError) as error:
+    except (SyntaxError, ValueError, MemoryError) as error:
         return f"it doesn't compile: {error}"  # with its line
 
 

@@ -205,7 +205,9 @@ def test_a_baseline_s_bad_luck_on_a_seed_is_no_gain_where_the_best_file_ran_on_o
     gain, error = loop.night_gain([first, kept(-0.05), best], 1)
     assert gain == pytest.approx((0.271 + 0.182) / 2) and error == pytest.approx((0.271 - 0.182) / 2)
     edge = kept(-1.4 * NOISE)  # kept at the limit: its luck is taken off all the same
-    assert loop.night_gain([first, edge, best], 1)[0] < gain - 0.7 * NOISE
+    assert loop.night_gain([first, edge, best], 1)[0] < gain - 0.7 * NOISE / 2
+    later = kept(-0.01)  # on one seed alone: what it added is added
+    assert loop.night_gain([first, kept(-0.05), best, later], 1) == pytest.approx((gain + 0.01, error))
     first.runs, best.runs = [-run for run in first.runs], [-run for run in best.runs]
     assert loop.night_gain([first, kept(0.05), kept(0.2, runs=best.runs)], -1) == pytest.approx((gain, error))
     first.runs = [1.876]  # one seed says nothing of others

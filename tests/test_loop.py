@@ -382,6 +382,45 @@ def test_a_program_md_that_the_person_commits_in_mid_run_stays(plain):
     check(plain)
 
 
+def test_a_program_md_committed_on_the_branch_counts_though_another_one_is_checked_out(plain):
+    def commit():
+        plain.git("checkout", "--quiet", "main")
+        plain.git("worktree", "add", "--quiet", "../other", "autoresearch/t")
+        other = plain.folder.parent / "other"
+        (other / "program.md").write_text("# The goal\nTry depth.\n")
+        plain.git("-C", str(other), "commit", "--quiet", "-am", "other goals")
+
+    session = plain.night("--experiments", 3, replies=[BETTER, WORSE, LAYER], run=during(1, commit))
+    assert "program.md was changed" in session.output.getvalue()
+    assert "Try depth." in plain.git("show", "autoresearch/t:program.md")
+
+
+def test_a_mode_that_the_person_commits_in_mid_night_stays(plain):
+    def executable():
+        (plain.folder / "train.py").chmod(0o755)
+        plain.git("commit", "--quiet", "-am", "executable")
+
+    plain.night("--experiments", 3, replies=[BETTER, WORSE, LAYER], run=during(2, executable))
+    assert plain.git("ls-tree", "autoresearch/t", "train.py")[:6] == "100755" and plain.status() == ""
+
+
+def with_windows_line_ends(path):
+    path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n"))
+
+
+def as_a_link(path):
+    path.rename(path.with_name("mine.py"))
+    path.symlink_to("mine.py")
+
+
+@pytest.mark.parametrize("change", [with_windows_line_ends, as_a_link])
+def test_a_file_of_the_same_text_is_no_edit_of_the_persons_and_follows_the_branch(plain, change):
+    changes = during(1, lambda: change(plain.folder / "train.py"))
+    plain.night("--experiments", 3, replies=[WORSE, BETTER, LAYER], run=changes)
+    assert not any("your edit" in text for text in described(plain))
+    assert "\r" not in plain.read("train.py") and plain.git("diff", "--name-only") == ""
+
+
 def test_a_change_of_program_md_between_two_sessions_is_announced(plain):
     assert "program.md was changed" not in plain.night("--experiments", 1, replies=[BETTER]).output.getvalue()
     plain.write("program.md", "# The goal\nTry depth.\n")
@@ -545,7 +584,7 @@ def test_a_reply_that_comes_after_its_request_was_thrown_away_is_counted_and_not
 
     session = plain.night("--experiments", 2, replies=[BETTER, late, anew], run=during(1, steer))
     assert described(plain) == ["baseline", "twice the width", "a layer"]
-    assert "what was made ahead is dropped" in session.output.getvalue()
+    assert "program.md was changed" in session.output.getvalue()
     assert session.view.tokens == 300
     assert [row["llm_tokens"] for row in plain.rows()] == ["0", "100", "100"]
 

@@ -462,8 +462,19 @@ def test_the_picture_of_a_file_lies_beside_it_and_leaves_the_night_s_own_alone(t
     (tmp_path / "five.tsv").write_text(FIVE)
     console = Console(file=io.StringIO(), width=200)
     assert loop.report(tmp_path, "", str(tmp_path / "five.tsv"), console) == 0
-    assert f"picture: {tmp_path}/five.png" in console.file.getvalue()
-    assert (tmp_path / "five.png").exists() and not (tmp_path / "progress.png").exists()
+    assert f"picture: {tmp_path}/five.tsv.png" in console.file.getvalue()
+    assert (tmp_path / "five.tsv.png").exists() and not (tmp_path / "progress.png").exists()
+
+
+def test_where_a_picture_can_not_be_written_the_table_comes_all_the_same(tmp_path, no_alarm):
+    pytest.importorskip("matplotlib")
+    (tmp_path / "five.tsv").write_text(FIVE)
+    (tmp_path / "five.tsv.png").mkdir()
+    console = Console(file=io.StringIO(), width=200)
+    assert loop.report(tmp_path, "", str(tmp_path / "five.tsv"), console) == 0
+    assert (
+        "5 experiments" in console.file.getvalue() and "no picture: Is a directory" in console.file.getvalue()
+    )
 
 
 def test_the_report_says_why_the_latest_crashed():
