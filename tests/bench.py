@@ -279,7 +279,7 @@ def simulate(
     own = [0.0] * loop.MAX_RUNS if stays else experiments[0][1]
     truth, parent, made, used = 0.0, runs_of(0.0, own), 1, 1
     pairs, deviation = [], prior * pair
-    changes, false, tried = [], 0, 0
+    rows, false, tried = [loop.Row("", 0, 0, "keep", "", runs=parent[:1])], 0, 0
     while used < RUNS:
         tried += 1
         place, chance = experiments[tried]
@@ -294,6 +294,7 @@ def simulate(
             if used > RUNS:
                 break
             made = max(made, seed + 1)
+            rows[-1].runs = parent[:made]
             if bad_run and tried >= 20 and seed == 1:
                 candidate[1], bad_run = candidate[1] + bad_run, 0
             differences.append(parent[seed] - candidate[seed])
@@ -303,13 +304,14 @@ def simulate(
                 deviation = loop.noise_of(pairs, prior * pair)
             verdict = rule(differences, deviation, size)
         if verdict == "keep":
-            changes.append((loop.effect_of(differences, deviation), deviation / math.sqrt(len(differences))))
+            change = -loop.effect_of(differences, deviation), deviation / math.sqrt(len(differences))
+            rows.append(loop.Row("", 0, 0, "keep", "", *change, candidate[: len(differences)]))
             truth, parent, own, made = truth + effect, candidate, inherited, len(differences)
             false += effect >= 0
-    reported, error = loop.gain_of(changes)
-    measured = sum(gain for gain, _ in changes)
+    reported, error = loop.night_gain(rows, 1)
+    measured = -sum(row.change for row in rows[1:])
     learned = deviation / pair
-    return -truth, measured, reported, error, false, len(changes), tried, learned
+    return -truth, measured, reported, error, false, len(rows) - 1, tried, learned
 
 
 def deviation_of_pair(noise, share, stays=False):
