@@ -127,6 +127,7 @@ CLEAR_ERRORS = 2  # standard errors by which a change is clear of the noise
 ODD = 3  # standard errors by which a machine's runs are off, and runs, before a report names it
 
 FIRST_STEP = 0.4  # of the search: a constant is multiplied by e ** 0.4, about 1.5
+HALVINGS = 5  # of a step: to a hundredth, the last of the three digits that a constant has
 GOLDEN = 0.618  # wide steps are 0.4, 0.61, 0.47, 0.72, ...: by the golden ratio none comes again
 MAX_MOVES = 8  # of one constant that are skipped because they were tried
 HISTORY_KEEPS, HISTORY_OTHERS, NEAR_MISSES, MAX_LESSONS = 40, 20, 5, 20  # lines in the prompt, at most
@@ -500,8 +501,8 @@ def next_step(moves):
     """(direction, size) of a constant's next step, from its (went up, status) so far: a step that wins is
     repeated, one that loses is tried the other way, and when both ways lost the step is halved.
 
-    Where both were `even`, equal within the noise, smaller steps would tell nothing: the next ones are wide
-    again, and of another size, as other constants have changed since.
+    Where both were `even`, equal within the noise, or the step is the smallest, the next ones are wide again,
+    and of another size, as other constants have changed since.
     """
     direction, lost, even, halved, rounds = 1, 0, 0, 0, 0
     for up, status in moves:
@@ -510,7 +511,8 @@ def next_step(moves):
         even = even + 1 if status == "even" else 0
         direction = 1 if up == (status == "keep") else -1
         if lost == 2:
-            halved, rounds = (0, rounds + 1) if even >= 2 else (halved + 1, rounds)
+            wide = even == 2 or halved == HALVINGS
+            halved, rounds = (0, rounds + 1) if wide else (halved + 1, rounds)
             lost = even = 0
     return direction, FIRST_STEP * 2 ** (rounds * GOLDEN % 1 - halved)
 
@@ -540,10 +542,7 @@ def search_step(source, history, tried, fixed=()):
             new = with_constant(source, node, value)
             if value != node.value and code_hash(new) not in tried:
                 return f"search: {label} {node.value!r} -> {value!r}", new
-            past = [
-                *past,
-                (direction > 0, "even" if value == node.value else "discard"),
-            ]  # too small, or tried
+            past = [*past, (direction > 0, "discard")]
 
 
 # ------------------------------------------------------------------------------------ rows and the judgement

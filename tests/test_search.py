@@ -163,6 +163,12 @@ def test_where_both_ways_were_even_the_next_steps_are_wide_again_and_of_another_
     assert loop.next_step([(True, "discard"), (False, "even")])[1] == FIRST / 2
 
 
+def test_after_the_smallest_step_wide_ones_come_again_so_that_a_night_goes_on():
+    steps = [loop.next_step([(True, "discard"), (False, "discard")] * n)[1] for n in range(13)]
+    assert steps[5] == pytest.approx(FIRST / 32) and steps[6] == pytest.approx(FIRST * 2**0.618)
+    assert len(lost("RATE = 1.5\n")) > 40
+
+
 def test_in_a_night_of_noise_no_step_is_smaller_than_what_can_be_seen():
     """Without it, in the second hour of a night all steps were of a percent or less, and all rows were even."""
     noise, rng, source, history, tried = 0.002, random.Random(0), "RATE = 1.3\n", [], set()
@@ -313,7 +319,7 @@ def test_it_ends_where_nothing_new_is_left():
 @pytest.mark.parametrize("value", [1.0, 0.5, 0.95, 0.0, 1e-12, 3e22, 7, 4, 3, 0, 1000, 524288])
 def test_of_each_constant_it_ends_and_nothing_is_tried_twice(value):
     found = lost(f"A = {value!r}\n")
-    assert 1 <= len(found) < 60 and len({*found}) == len(found)
+    assert 1 <= len(found) < 300 and len({*found}) == len(found)
 
 
 def test_every_value_is_read_back_from_its_row():
