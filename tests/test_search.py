@@ -325,7 +325,7 @@ def test_of_each_constant_it_ends_and_nothing_is_tried_twice(value):
 def test_every_value_is_read_back_from_its_row():
     """A row that can't be read back is no move: its constant would always be the one that was moved least."""
     for value in (1.0, 0.5, 0.0, 1e-12, 3e22, 1e300, 7, True, 12345678901234567890):
-        for move in lost(f"A = {value!r}\n"):
+        for move in lost(f"A = {value!r}\n", 80):
             assert loop.MOVE.fullmatch(f"search: {move}"), move
 
 
