@@ -1128,7 +1128,7 @@ class Ledger:
         """Adds an event to the file of runs, on disk before anything is decided. No run is made twice."""
         assert (commit, seed, split) not in self.results, f"{commit} ran twice on seed {seed}"
         event = event | {"commit": commit, "seed": seed, "split": split}
-        self.file.parent.mkdir(parents=True, exist_ok=True)
+        self.file.parent.mkdir(exist_ok=True)  # not its parents: the disk with .git may be away
         with open(self.file, "ab", buffering=0) as file:
             size = file.tell()
             line = b"\n" + json.dumps(event).encode()  # the last one may be half a line, of a loss of power

@@ -11,6 +11,7 @@ import threading
 import time
 from collections import namedtuple
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -889,6 +890,14 @@ def test_a_repository_around_this_one_is_not_taken_for_it(project, server):
     subprocess.run(["git", "init", "--quiet", project.folder.parent], check=True)
     git, away = project.folder / ".git", project.folder / "away"
     waits_and_goes_on(project, server, lambda: git.rename(away), lambda: away.rename(git), "going on in")
+
+
+def test_a_run_that_ends_while_git_is_away_puts_no_folder_in_its_place(tmp_path):
+    """A .git with nothing but the file of runs in it would have kept the real one from coming back."""
+    ledger = SimpleNamespace(file=tmp_path / ".git" / "autoresearch" / "t.jsonl", results={})
+    with pytest.raises(OSError):
+        loop.Ledger.note(ledger, "1234567", 0, "val", {"stopped": True})
+    assert [*tmp_path.iterdir()] == []
 
 
 @pytest.mark.slow
