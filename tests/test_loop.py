@@ -584,7 +584,7 @@ def test_a_reply_that_comes_after_its_request_was_thrown_away_is_counted_and_not
 
     session = plain.night("--experiments", 2, replies=[BETTER, late, anew], run=during(1, steer))
     assert described(plain) == ["baseline", "twice the width", "a layer"]
-    assert "program.md was changed" in session.output.getvalue()
+    assert "program.md was changed: the next idea follows it, and it is" in session.output.getvalue()
     assert session.view.tokens == 300
     assert [row["llm_tokens"] for row in plain.rows()] == ["0", "100", "100"]
 
