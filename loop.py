@@ -1051,6 +1051,11 @@ class Ledger:
         return next(kept, None)
 
     @property
+    def first(self):
+        """The baseline's Experiment."""
+        return next(iter(self.ended()), None)
+
+    @property
     def source(self):
         """The best file so far."""
         return self.source_of(self.best.commit) if self.best else self.git.text(self.ref, self.edits)
@@ -1080,6 +1085,10 @@ class Ledger:
         """The results of an experiment's runs on seed 0, 1, ..., up to the first that is missing."""
         found = (self.results.get((commit, seed, "val")) for seed in range(MAX_RUNS))
         return list(itertools.takewhile(bool, found))
+
+    def values_of(self, commit):
+        """What those of them measured that didn't fail."""
+        return [run["value"] for run in self.results_of(commit) if not run["cause"]]
 
     def pairs_of(self, experiment):
         """(run of the file that it edited, its own run) on each seed on which both have a value."""
@@ -1165,8 +1174,7 @@ class Ledger:
         git, commit, tip = self.git, experiment.commit, self.tip()
         row.commit = git("rev-parse", "--short=7", commit).strip()
         parent = self.experiments[experiment.parent].row if experiment.parent else row
-        runs = self.results_of(experiment.parent or commit)
-        parent.runs = [run["value"] for run in runs if not run["cause"]]
+        parent.runs = self.values_of(experiment.parent or commit)
         source = self.source_of(commit) if row.status == "keep" else self.source
         lines = "".join(other.line() for other in [*self.rows, row])
         files = {"results.tsv": self.header + lines, self.edits: source}
@@ -1180,6 +1188,17 @@ class Ledger:
         experiment.row = row
         self.experiments[commit] = self.experiments.pop(commit)
         return self.sync_checkout()
+
+    def close(self):
+        """Commits the rows again, where the first and the last kept file have run on more seeds since."""
+        tip = self.tip()
+        for one in (self.first, self.best):
+            one.row.runs = self.values_of(one.commit)
+        lines = self.header + "".join(row.line() for row in self.rows)
+        if lines != self.git.text(tip, "results.tsv"):
+            after = self.git.commit([tip], {"results.tsv": lines}, "baseline and best on all seeds\n")
+            self.git.move(f"update {self.ref} {after} {tip}")
+            self.sync_checkout()
 
     def sync_checkout(self):
         """The checkout follows the branch, where it holds what the loop put there: the file that the last row
@@ -2445,15 +2464,14 @@ class Session:
         ledger, audit = self.ledger, self.args.audit
         self.take_lock()
         self.check_files()
-        first = next(iter(ledger.ended()), None)
-        if audit and ledger.best is first:
+        if audit and ledger.best is ledger.first:
             none = f"{ledger.name} holds no kept experiment, so there is nothing to audit"
             raise Stop(f"{none}; run: python loop.py")
         if not self.args.offline and not audit:
             self.model = Model(self.args.model, self.say)
         self.ask_ruler()
         if audit:
-            self.compared = first, ledger.best
+            self.compared = ledger.first, ledger.best
         else:
             self.check_out()
             if not self.model and not constants(ledger.source, self.facts.get("fixed", ())):
@@ -2502,6 +2520,10 @@ class Session:
                 yield parent, seed, "val"
             else:
                 yield commit, seed, "val"
+        if self.over() and self.ledger.best is not self.ledger.first and not self.compared:
+            # What the night has won is told from all seeds.
+            ends = self.ledger.first.commit, self.ledger.best.commit
+            yield from ((commit, seed, "val") for seed in range(MAX_RUNS) for commit in ends)
 
     def waiting(self):
         """Those of them that no device makes now."""
@@ -2911,6 +2933,8 @@ class Session:
         self.view.now = f"the model thinks about {thinking} more" if thinking else ""
         left = self.in_flight or self.finished or next(self.waiting(), None)  # a device may come back for it
         if not left and (self.over() or not (self.asking() or self.proposals)):
+            if not self.compared:
+                self.ledger.close()
             return False
         with contextlib.suppress(queue.Empty):
             self.events.get(timeout=1)
