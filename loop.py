@@ -1196,7 +1196,7 @@ class Ledger:
             one.row.runs = self.values_of(one.commit)
         lines = self.header + "".join(row.line() for row in self.rows)
         if lines != self.git.text(tip, "results.tsv"):
-            after = self.git.commit([tip], {"results.tsv": lines}, "baseline and best on all seeds\n")
+            after = self.git.commit([tip], {"results.tsv": lines}, "runs: baseline and best on all seeds\n")
             self.git.move(f"update {self.ref} {after} {tip}")
             self.sync_checkout()
 
@@ -2508,8 +2508,10 @@ class Session:
 
     def wanted(self):
         """The runs that verdicts wait for, as (commit, seed, split), in the order of the experiments."""
-        yield from ((one.commit, seed, "test") for seed in AUDIT_SEEDS for one in self.compared)
-        for experiment in self.ledger.unfinished() if not self.compared else ():
+        if self.compared:
+            yield from ((one.commit, seed, "test") for seed in AUDIT_SEEDS for one in self.compared)
+            return
+        for experiment in self.ledger.unfinished():
             commit, parent = experiment.commit, experiment.parent
             seed = len(self.ledger.results_of(commit))
             if not parent:  # twice on seed 0: all later runs do as much as the clock gave the first one
@@ -2520,8 +2522,8 @@ class Session:
                 yield parent, seed, "val"
             else:
                 yield commit, seed, "val"
-        if self.over() and self.ledger.best is not self.ledger.first and not self.compared:
-            # What the night has won is told from all seeds.
+        if self.args.hours and self.over() and self.ledger.best is not self.ledger.first:
+            # What a whole night has won is told from all seeds.
             ends = self.ledger.first.commit, self.ledger.best.commit
             yield from ((commit, seed, "val") for seed in range(MAX_RUNS) for commit in ends)
 
@@ -2933,8 +2935,7 @@ class Session:
         self.view.now = f"the model thinks about {thinking} more" if thinking else ""
         left = self.in_flight or self.finished or next(self.waiting(), None)  # a device may come back for it
         if not left and (self.over() or not (self.asking() or self.proposals)):
-            if not self.compared:
-                self.ledger.close()
+            self.ledger.close()
             return False
         with contextlib.suppress(queue.Empty):
             self.events.get(timeout=1)

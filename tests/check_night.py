@@ -68,8 +68,8 @@ def first_parents(git, ref):
     return found[::-1]
 
 
-def extended(before, now, edited):
-    """Problems of the lines that were there: they stay, but the row of the file that was edited may gain runs."""
+def extended(before, now, *edited):
+    """Problems of the lines that were there: they stay, but the rows of the files that were edited may gain runs."""
     for old, new in zip(before.splitlines(), now.splitlines(), strict=False):
         if old == new:
             continue
@@ -77,8 +77,8 @@ def extended(before, now, edited):
         runs = COLUMNS.index("runs")
         if old[:runs] + old[runs + 1 :] != new[:runs] + new[runs + 1 :]:
             yield f"it changed more than runs of the row {old[0]}"
-        elif not edited.startswith(old[0]):
-            yield f"it added runs to the row {old[0]}, and its experiment edited {edited[:7] or 'nothing'}"
+        elif not any(commit.startswith(old[0]) for commit in edited):
+            yield f"it added runs to the row {old[0]}, and not to those of {edited}"
         elif not re.fullmatch(re.escape(old[runs]) + r"(,[\d.]+)+", new[runs]):
             yield f"runs of the row {old[0]} went from {old[runs]} to {new[runs]}"
 
@@ -265,9 +265,13 @@ def check(folder, tag, others=()):
                 found += [f"{commit[:7]} ({subject[:60]}): {text}" for text in told]
                 named.append(parents[-1])
                 births.append(now.decode("utf-8", "replace"))
+            if word == "runs":  # of the baseline and the best file, as a night ends
+                told = extended(before, now, births[0].split("\n")[1].split("\t")[0], best[0][:7])
+                found += [f"{commit[:7]} ({subject[:60]}): {text}" for text in told]
             if word == "keep":
                 best = parents[-1], git.file(commit, "train.py")
-            counts["outcomes" if word in ("keep", "discard", "crash") else "by a person"] += 1
+            outcome = word in ("keep", "discard", "crash")
+            counts["outcomes" if outcome else "ends" if word == "runs" else "by a person"] += 1
             before = now
             seen.add(commit)
         rows = [line.split("\t") for line in before.decode("utf-8", "replace").splitlines()[1:]]

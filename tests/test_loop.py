@@ -219,6 +219,18 @@ def test_a_night_keeps_what_is_better_and_reverts_the_rest(a_night):
     check(project)
 
 
+def test_a_night_of_hours_ends_with_baseline_and_best_on_all_seeds(plain):
+    plain.night("--experiments", 2, "--hours", 100, replies=[BETTER, WORSE])
+    assert [row["runs"].count(",") for row in plain.rows()] == [2, 2, 0]
+    assert plain.git("log", "-1", "--format=%s") == "runs: baseline and best on all seeds\n"
+    check(plain)
+    ran = []
+    run = lambda job: ran.append(of(job)) or stand_in(job)  # noqa: E731
+    plain.night("--experiments", 1, "--hours", 100, replies=[LAYER], run=run)
+    assert {*ran} == {(3, 0, "val"), (3, 1, "val"), (3, 2, "val")}  # what has run doesn't run again
+    check(plain)
+
+
 def test_every_experiment_can_be_shown_and_the_first_parents_are_the_lab_notebook(a_night):
     project, _ = a_night
     rows, notebook = project.rows(), project.git("log", "--first-parent", "--format=%s").splitlines()
