@@ -2124,10 +2124,11 @@ class View:
 
 
 def shown(row):
-    """A row for the eye: status, metric, what it changed of the file that it edited, description."""
+    """A row for the eye: commit, status, metric, change of the file that it edited, description."""
     times = f" x{len(row.runs)}" if len(row.runs) > 1 else ""
     value = "" if row.status == "crash" else f"{row.value:.4f}{times}"
-    return f"{row.status:8} {value:12} {row.effect():>17}  {one_line(row.description)}"
+    told = f"{row.commit[:7]:7} {row.status:7} {value:9} {row.effect():>16}"
+    return f"{told}  {one_line(row.description)}"
 
 
 # ------------------------------------------------------------------------------------------------ the report
@@ -2160,7 +2161,7 @@ class Report:
         for number in numbers:
             row = self.rows[number]
             clear = "clear" if self.gain(number) > CLEAR_ERRORS * row.error else ""
-            line = f"{number:5}  {row.commit[:8]}  {clear:5}  {shown(row)}"
+            line = f"{number:5}  {clear:5}  {shown(row)}"
             yield Text(line, "green" if clear else "")
 
     def render(self):

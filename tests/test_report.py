@@ -50,14 +50,14 @@ def screen(report, width=80):
     return capture.get()
 
 
-ROW = re.compile(r"^ *(\d+) +(\S+) +(clear)? *(keep|discard) +([\d.]+)(?: x(\d))? +(\S+-\S+)?", re.MULTILINE)
+ROW = re.compile(r"^ *(\d+) +(clear)? +(\S+) +(keep|discard) +([\d.]+)(?: x(\d))? +(\S+-\S+)?", re.MULTILINE)
 
 
 def table(report):
     """The rows that a report shows, in its order: (number, whether it is clear, metric, runs, change)."""
     found = ROW.findall(screen(report, 120))
     return [
-        (int(n), bool(clear), value, int(runs or 1), change) for n, _, clear, _, value, runs, change in found
+        (int(n), bool(clear), value, int(runs or 1), change) for n, clear, _, _, value, runs, change in found
     ]
 
 
@@ -479,7 +479,7 @@ def test_where_a_picture_can_not_be_written_the_table_comes_all_the_same(tmp_pat
 
 def test_the_report_says_why_the_latest_crashed():
     lines = [f"{n}\tnan\t0.0\tcrash\tidea {n} [out of memory]" for n in range(9)]
-    out = screen(read("commit\tval_bpb\tmemory_gb\tstatus\tdescription\n" + "\n".join(lines)))
+    out = screen(read("commit\tval_bpb\tmemory_gb\tstatus\tdescription\n" + "\n".join(lines)), 100)
     told = out.partition("of those that crashed:")[2]
     assert told.count("[out of memory]") == loop.LATEST and "idea 8" in told and "idea 0" not in told
     assert "of those that crashed" not in screen(night(("keep", [1.0], "")))
