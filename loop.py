@@ -48,6 +48,7 @@ import site
 import subprocess
 import sysconfig
 import tempfile
+import textwrap
 import threading
 import time
 import traceback
@@ -2083,8 +2084,9 @@ class View:
         below = [(self.device_line(name, run), "bold" if run else "") for name, run in [*self.runs.items()]]
         below += [(text, "") for text in (self.now, *self.totals()) if text]
         room = max(height - len(below) - 1, 0)
-        latest = max(len(self.said) - max(min(room // 4, 6), room - len(self.rows)), 0)
-        said = [(text.splitlines()[-1], "") for text in [*self.said][latest:]]
+        told = textwrap.TextWrapper(max(width, 20), subsequent_indent=" " * 10)
+        said = [(part, "") for text in [*self.said] for part in told.wrap(text.splitlines()[-1])]
+        said = said[max(len(said) - max(min(room // 4, 6), room - len(self.rows)), 0) :]
         rows = [(shown(row), STYLES[row.status]) for row in self.rows[-room:]]
         rows = rows[max(len(rows) + len(said) - room, 0) :]
         lines = [(self.title, "bold"), *rows, *said, *below][-height:]

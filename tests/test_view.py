@@ -138,6 +138,14 @@ def test_what_was_said_is_shown_whole_where_the_rows_leave_room(rows, number, se
     assert [n for n in range(number) if f"said {n}." in shown] == [*range(number)][-seen:]
 
 
+def test_a_long_message_is_shown_whole():
+    view = busy_night()
+    view.said.append("12:00:00  NO SANDBOX, " + "because of this and that " * 4 + "to the end")
+    lines = screen(view).splitlines()
+    (first,) = (n for n, line in enumerate(lines) if "NO SANDBOX" in line)
+    assert lines[first + 1].startswith(" " * 10 + "of this and") and "to the end" in lines[first + 1]
+
+
 def test_of_what_was_said_the_last_line_is_shown():
     view = busy_night()
     view.said.append("12:00:00  Traceback (most recent call last):\n  File\nKeyError: 'x'")
