@@ -128,8 +128,8 @@ NO_TORCH = "raise SystemExit('torch was imported')\n"
 
 
 def prices_in(folder):
-    """A CSV of two made-up markets over four years."""
-    rng, lines = np.random.default_rng(0), ["Date,one,other"]
+    """A CSV of two made-up markets over four years, as a spreadsheet writes it, with a mark at its start."""
+    rng, lines = np.random.default_rng(0), ["\ufeffday,one,other"]
     closes = 100 * np.exp(np.cumsum(rng.normal(0, 0.01, (1000, 2)), axis=0))
     lines += [f"{day},{one:.2f},{other:.2f}" for day, (one, other) in enumerate(closes)]
     (folder / "prices.csv").write_text("\n".join(lines) + "\n")

@@ -1,7 +1,7 @@
 """The ruler of a trading strategy: the Sharpe ratio of strategy.py, walk-forward over real daily prices.
 
     PYTHONPATH=../.. python ruler.py                  one run; python ../../loop.py makes a night of it
-    PYTHONPATH=../.. python ruler.py --source FILE    a CSV of your own: Date, and a column of closes a market
+    PYTHONPATH=../.. python ruler.py --source FILE    a CSV of your own: days, then a column of closes a market
 
 Without --source: S&P 500, Nasdaq and oil, 1999 to 2018, of the package arch. The first half is val, the
 second test. The strategy is handed copies of the past alone. Three in four quarters count, as the
@@ -41,8 +41,8 @@ def column(source, name):
     """{day: close}, as text."""
     path = source or package("arch", "[trading]") / "data" / name / f"{name}.csv.gz"
     with open(path) if source else gzip.open(path, "rt") as file:
-        rows = [(row["Date"], row[name if source else MARKETS[name]]) for row in csv.DictReader(file)]
-    return {day: close for day, close in rows if close.strip(" .")}
+        rows = [([*row.values()][0], row[name if source else MARKETS[name]]) for row in csv.DictReader(file)]
+    return {day: close for day, close in rows if close and close.strip(" .")}
 
 
 def earned(position, prices):
