@@ -31,7 +31,6 @@ import functools
 import glob
 import hashlib
 import hmac
-import importlib.util
 import itertools
 import json
 import math
@@ -137,14 +136,8 @@ STUCK = 10  # experiments in a row that were not kept: then the prompt says so
 TAIL_CHARS = 3000  # of a failed run's log, in the prompt and on the screen
 COLUMNS = "commit METRIC memory_gb status description change runs llm_tokens finished"
 STYLES = {"keep": "green", "discard": "", "crash": "red"}  # legible on dark and on light
-SAME = (
-    "metric",
-    "better",
-    "edits",
-    "device",
-    "software",
-    "data",
-)  # facts that must match for results to compare
+# Facts that must match for results to compare.
+SAME = "metric", "better", "edits", "device", "software", "data"
 # Of a run on a CPU: threads of one run would wait for each other, and longer beside other work.
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
 # What isn't told to workers and to what starts them, which may pass on all that it knows, as srun does.
@@ -2194,7 +2187,6 @@ class Report:
 
     def paint(self, path):
         """Each experiment a dot with its standard error, the best so far a line, the largest gains named."""
-        signal.alarm(300)  # if it hangs, it ends: nobody may be there to end it
         warnings.simplefilter("ignore")  # a font that lacks a sign
         from matplotlib.figure import Figure
 
@@ -2229,12 +2221,7 @@ class Report:
         better = "lower" if sign > 0 else "higher"
         axes.set(xlabel="experiment", ylabel=f"{self.metric}, {better} is better")
         axes.legend(loc="lower left", bbox_to_anchor=(-0.01, 0.99), ncols=6, frameon=False, fontsize=9)
-        new = path.with_name(f".{path.name}.{os.getpid()}")  # the loop may draw at the same moment
-        try:
-            figure.savefig(new, format="png")
-            new.replace(path)
-        finally:
-            new.unlink(missing_ok=True)  # a full disk leaves half of it
+        figure.savefig(path, format="png")
 
 
 def read_report(folder, tag, file):
@@ -2293,7 +2280,7 @@ class Session:
         self.say_once = functools.cache(self.say)
         # What is asked, and started for each run.
         self.script = OWN_RULER if (folder / OWN_RULER).is_file() else RULER
-        self.model, self.painter, self.caged = None, None, False
+        self.model, self.caged = None, False
         self.devices = {}  # {name: Device}
         self.launched = {}  # {name: what a job says of its device}, of those on other machines
         self.in_flight = set()  # (commit, seed, split) of the runs that devices make
@@ -2492,8 +2479,7 @@ class Session:
         self.view.title = f"{ledger.name}  ·  {who}  ·  {used} x {self.facts['device']}"
         self.say(self.view.title, seen=True)
         plan = f"{3600 / self.budget * used:.0f} or more experiments an hour"
-        audit = f"{2 * len(AUDIT_SEEDS)} runs on new seeds and unseen data"
-        self.say(audit if self.compared else plan)
+        self.say(f"{2 * len(AUDIT_SEEDS)} runs on new seeds and unseen data" if self.compared else plan)
         self.say(f"a run takes at most {self.budget:g} s, on {', '.join(self.devices)}; --devices chooses")
         if self.model:
             self.say("the model is asked for an edit a run; --tokens N limits what that costs")
@@ -2621,6 +2607,11 @@ class Session:
                 tried = f"{row.status}, {row.description}, {row.effect()}"
                 raise Refused(f"This very code was tried: {tried}. Propose something else.")
 
+    def check(self, source, base):
+        """Raises Refused for an edit that gets no run."""
+        self.check_new(source, base)
+        self.check_reach(source)
+
     def check_reach(self, source):
         """Raises Refused, with the ruler's sentence, where an edit reaches outside what the ruler offers."""
         with tempfile.TemporaryDirectory() as name:
@@ -2650,12 +2641,8 @@ class Session:
     def think(self):
         """Asks for as many proposals as there are devices, while there is a device for them."""
 
-        def accept(source, base):
-            self.check_new(source, base)
-            self.check_reach(source)
-
         def run(proposal):
-            proposal.think(self.model, accept, self.heard)
+            proposal.think(self.model, self.check, self.heard)
             self.events.put(None)
 
         while self.asking() and len(self.proposals) < len(self.devices):
@@ -2888,18 +2875,6 @@ class Session:
         if status == "keep":
             with contextlib.suppress(OSError):
                 merge_cache(self.runs_folder / experiment.folder / "cache", self.runs_folder / "cache")
-        self.draw_picture()
-
-    def draw_picture(self):
-        """Has progress.png drawn by another process, at the lowest priority, unless one is still at it."""
-        busy = self.painter and self.painter.poll() is None
-        if importlib.util.find_spec("matplotlib") and not busy:
-            command = ["nice", "-n", "19", sys.executable, __file__, "--report", "--tag", self.ledger.name]
-            how = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
-            # It writes nothing into the packages, which runs without a cage are not to change.
-            how |= {"env": os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}, "start_new_session": True}
-            with contextlib.suppress(OSError):  # a night without a picture is a night all the same
-                self.painter = subprocess.Popen(command, cwd=self.folder, **how)
 
     # ---- the cycle
 
@@ -3015,13 +2990,13 @@ def parse_arguments(words=None):
     parser = argparse.ArgumentParser(description=__doc__, epilog=EPILOG, formatter_class=form)
     option = parser.add_argument
     option("--tag", help="the branch autoresearch/TAG (default: the one checked out, else today's date)")
-    meaning = "hard wall clock of one run, in seconds (default: as the ruler says)"
-    option("--budget", type=positive, help=meaning)
-    meaning = "stop after so many experiments, the baseline not counted"
-    option("--experiments", type=positive, help=meaning)
-    option("--hours", type=positive, help="begin nothing new after so many hours")
-    meaning = "ask the model no more after so many tokens; the search goes on"
-    option("--tokens", type=positive, help=meaning)
+    for name, meaning in {
+        "--budget": "hard wall clock of one run, in seconds (default: as the ruler says)",
+        "--experiments": "stop after so many experiments, the baseline not counted",
+        "--hours": "begin nothing new after so many hours",
+        "--tokens": "ask the model no more after so many tokens; the search goes on",
+    }.items():
+        option(name, type=positive, help=meaning)
     option("--devices", help="which to run on, as in cpu:0 or 0,1 (default: all that the ruler finds)")
     option("--model", help=f"the model to ask ({DEFAULT_MODEL}, or your server's first one)")
     how = dict(action="append", default=[])

@@ -221,7 +221,6 @@ class Project:
             "HOME": str(folder),
             "AUTORESEARCH_DATA": str(self.data),
         }
-        self.environment |= {"PYTHONPATH": str(STAND_IN / "no_pictures")}  # each takes longer than most tests
         self.git("init", "--quiet", "--initial-branch=main")
         self.commit("start")
 
@@ -271,7 +270,6 @@ class Project:
             patch.setattr(loop, "Device", lambda name, *_: FakeDevice(name, facts, run or stand_in))
             patch.setattr(loop, "Model", lambda name, say: FakeModel(replies))
             patch.setattr(loop, "kill_leftovers", lambda runs: None)
-            patch.setattr(loop.Session, "draw_picture", lambda session: None)
             patch.setattr(loop.Session, "check_reach", check_reach)
             for name in (
                 "SEED",

@@ -144,7 +144,7 @@ def start(project, tmp_path):
         blocked = tmp_path / "blocked"
         blocked.mkdir()
         (blocked / "torch.py").write_text(NO_TORCH)
-        project.environment |= {"PYTHONPATH": f"{blocked}:{STAND_IN / 'no_pictures'}"}
+        project.environment |= {"PYTHONPATH": str(blocked)}
         shutil.copy(ROOT / "prepare.py", project.folder)
         shutil.copytree(EXAMPLES / name, project.folder / "examples" / name, ignore=LEFT_OUT)
         project.commit("an example")

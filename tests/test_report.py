@@ -2,12 +2,9 @@
 
 import io
 import math
-import os
 import re
-import signal
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from conftest import block
@@ -380,8 +377,7 @@ def test_the_command_reports_files_and_refuses_in_a_sentence(project):
     project.write("five.tsv", FIVE)
     out = project.run("--report", "five.tsv", AUTORESEARCH_DATA="/nowhere")
     assert out.startswith("five.tsv") and "5 experiments, 2 kept, 1 crashed" in out
-    assert "no picture: matplotlib is missing; run: pip install -e '.[plot]'" in out
-    assert not (project.folder / "progress.png").exists() and "Traceback" not in out
+    assert "picture" in out and not (project.folder / "progress.png").exists() and "Traceback" not in out
     project.write("prose.tsv", "once upon a time\n")
     out = project.run("--report", "prose.tsv", code=2)
     assert out.startswith("loop.py: prose.tsv ") and "header line" in out and out.count("\n") == 1
@@ -390,17 +386,11 @@ def test_the_command_reports_files_and_refuses_in_a_sentence(project):
 # ---- the picture
 
 
-@pytest.fixture
-def no_alarm():
-    yield
-    signal.alarm(0)  # what paints has one, as it is meant for a process of its own
-
-
 CRASHES_AND_GIANTS = FIVE.partition("\n")[2] * 60 + "z\t1e300\t1\tdiscard\tz\n"
 
 
 @pytest.mark.parametrize("rows", ["", "a\t1.0\t1\tkeep\tb\n", "a\t0\t0\tcrash\tb\n", CRASHES_AND_GIANTS])
-def test_any_log_can_be_drawn(tmp_path, no_alarm, rows):
+def test_any_log_can_be_drawn(tmp_path, rows):
     pytest.importorskip("matplotlib")
     path = tmp_path / "progress.png"
     read(FIVE.partition("\n")[0] + "\n" + rows, "$a_b$ night\ud800").paint(path)
@@ -409,7 +399,7 @@ def test_any_log_can_be_drawn(tmp_path, no_alarm, rows):
 
 @pytest.mark.parametrize("sign, best", [(1, 0.9), (-1, 0.9)])
 def test_the_picture_shows_every_kept_row_and_the_side_on_which_better_lies(
-    tmp_path, no_alarm, monkeypatch, sign, best
+    tmp_path, monkeypatch, sign, best
 ):
     figures = pytest.importorskip("matplotlib.figure")
     found = []
@@ -430,22 +420,7 @@ def test_the_picture_shows_every_kept_row_and_the_side_on_which_better_lies(
     assert {"keep (3)", "discard (2)", "crash (0)", "best so far"} <= {*labels}
 
 
-def test_a_disk_that_is_full_leaves_no_half_of_a_picture(tmp_path, no_alarm, monkeypatch):
-    figures = pytest.importorskip("matplotlib.figure")
-
-    def fails(figure, path, **how):
-        path.write_bytes(b"half")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(figures.Figure, "savefig", fails)
-    with pytest.raises(OSError):
-        read(FIVE).paint(tmp_path / "progress.png")
-    assert [*tmp_path.iterdir()] == []
-
-
-def test_without_matplotlib_the_table_comes_and_a_sentence_says_how_to_get_the_picture(
-    tmp_path, no_alarm, monkeypatch
-):
+def test_without_matplotlib_the_table_comes_and_a_sentence_says_how_to_get_the_picture(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     (tmp_path / "five.tsv").write_text(FIVE)
     console = Console(file=io.StringIO(), width=100)
@@ -457,7 +432,7 @@ def test_without_matplotlib_the_table_comes_and_a_sentence_says_how_to_get_the_p
     assert not (tmp_path / "progress.png").exists()
 
 
-def test_the_picture_of_a_file_lies_beside_it_and_leaves_the_night_s_own_alone(tmp_path, no_alarm):
+def test_the_picture_of_a_file_lies_beside_it_and_leaves_the_night_s_own_alone(tmp_path):
     pytest.importorskip("matplotlib")
     (tmp_path / "five.tsv").write_text(FIVE)
     console = Console(file=io.StringIO(), width=200)
@@ -466,7 +441,7 @@ def test_the_picture_of_a_file_lies_beside_it_and_leaves_the_night_s_own_alone(t
     assert (tmp_path / "five.tsv.png").exists() and not (tmp_path / "progress.png").exists()
 
 
-def test_where_a_picture_can_not_be_written_the_table_comes_all_the_same(tmp_path, no_alarm):
+def test_where_a_picture_can_not_be_written_the_table_comes_all_the_same(tmp_path):
     pytest.importorskip("matplotlib")
     (tmp_path / "five.tsv").write_text(FIVE)
     (tmp_path / "five.tsv.png").mkdir()
@@ -492,42 +467,9 @@ def test_a_report_and_an_audit_are_two_commands():
 
 def test_the_picture_is_drawn_beside_the_log_and_git_ignores_it(branch):
     pytest.importorskip("matplotlib")
-    out = branch.run("--report", PYTHONPATH="")
+    out = branch.run("--report")
     assert f"picture: {branch.folder}/progress.png" in out and branch.status() == ""
     assert (branch.folder / "progress.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_a_picture_that_hangs_is_no_matter_to_the_night_and_no_second_one_is_begun(tmp_path, monkeypatch):
-    """What draws reads from a pipe that nobody writes to, until the test does."""
-    monkeypatch.setattr(loop.importlib.util, "find_spec", lambda name: True)
-    os.mkfifo(tmp_path / "pipe")
-    monkeypatch.setattr(loop, "__file__", str(tmp_path / "loop.py"))
-    (tmp_path / "loop.py").write_text(
-        "import sys\nopen('pipe').read()\nopen('drawn', 'a').write(sys.argv[3])\n"
-    )
-    ledger = SimpleNamespace(name="autoresearch/t")
-    session = SimpleNamespace(painter=None, ledger=ledger, folder=tmp_path)
-    loop.Session.draw_picture(session)
-    first = session.painter
-    loop.Session.draw_picture(session)
-    assert session.painter is first
-    with open(tmp_path / "pipe", "w"):
-        pass
-    assert first.wait(60) == 0 and (tmp_path / "drawn").read_text() == "autoresearch/t"
-    loop.Session.draw_picture(session)
-    assert session.painter is not first
-    session.painter.kill()
-    session.painter.wait()
-
-
-def test_where_no_process_can_be_started_the_night_goes_on_without_a_picture(tmp_path, monkeypatch):
-    monkeypatch.setattr(loop.importlib.util, "find_spec", lambda name: True)
-    session = SimpleNamespace(painter=None, ledger=SimpleNamespace(name="x"), folder=tmp_path / "gone")
-    loop.Session.draw_picture(session)
-    assert session.painter is None
-    monkeypatch.setattr(loop.importlib.util, "find_spec", lambda name: None)
-    loop.Session.draw_picture(session)
-    assert session.painter is None
 
 
 def test_the_night_in_the_readme_is_what_the_report_makes_of_it():

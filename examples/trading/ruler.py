@@ -1,7 +1,7 @@
 """The ruler of a trading strategy: the Sharpe ratio of strategy.py, walk-forward over real daily prices.
 
     PYTHONPATH=../.. python ruler.py                  one run; python ../../loop.py makes a night of it
-    PYTHONPATH=../.. python ruler.py --source FILE    a CSV of your own: days, then a column of closes a market
+    PYTHONPATH=../.. python ruler.py --source FILE    a CSV of your own: days, then each market's closes
 
 Without --source: S&P 500, Nasdaq and oil, 1999 to 2018, of the package arch. The first half is val, the
 second test. The strategy is handed copies of the past alone. Three in four quarters count, as the
