@@ -200,7 +200,7 @@ def test_the_nights_gain_is_of_what_was_kept_after_the_baseline_in_the_direction
 
 
 def test_a_baseline_s_bad_luck_on_a_seed_is_no_gain_where_the_best_file_ran_on_others_too():
-    """As in tests/night/longer.tsv, whose audit found 0.0573 less than the sum of its gains."""
+    """As in a night of 33 minutes, whose audit found 0.0573 less than the sum of its gains."""
     first, best = kept(math.nan, math.nan, runs=(1.876, 1.806, 1.809)), kept(-0.2, runs=(1.605, 1.624))
     gain, error = loop.night_gain([first, kept(-0.05), best], 1)
     assert gain == pytest.approx((0.271 + 0.182) / 2) and error == pytest.approx((0.271 - 0.182) / 2)
