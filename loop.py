@@ -1162,6 +1162,10 @@ class Ledger:
         self.experiments[commit] = Experiment(commit, message)
         return self.experiments[commit]
 
+    def table(self, *new):
+        """The text of results.tsv, with these rows at its end."""
+        return self.header + "".join(row.line() for row in [*self.rows, *new])
+
     def record(self, experiment, row, body, trailers):
         """Appends a row: the branch advances to a commit with two parents, its tip and the experiment. False
         where the checkout doesn't follow."""
@@ -1170,8 +1174,7 @@ class Ledger:
         parent = self.experiments[experiment.parent].row if experiment.parent else row
         parent.runs = self.values_of(experiment.parent or commit)
         source = self.source_of(commit) if row.status == "keep" else self.source
-        lines = "".join(other.line() for other in [*self.rows, row])
-        files = {"results.tsv": self.header + lines, self.edits: source}
+        files = {"results.tsv": self.table(row), self.edits: source}
         ran, before, now = git.blobs("program.md", commit, f"{commit}^", tip)
         if now == before != ran:  # else the user took it away, or committed another one meanwhile
             files["program.md"] = git.text(commit, "program.md")
@@ -1188,9 +1191,9 @@ class Ledger:
         tip = self.tip()
         for one in (self.first, self.best):
             one.row.runs = self.values_of(one.commit)
-        lines = self.header + "".join(row.line() for row in self.rows)
-        if lines != self.git.text(tip, "results.tsv"):
-            after = self.git.commit([tip], {"results.tsv": lines}, "runs: baseline and best on all seeds\n")
+        table = self.table()
+        if table != self.git.text(tip, "results.tsv"):
+            after = self.git.commit([tip], {"results.tsv": table}, "runs: baseline and best on all seeds\n")
             self.git.move(f"update {self.ref} {after} {tip}")
             self.sync_checkout()
 
@@ -2077,9 +2080,11 @@ class View:
         below = [(self.device_line(name, run), "bold" if run else "") for name, run in [*self.runs.items()]]
         below += [(text, "") for text in (self.now, *self.totals()) if text]
         room = max(height - len(below) - 1, 0)
+        most = max(min(room // 4, 6), room - len(self.rows))
         told = textwrap.TextWrapper(max(width, 20), subsequent_indent=" " * 10)
-        said = [(part, "") for text in [*self.said] for part in told.wrap(text.splitlines()[-1])]
-        said = said[max(len(said) - max(min(room // 4, 6), room - len(self.rows)), 0) :]
+        latest = [*self.said][max(len(self.said) - most, 0) :]  # each has a line or more
+        said = [(part, "") for text in latest for part in told.wrap(text.splitlines()[-1])]
+        said = said[max(len(said) - most, 0) :]
         rows = [(shown(row), STYLES[row.status]) for row in self.rows[-room:]]
         rows = rows[max(len(rows) + len(said) - room, 0) :]
         lines = [(self.title, "bold"), *rows, *said, *below][-height:]
@@ -2221,7 +2226,12 @@ class Report:
         better = "lower" if sign > 0 else "higher"
         axes.set(xlabel="experiment", ylabel=f"{self.metric}, {better} is better")
         axes.legend(loc="lower left", bbox_to_anchor=(-0.01, 0.99), ncols=6, frameon=False, fontsize=9)
-        figure.savefig(path, format="png")
+        new = path.with_name(f".{path.name}.{os.getpid()}")  # another report may draw at the same moment
+        try:
+            figure.savefig(new, format="png")
+            new.replace(path)
+        finally:
+            new.unlink(missing_ok=True)  # a full disk leaves half of it
 
 
 def read_report(folder, tag, file):
@@ -2913,7 +2923,8 @@ class Session:
         self.view.now = f"the model thinks about {thinking} more" if thinking else ""
         left = self.in_flight or self.finished or next(self.waiting(), None)  # a device may come back for it
         if not left and (self.over() or not (self.asking() or self.proposals)):
-            self.ledger.close()
+            if not self.compared:  # an audit leaves the branch as it is
+                self.ledger.close()
             return False
         with contextlib.suppress(queue.Empty):
             self.events.get(timeout=1)

@@ -260,17 +260,17 @@ def check(folder, tag, others=()):
             found.append("the branch has no commit that holds just the header")
         for commit, parents, subject in chain[1:]:
             now, word = git.file(commit, "results.tsv") or b"", subject.partition(":")[0]
-            if word in ("keep", "discard", "crash"):
+            outcome = word in ("keep", "discard", "crash")
+            if outcome:
                 told = of_an_outcome(git, before, now, commit, parents, subject, best, seen)
                 found += [f"{commit[:7]} ({subject[:60]}): {text}" for text in told]
                 named.append(parents[-1])
                 births.append(now.decode("utf-8", "replace"))
             if word == "runs":  # of the baseline and the best file, as a night ends
-                told = extended(before, now, births[0].split("\n")[1].split("\t")[0], best[0][:7])
+                told = extended(before, now, named[0], best[0])
                 found += [f"{commit[:7]} ({subject[:60]}): {text}" for text in told]
             if word == "keep":
                 best = parents[-1], git.file(commit, "train.py")
-            outcome = word in ("keep", "discard", "crash")
             counts["outcomes" if outcome else "ends" if word == "runs" else "by a person"] += 1
             before = now
             seen.add(commit)

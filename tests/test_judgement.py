@@ -415,6 +415,17 @@ def test_the_audit_runs_baseline_and_best_on_fresh_seeds_and_the_test_split(impr
     assert improved.git("rev-parse", "autoresearch/t") == before and improved.status() == ""
 
 
+def test_an_audit_leaves_a_run_that_no_row_has_yet_to_the_next_night(improved):
+    """As it is where Ctrl-C came between a kept file's run on another seed and the row that asked for it."""
+    best = improved.git("rev-parse", improved.rows()[1]["commit"]).strip()
+    event = {"commit": best, "seed": 1, "split": "val", "cause": "", "value": 1.002, "work": 1}
+    with open(improved.folder / ".git" / "autoresearch" / "t.jsonl", "a") as file:
+        file.write("\n" + json.dumps(event))
+    before = improved.git("rev-parse", "autoresearch/t")
+    assert improved.night("--audit").audited
+    assert improved.git("rev-parse", "autoresearch/t") == before
+
+
 def test_an_audit_that_was_stopped_goes_on(improved):
     def stop(number, seed, split):
         if (number, seed) == (1, loop.AUDIT_SEEDS[3]):

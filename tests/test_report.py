@@ -377,7 +377,12 @@ def test_the_command_reports_files_and_refuses_in_a_sentence(project):
     project.write("five.tsv", FIVE)
     out = project.run("--report", "five.tsv", AUTORESEARCH_DATA="/nowhere")
     assert out.startswith("five.tsv") and "5 experiments, 2 kept, 1 crashed" in out
-    assert "picture" in out and not (project.folder / "progress.png").exists() and "Traceback" not in out
+    drawn = "picture: five.tsv.png", "no picture: matplotlib is missing; run: pip install -e '.[plot]'"
+    assert (
+        any(text in out for text in drawn)
+        and not (project.folder / "progress.png").exists()
+        and "Traceback" not in out
+    )
     project.write("prose.tsv", "once upon a time\n")
     out = project.run("--report", "prose.tsv", code=2)
     assert out.startswith("loop.py: prose.tsv ") and "header line" in out and out.count("\n") == 1
@@ -418,6 +423,19 @@ def test_the_picture_shows_every_kept_row_and_the_side_on_which_better_lies(
     assert axes.get_ylabel() == f"val_bpb, {'lower' if sign > 0 else 'higher'} is better"
     labels = [text.get_text() for text in axes.get_legend().get_texts()]
     assert {"keep (3)", "discard (2)", "crash (0)", "best so far"} <= {*labels}
+
+
+def test_a_disk_that_is_full_leaves_no_half_of_a_picture(tmp_path, monkeypatch):
+    figures = pytest.importorskip("matplotlib.figure")
+
+    def fails(figure, path, **how):
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(figures.Figure, "savefig", fails)
+    with pytest.raises(OSError):
+        read(FIVE).paint(tmp_path / "progress.png")
+    assert [*tmp_path.iterdir()] == []
 
 
 def test_without_matplotlib_the_table_comes_and_a_sentence_says_how_to_get_the_picture(tmp_path, monkeypatch):

@@ -280,7 +280,8 @@ def test_a_night_of_plain_lines_tells_each_run_each_row_and_how_it_goes(project)
         "the model is asked for an edit a run; --tokens N limits what that costs",
         "Ctrl-C stops, the same command goes on; --report shows the results",
     ]
-    assert any(line.endswith("-0.0078+-0.0007  twice the [width]") for line in lines)
+    kept = r"\w{7} keep +1\.0578 +-0\.0078\+-0\.0007  twice the \[width\]$"
+    assert any(re.match(kept, line) for line in lines)
     totals = session.view.totals()
     assert totals[0].startswith("best 1.0578, baseline 1.0656: gain 0.00") and "200 tokens" in totals[3]
 
