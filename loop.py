@@ -115,9 +115,8 @@ PRIOR_NOISE = 0.0007  # standard deviation of a run, assumed for such logs witho
 PRIOR_RUNS = 2  # the ruler's prior of the noise counts as so many experiments with two runs
 MAX_RUNS = 3  # of one experiment: on the seeds 0, 1 and 2
 MEDIAN_SQUARE = 0.455  # median of the square of a normal deviation of 1
-# Found by simulation (tests/bench.py judge), in units of the noise, summed over an experiment's runs: below
-# LEAST_GAIN it is discarded, from CLEAR_GAIN on it is kept, and in between it runs on another seed.
-LEAST_GAIN, CLEAR_GAIN = 0.3, 1.4
+LIMIT = 0.85  # noises, that an experiment's gains must come to; found by simulation (tests/bench.py judge)
+PRIOR_SPREAD, PRIOR_CHANGES = 2.5, 3  # of the changes at first, in noises; it counts as so many experiments
 SIZE_PRICE = 20  # noises that each run must gain for a file twice as large: one for 5 percent more
 SIMPLER = 0.02  # share of the file that an edit must take out to be kept at an equal result
 TEXT_NODE = 5  # characters of a string that weigh as much as one node of the syntax tree: text can be code
@@ -680,17 +679,28 @@ def effect_of(differences, noise):
     return fmean(min(difference, min(differences) + 3 * noise) for difference in differences)
 
 
-def judge(differences, noise, size):
+def spread_of(changes, noise):
+    """How far apart the changes of a night lie: their median distance from their median, so that neither a
+    few wild ones count nor the luck of the file that all edited."""
+    changes = [change for change in changes if math.isfinite(change)]
+    middle = median(changes) if changes else 0
+    return median([PRIOR_SPREAD * noise] * PRIOR_CHANGES + [abs(change - middle) for change in changes])
+
+
+def judge(differences, noise, size, spread):
     """`keep`, `discard` or `again` (run it on another seed), by the sum of the gains in units of the noise.
 
     differences: what was gained on each seed, a loss is negative; noise: the deviation of one difference;
-    size: by what share the edit makes the file larger. A clearly smaller one may be equal, but never worse.
+    size: by what share the edit makes the file larger, where a clearly smaller one may be equal, but never
+    worse; spread: see spread_of.
     """
     runs, simpler = len(differences), size <= -SIMPLER
     gain = runs * (effect_of(differences, noise) / noise - SIZE_PRICE * max(size, 0))
-    if gain < (0 if simpler else LEAST_GAIN):
+    # Where edits change more than the noise does, the next one is worth more than another seed for this one.
+    doubt = LIMIT * (noise / max(noise, spread)) ** 2
+    if gain < 0 or gain <= LIMIT - doubt and not simpler:
         return "discard"
-    if gain >= CLEAR_GAIN:
+    if gain >= LIMIT + doubt:
         return "keep"
     return "again" if runs < MAX_RUNS else "keep" if simpler else "discard"
 
@@ -699,11 +709,10 @@ def gain_of(changes):
     """(a night's gain corrected for selection, its standard error), from (gain, error) of each kept edit.
 
     What is kept because it looked good is worse than it looked, the more the nearer it was to the limit:
-    by the mean of a normal deviation that is cut off there. After a second run the limit is lower: so this
-    takes a little too much off.
+    by the mean of a normal deviation that is cut off there. (What was in doubt had to come to a little more.)
     """
     normal = NormalDist()
-    above = [(error, max(gain / error, 0) - CLEAR_GAIN) for gain, error in changes if error > 0]
+    above = [(error, max(gain / error, 0) - LIMIT) for gain, error in changes if error > 0]
     luck = sum(error * normal.pdf(over) / normal.cdf(over) for error, over in above)
     return sum(gain for gain, _ in changes) - luck, math.hypot(*(error for _, error in changes))
 
@@ -2817,7 +2826,9 @@ class Session:
                 return self.finish(experiment, "keep")
             gains = self.gains(experiment)
             growth = size_of(ledger.source_of(commit)) / max(size_of(ledger.source_of(parent)), 1) - 1
-            verdict = judge(gains, ledger.noise(self.noted["noise"], gains), growth)
+            noise = ledger.noise(self.noted["noise"], gains)
+            spread = spread_of([row.change for row in ledger.rows], noise)
+            verdict = judge(gains, noise, growth, spread)
             if verdict == "keep" and parent != ledger.best.commit:
                 return self.rebase(experiment)
             if verdict != "again":

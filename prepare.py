@@ -1497,6 +1497,11 @@ class Ruler:
             "folder": str(folder), "data": told.get("FINGERPRINT", "none"), "fixed": [],
         })  # fmt: skip
 
+    @property
+    def kind(self):
+        """How its data sets' names begin: another ruler, or this one once it has changed, has others."""
+        return f"{self.path.stem}-{hashlib.sha256(Path(sys.argv[0]).read_bytes()).hexdigest()[:8]}"
+
     def prepare(self, source):
         """The folder of a source's data set, named by its content and written once."""
         parts = self.held_out(source)
@@ -1504,22 +1509,24 @@ class Ruler:
             if not parts.get(split) or not isinstance(parts[split], bytes):
                 raise Problem(f'held_out({source!r}) gives no bytes as "{split}": {parts.get(split)!r:.80}')
         digests = (hashlib.sha256(parts[split]).hexdigest()[:8] for split in ("val", "test"))
-        folder = data_root().resolve() / "-".join([self.path.stem, *digests])
+        folder = data_root().resolve() / "-".join([self.kind, *digests])
         folder.mkdir(parents=True, exist_ok=True)
         for split, part in parts.items():
             new = folder / f".{split}.{os.getpid()}"
             new.write_bytes(part)
             new.replace(folder / f"{split}.bin")
         os.utime(folder)  # a new branch takes what was asked for last
+        print(f"prepared: {folder}", file=sys.stderr)
         return folder
 
     def data_set(self, wanted):
-        """The folder of the data set of this name, or of the newest."""
-        root, kind = data_root().resolve(), f"{self.path.stem}-*-*"
-        found = [root] if root.match(kind) else [*root.glob(wanted or kind)]
-        if wanted and wanted not in [folder.name for folder in found]:
+        """The folder of the data set of this name, or of the newest; where there is none, of the ruler's own."""
+        root, kind = data_root().resolve(), wanted or f"{self.kind}-*"
+        found = [root] if root.match(kind) else [*root.glob(kind)]
+        folder = max(found, key=lambda found: found.stat().st_mtime_ns) if found else self.prepare(None)
+        if wanted and folder.name != wanted:
             raise Problem(f"{wanted}, this branch's data, is not in {root}; or begin anew with --tag")
-        return max(found, key=lambda folder: folder.stat().st_mtime_ns) if found else self.prepare(None)
+        return folder
 
     def run(self):
         """Measures the file once. All that it must not reach is taken before its first line."""
@@ -1551,7 +1558,7 @@ class Ruler:
         if args.facts:
             print(self.facts())
         elif args.source:
-            print(f"prepared: {self.prepare(args.source)}")
+            self.prepare(args.source)
         else:
             to_the_end(self.run)
 

@@ -256,7 +256,7 @@ class Project:
 
     def verdicts(self, *verdicts):
         """A judge in its loop.py that says this after one, two and three runs, committed."""
-        rule = f"def judge(differences, noise, size):\n    return {verdicts!r}[len(differences) - 1]\n\n\ndef not_asked("
+        rule = f"def judge(differences, noise, size, spread):\n    return {verdicts!r}[len(differences) - 1]\n\n\ndef not_asked("
         self.write("loop.py", self.read("loop.py").replace("def judge(", rule, 1))
         self.commit("verdicts")
 

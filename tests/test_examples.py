@@ -303,12 +303,32 @@ def test_a_run_measures_its_split_and_another_draws_other_numbers(own):
 
 
 def test_what_is_held_out_is_shut_while_the_file_runs(own, tmp_path):
-    own("return 1")
+    own("trial.load()\n    return 1")
     path = next(tmp_path.glob("x-*")) / "test.bin"
-    said, code = own("trial.load()", f"try:\n    open({str(path)!r})\nexcept BaseException:\n    pass")
+    said, code = own(
+        "trial.load()\n    return 1", f"try:\n    open({str(path)!r})\nexcept BaseException:\n    pass"
+    )
     assert "opened test.bin, which is the ruler's" in said and code == 1
     path.with_name("val.bin").write_bytes(b"eight")
-    assert "is damaged; delete it" in own("return 1")[0]
+    assert "is damaged; delete it" in own("trial.load()\n    return 1")[0]
+
+
+def test_a_ruler_that_changed_is_asked_for_its_data_again_and_takes_no_other_ruler_s(own, tmp_path):
+    assert "m:                5.000000" in own("return len(trial.data)")[0]
+    longer = "own['held_out'] = lambda source: {'val': b'longer' * 2, 'test': b'x'}"
+    assert "m:                12.000000" in own("return len(trial.data)", also=longer)[0]
+    assert "m:                5.000000" in own("return len(trial.data)")[0]  # as before
+    assert len([*tmp_path.glob("x-*")]) == 2
+
+
+def test_a_branch_s_data_are_prepared_where_they_are_missing_if_the_ruler_gives_the_same(own, tmp_path):
+    own("return len(trial.data)")
+    (folder,) = tmp_path.glob("x-*")
+    shutil.rmtree(folder)
+    said, _ = own("return len(trial.data)", FINGERPRINT=folder.name)
+    assert f"prepared: {folder}\n" in said and "m:                5.000000" in said
+    said, code = own("return len(trial.data)", FINGERPRINT="x-of-a-file-of-mine")
+    assert "x-of-a-file-of-mine, this branch's data, is not in" in said and code == 1
 
 
 def test_a_file_finds_neither_the_secret_nor_the_salt(own):

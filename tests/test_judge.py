@@ -14,30 +14,57 @@ NOISE = 0.0002
 KEEP, DISCARD, AGAIN = "keep", "discard", "again"
 
 
-def verdict(*noises, size=0.0, noise=NOISE):
-    """The judge's, on differences that are given in noises."""
-    return loop.judge([difference * noise for difference in noises], noise, size)
+def verdict(*noises, size=0.0, noise=NOISE, spread=1.0):
+    """The judge's, on differences that are given in noises, as the spread is."""
+    return loop.judge([difference * noise for difference in noises], noise, size, spread * noise)
 
 
 # ---- the rule
 
 
 def test_a_clear_gain_is_kept_after_one_run_and_what_is_worse_or_equal_is_discarded_after_one():
-    assert [verdict(gain) for gain in (-100, -0.1, 0, 0.2)] == [DISCARD] * 4
-    assert [verdict(gain) for gain in (1.5, 100)] == [KEEP] * 2
+    assert [verdict(gain) for gain in (-100, -0.1, 0)] == [DISCARD] * 3
+    assert [verdict(gain, spread=2) for gain in (-0.1, 0, 0.5)] == [DISCARD] * 3
+    assert [verdict(gain) for gain in (1.7, 100)] == [KEEP] * 2
 
 
 def test_what_lies_between_runs_on_up_to_three_seeds():
     assert verdict(1) == AGAIN and verdict(0.5, 0.5) == AGAIN
-    assert verdict(1, 1) == KEEP and verdict(1, -1) == DISCARD
-    assert verdict(0.5, 0.5, 0.5) == KEEP and verdict(0.5, 0.5, 0.2) == DISCARD
+    assert verdict(1, 1) == KEEP and verdict(1, -1.1) == DISCARD
+    assert verdict(0.5, 0.6, 0.6) == KEEP and verdict(0.5, 0.5, 0.5) == DISCARD
+
+
+def test_the_larger_the_changes_of_edits_are_beside_the_noise_the_fewer_run_again():
+    gains = [place / 100 for place in range(-50, 300)]
+    again = [sum(verdict(gain, spread=spread) == AGAIN for gain in gains) for spread in (0.5, 1, 2, 4, 100)]
+    assert again == sorted(again, reverse=True) and again[0] == again[1] > 3 * again[2] > 9 * again[3] > 9
+    for spread in (0, 0.01, 1, 100):  # and nothing that was worse is kept, however little is known
+        assert verdict(-0.01, spread=spread) == verdict(0, spread=spread) == DISCARD
+
+
+def test_the_spread_of_the_changes_is_what_half_of_the_edits_stay_within():
+    assert loop.spread_of([], NOISE) == loop.spread_of([math.nan], NOISE) == 2.5 * NOISE
+    changes = [place * NOISE for place in range(-100, 101)]
+    assert loop.spread_of(changes, NOISE) == pytest.approx(50 * NOISE, rel=0.05)
+    assert loop.spread_of([*changes, 5, -7, math.nan, math.inf], NOISE) == pytest.approx(50 * NOISE, rel=0.1)
+
+
+def test_a_parent_s_luck_which_all_changes_share_is_no_spread():
+    rng = random.Random(0)
+    changes = [rng.gauss(0, NOISE) for _ in range(200)]
+    shifted = [change + 30 * NOISE for change in changes]
+    assert loop.spread_of(shifted, NOISE) == pytest.approx(loop.spread_of(changes, NOISE))
+
+
+def test_a_night_s_first_changes_hardly_move_the_spread():
+    assert loop.spread_of([0.0, 1.0], NOISE) == loop.spread_of([0.0], NOISE) == 2.5 * NOISE
 
 
 def test_three_seeds_always_decide():
     rng = random.Random(0)
     for _ in range(2000):
         differences = [rng.gauss() * 10 ** rng.uniform(-5, 0) for _ in range(loop.MAX_RUNS)]
-        assert loop.judge(differences, 10 ** rng.uniform(-5, 0), rng.uniform(-0.5, 0.5)) != AGAIN
+        assert loop.judge(differences, 10 ** rng.uniform(-5, 0), rng.uniform(-0.5, 0.5), NOISE) != AGAIN
 
 
 def test_the_verdict_does_not_depend_on_the_units():
@@ -83,7 +110,7 @@ def test_a_simpler_file_is_never_measured_worse_however_wrong_the_noise_is(noise
     rng = random.Random(0)
     for _ in range(5000):
         differences = [rng.gauss(0, 0.001) for _ in range(rng.randint(1, 3))]
-        if loop.judge(differences, noise, size=-0.3) == KEEP:
+        if loop.judge(differences, noise, -0.3, NOISE) == KEEP:
             assert fmean(differences) >= 0
 
 
@@ -100,7 +127,7 @@ def test_simpler_files_cannot_walk_uphill():
         while answer == AGAIN:
             seed = len(differences)
             differences.append(parent[seed] - candidate[seed])
-            answer = loop.judge(differences, NOISE, size=-0.05)
+            answer = loop.judge(differences, NOISE, -0.05, NOISE)
         if answer == KEEP:
             truth, parent, kept = truth + NOISE / 2, candidate, kept + 1
     assert kept < 10 and truth < 3 * NOISE
@@ -173,8 +200,8 @@ def test_without_keeps_there_is_no_gain():
 
 def test_a_clear_gain_is_reported_as_measured_and_one_at_the_limit_as_less():
     assert loop.gain_of([(0.01, NOISE)]) == pytest.approx((0.01, NOISE))
-    gain, error = loop.gain_of([(1.4 * NOISE, NOISE)])
-    assert 0 < gain < 1.4 * NOISE - 0.7 * NOISE and error == NOISE
+    gain, error = loop.gain_of([(loop.LIMIT * NOISE, NOISE)])
+    assert 0 <= gain < (loop.LIMIT - 0.7) * NOISE and error == NOISE
 
 
 def test_gains_add_up_and_so_do_their_squared_errors():
@@ -204,7 +231,7 @@ def test_a_baseline_s_bad_luck_on_a_seed_is_no_gain_where_the_best_file_ran_on_o
     first, best = kept(math.nan, math.nan, runs=(1.876, 1.806, 1.809)), kept(-0.2, runs=(1.605, 1.624))
     gain, error = loop.night_gain([first, kept(-0.05), best], 1)
     assert gain == pytest.approx((0.271 + 0.182) / 2) and error == pytest.approx((0.271 - 0.182) / 2)
-    edge = kept(-1.4 * NOISE)  # kept at the limit: its luck is taken off all the same
+    edge = kept(-loop.LIMIT * NOISE)  # kept at the limit: its luck is taken off all the same
     assert loop.night_gain([first, edge, best], 1)[0] < gain - 0.7 * NOISE / 2
     later = kept(-0.01)  # on one seed alone: what it added is added
     assert loop.night_gain([first, kept(-0.05), best, later], 1) == pytest.approx((gain + 0.01, error))
@@ -226,7 +253,7 @@ def test_the_noise_that_is_told_is_of_one_difference_whatever_the_last_discarded
 
 @pytest.fixture(scope="module")
 def nights():
-    return bench.draw_nights(60, seed=0)
+    return [*bench.draw_nights(60, seed=0)]
 
 
 @pytest.mark.parametrize("noise, goal", [(0.0003, 1.1), (0.0007, 1.7), (0.0015, 4)])

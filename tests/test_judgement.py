@@ -40,7 +40,7 @@ def verdicts(monkeypatch):
     """A judge that says this after one, two and three runs, from now on."""
 
     def set_judge(*verdicts):
-        monkeypatch.setattr(loop, "judge", lambda differences, noise, size: verdicts[len(differences) - 1])
+        monkeypatch.setattr(loop, "judge", lambda differences, *_: verdicts[len(differences) - 1])
 
     return set_judge
 
@@ -174,7 +174,7 @@ def test_where_the_parent_fails_on_a_seed_what_is_in_doubt_is_not_kept_and_it_is
 
 def test_where_the_parent_fails_on_a_seed_what_is_clear_on_the_first_is_judged_by_it(project):
     """Else nothing could be kept any more for the rest of the night."""
-    replies = [block("width = 64", "width = 65", "in doubt"), block("width = 64", "width = 1000", "clear")]
+    replies = [block("width = 64", "width = 66.4", "in doubt"), block("width = 64", "width = 1000", "clear")]
     session = with_train(project, UNLUCKY).night("--experiments", 2, replies=replies)
     assert session.ledger.results[session.ledger.ended()[0].commit, 1, "val"]["cause"]
     assert [row["status"] for row in project.rows()] == ["keep", "discard", "keep"]
@@ -249,7 +249,7 @@ def test_an_edit_nested_deeper_than_python_likes_is_judged(seeded, value):
 def test_the_judge_is_told_by_how_much_an_edit_makes_the_file_larger(seeded, monkeypatch):
     sizes = []
 
-    def judge(differences, noise, size):
+    def judge(differences, noise, size, spread):
         sizes.append(size)
         return "discard"
 
