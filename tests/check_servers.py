@@ -255,7 +255,7 @@ def night(name, folder, model):
     found += [f"devices busy {busy} %"] * (busy < LEAST_BUSY)
     found += ["a row of the search has tokens"] * any(int(row["llm_tokens"]) for row in searched)
     found += ["a row of the model has none"] * any(not int(row["llm_tokens"]) for row in asked)
-    found += ["the loop didn't notice that the server was gone"] * ("Connection error" not in out)
+    found += ["the loop didn't notice that the server was gone"] * ("the model's server failed" not in out)
     told = [
         f"{out.count(text)} x {text}"
         for text in ("cut a reply off", "asking again with less of it")

@@ -891,7 +891,7 @@ def test_a_repository_around_this_one_is_not_taken_for_it(project, server):
     git, away = project.folder / ".git", project.folder / "away"
 
     def back():
-        shutil.rmtree(git, ignore_errors=True)  # a git that was at work in that moment reports its crash there
+        shutil.rmtree(git, ignore_errors=True)  # where a git that was at work reported its crash
         away.rename(git)
 
     waits_and_goes_on(project, server, lambda: git.rename(away), back, "going on in")
