@@ -1,7 +1,9 @@
 """Shared by all tests: a chat server over real HTTP, and a git repository with the loop and stand-ins for what it runs."""
 
 import ast
+import atexit
 import contextlib
+import functools
 import io
 import json
 import os
@@ -10,9 +12,12 @@ import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
+import tempfile
 import threading
 import time
 import types
+import venv
 from collections import deque
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -198,6 +203,18 @@ class FakeModel:
         return (reply(chat) if callable(reply) else reply), 100
 
 
+@functools.cache
+def python():
+    """A Python with few packages of its own, and by a .pth file all of this one's: a run without a cage has its packages
+    compared before and after, which are tens of thousands of files with torch."""
+    folder = Path(tempfile.mkdtemp(prefix="python-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    venv.create(folder, symlinks=True)
+    (packages,) = folder.glob("lib/python*/site-packages")
+    (packages / "all.pth").write_text(f"{sysconfig.get_path('purelib')}\n{sysconfig.get_path('platlib')}\n")
+    return str(folder / "bin" / "python")
+
+
 class Project:
     """A repository with the real loop.py and, for what it starts, the stand-ins or any text given for them."""
 
@@ -305,7 +322,7 @@ class Project:
     def start(self, *args, **environment):
         """The loop as a process."""
         sandbox = () if "--sandbox" in args else ("--sandbox", "off")  # whether this machine has bwrap or not
-        command = [sys.executable, "loop.py", *map(str, args), *sandbox]
+        command = [python(), "loop.py", *map(str, args), *sandbox]
         return subprocess.Popen(command, cwd=self.folder, env=self.environment | environment, stdin=subprocess.DEVNULL,
                                 stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)  # fmt: skip
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 from check_night import check as problems
-from conftest import FACTS, block, stand_in
+from conftest import FACTS, block, python, stand_in
 from test_isolation import CAGED, LINUX, Place, quiet, tools
 
 import loop
@@ -29,6 +29,7 @@ class Node(Place):
         super().__init__(folder)
         self.home, self.patch = folder / "home", monkeypatch
         monkeypatch.setenv("HOME", str(self.home))
+        monkeypatch.setattr(sys, "executable", python())
         monkeypatch.setenv("AUTORESEARCH_DATA", str(self.data))
         monkeypatch.setattr(loop.Device, "known", {})
 

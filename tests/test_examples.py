@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, STAND_IN, most_quick
+from conftest import ROOT, STAND_IN, most_quick, python
 
 import loop
 
@@ -39,7 +39,7 @@ def game(project):
 
 def night(project, *words, code=0):
     """The loop as a process, started in the project's folder."""
-    command = [sys.executable, project.top / "loop.py", *map(str, words)]
+    command = [python(), project.top / "loop.py", *map(str, words)]
     if "--report" not in words:
         command += ["--devices", "0", "--budget", "20", "--sandbox", "off"]
     done = subprocess.run(

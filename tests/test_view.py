@@ -9,12 +9,11 @@ import re
 import select
 import signal
 import struct
-import sys
 import termios
 import time
 
 import pytest
-from conftest import block
+from conftest import block, python
 from rich.cells import cell_len
 from rich.console import Console
 
@@ -297,18 +296,9 @@ class Terminal:
         self.pid, self.file = pty.fork()
         if not self.pid:
             os.chdir(project.folder)
-            command = [
-                sys.executable,
-                "loop.py",
-                "--budget",
-                "20",
-                "--tag",
-                "t",
-                "--sandbox",
-                "off",
-                *map(str, args),
-            ]
-            os.execve(sys.executable, command, project.environment | {"TERM": "xterm"} | environment)
+            words = "--budget 20 --tag t --sandbox off".split()
+            command = [python(), "loop.py", *words, *map(str, args)]
+            os.execve(python(), command, project.environment | {"TERM": "xterm"} | environment)
         self.resize(columns)
 
     def resize(self, columns, rows=24):
