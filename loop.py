@@ -447,18 +447,29 @@ def code_hash(source):
 
 
 def constants(source, fixed=()):
-    """[(label, node)] of the numbers in top-level constants: NAME = 1, NAME = (1, 2), NAME = Sizes(depth=1).
-    `fixed` names those that the ruler wants left alone, such as the sizes for another kind of device."""
+    """[(label, node)] of the numbers in top-level constants: NAME = 1, NAME = (1, 2), NAME = Sizes(depth=1),
+    NAME = {"depth": 1}. `fixed` names those that the ruler wants left alone, such as the sizes for another
+    kind of device."""
     found = []
     for statement in ast.parse(source).body:
-        name = getattr(statement.targets[0], "id", "") if isinstance(statement, ast.Assign) else ""
+        if not isinstance(statement, (ast.Assign, ast.AnnAssign)):
+            continue
+        value, targets = statement.value, getattr(statement, "targets", None) or [statement.target]
+        name = getattr(targets[0], "id", "")
         if not re.fullmatch("[A-Z][A-Z0-9_]*", name) or name in fixed:
             continue
-        parts = [(f"{name}.{part.arg}", part.value) for part in getattr(statement.value, "keywords", ())]
-        parts += [(f"{name}[{n}]", part) for n, part in enumerate(getattr(statement.value, "elts", ()))]
-        for label, node in parts or [(name, statement.value)]:
-            if isinstance(node, ast.Constant) and isinstance(node.value, (int, float)):
-                found.append((label, node))
+        parts = [(f"{name}.{part.arg}", part.value) for part in getattr(value, "keywords", ())]
+        parts += [(f"{name}[{n}]", part) for n, part in enumerate(getattr(value, "elts", ()))]
+        items = zip(value.keys, value.values, strict=True) if isinstance(value, ast.Dict) else ()
+        parts += [(f"{name}[{''.join(ast.unparse(key).split())}]", part) for key, part in items if key]
+        for label, node in parts or [(name, value)]:
+            match node:
+                case ast.UnaryOp(
+                    ast.USub(), ast.Constant(float(size))
+                ):  # a whole number is an index, or "none"
+                    found.append((label, ast.copy_location(ast.Constant(-size), node)))
+                case ast.Constant(int() | float()):
+                    found.append((label, node))
     return found
 
 
@@ -474,6 +485,8 @@ def moved(value, direction, step):
     """A constant moved up (1) or down (-1): flags flip, powers of two double, the rest moves by exp(step)."""
     if isinstance(value, bool):
         return not value
+    if value < 0:
+        return -moved(-value, -direction, step)
     if isinstance(value, int) and value > 4 and value.bit_count() == 1:
         return value * 2 if direction > 0 else value // 2
     if isinstance(value, int):
@@ -2180,7 +2193,7 @@ class Report:
         yield from self.table(self.kept)
         near = [n for n, row in enumerate(rows) if row.status == "discard" and self.gain(n) > -row.error]
         if near:
-            yield Text("\nnear misses, at most a standard error worse:\n")
+            yield Text("\nnear misses, better or at most a standard error worse:\n")
             yield from self.table(sorted(near, key=self.gain, reverse=True)[:NEAR_MISSES])
         if crashed := [n for n, row in enumerate(rows) if row.status == "crash"]:
             yield Text(f"\nthe last {LATEST} at most of those that crashed:\n")
@@ -2415,8 +2428,8 @@ class Session:
         now |= {name: facts[name] for name in SAME}
         self.noted = now | {name: began.get(name, facts[name]) for name in ("noise", "settings")}
         if differ := changed_facts(began, now, now):
-            other = f"{ledger.name} was measured with another ruler ({differ})"
-            raise Stop(f"{other}; go back, or begin anew: --tag")
+            other = f"{ledger.name} was measured otherwise ({differ})"
+            raise Stop(f"{other}; go back to that, or begin anew: --tag")
         self.sign = self.view.sign = direction(facts)
         ledger.edits, ledger.header = facts["edits"], header(facts["metric"])
         self.check_committed(ledger.edits)
@@ -2494,10 +2507,13 @@ class Session:
         # A server's name for a model may be the path of its file.
         model = self.model and self.model.name.rpartition("/")[2]
         who = model or ("audit" if self.compared else "offline search")
-        who += "" if self.caged or self.args.sandbox == "off" else "  ·  NO SANDBOX"
+        who += "  ·  caged" if self.caged else "" if self.args.sandbox == "off" else "  ·  NO SANDBOX"
         self.view.title = f"{ledger.name}  ·  {who}  ·  {used} x {self.facts['device']}"
         self.say(self.view.title, seen=True)
         plan = f"{3600 / self.budget * used:.0f} or more experiments an hour"
+        if not self.compared:
+            searched = len(constants(ledger.source, self.facts.get("fixed", ())))
+            plan += f"; the search moves {searched} constants of {ledger.edits}"
         self.say(f"{2 * len(AUDIT_SEEDS)} runs on new seeds and unseen data" if self.compared else plan)
         self.say(f"a run takes at most {self.budget:g} s, on {', '.join(self.devices)}; --devices chooses")
         if self.model:
@@ -2750,10 +2766,11 @@ class Session:
 
     def start(self, device, key):
         """Starts a run on a free device; a thread waits for it."""
-        commit, seed, _ = key
+        commit, seed, split = key
         self.tidy()
         experiment = self.ledger.experiments[commit]
         what = f"#{experiment.number} {experiment.description}" + f" (seed {seed})" * (seed > 0)
+        what += " (to see how much it does in its time)" * (split == "warm")
         job, run = self.job(device, key), Run(what, time.monotonic())
         self.ledger.note(*key, {"began": True})
         self.in_flight.add(key)
@@ -3014,7 +3031,7 @@ def parse_arguments(words=None):
     option("--tag", help="the branch autoresearch/TAG (default: the one checked out, else today's date)")
     for name, meaning in {
         "--budget": "hard wall clock of one run, in seconds (default: as the ruler says)",
-        "--experiments": "stop after so many experiments, the baseline not counted",
+        "--experiments": "stop after so many more experiments, the baseline not counted",
         "--hours": "begin nothing new after so many hours",
         "--tokens": "ask the model no more after so many tokens; the search goes on",
     }.items():

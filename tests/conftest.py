@@ -203,16 +203,50 @@ class FakeModel:
         return (reply(chat) if callable(reply) else reply), 100
 
 
+def own_folder(prefix):
+    """A temporary folder of this process."""
+    folder = Path(tempfile.mkdtemp(prefix=prefix))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
 @functools.cache
 def python():
     """A Python with few packages of its own, and by a .pth file all of this one's: a run without a cage has its packages
     compared before and after, which are tens of thousands of files with torch."""
-    folder = Path(tempfile.mkdtemp(prefix="python-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    folder = own_folder("python-")
     venv.create(folder, symlinks=True)
     (packages,) = folder.glob("lib/python*/site-packages")
     (packages / "all.pth").write_text(f"{sysconfig.get_path('purelib')}\n{sysconfig.get_path('platlib')}\n")
     return str(folder / "bin" / "python")
+
+
+@functools.cache
+def first_commit():
+    """A repository with the real loop.py and the stand-ins, committed: each Project begins as its copy."""
+    folder = own_folder("checkout-")
+    for path in (
+        *(ROOT / name for name in ("loop.py", "results.tsv", ".gitignore")),
+        *(STAND_IN / name for name in ("train.py", "prepare.py")),
+    ):
+        shutil.copy(path, folder)
+    (folder / "program.md").write_text("# The goal\nLower val_bpb.\n")
+    (folder / "notes.txt").write_text("a person's file\n")
+    environment = {"PATH": os.environ["PATH"], "HOME": str(folder)}
+    run_git(folder, environment, "init", "--quiet", "--initial-branch=main")
+    run_git(folder, environment, "add", "-A")
+    run_git(folder, environment, "commit", "--quiet", "-m", "start")
+    return folder
+
+
+def run_git(folder, environment, *args, check=True):
+    who = {
+        f"GIT_{role}_{key}": "someone@localhost"
+        for role in ("AUTHOR", "COMMITTER")
+        for key in ("NAME", "EMAIL")
+    }
+    how = dict(cwd=folder, env=environment | who, capture_output=True, text=True, check=check)
+    return subprocess.run(["git", *args], **how).stdout
 
 
 class Project:
@@ -220,42 +254,17 @@ class Project:
 
     def __init__(self, folder):
         self.folder, self.data = folder / "checkout", folder / "data"
-        self.folder.mkdir()
+        shutil.copytree(first_commit(), self.folder)
         (self.data / "toy-0123456789ab").mkdir(parents=True)
         (self.data / "toy-0123456789ab" / "meta.json").write_text(json.dumps({"fingerprint": "0123456789ab"}))
-        for path in (
-            ROOT / "loop.py",
-            ROOT / "results.tsv",
-            ROOT / ".gitignore",
-            STAND_IN / "train.py",
-            STAND_IN / "prepare.py",
-        ):
-            shutil.copy(path, self.folder)
-        (self.folder / "program.md").write_text("# The goal\nLower val_bpb.\n")
-        (self.folder / "notes.txt").write_text("a person's file\n")
         self.environment = {
             "PATH": os.environ["PATH"],
             "HOME": str(folder),
             "AUTORESEARCH_DATA": str(self.data),
         }
-        self.git("init", "--quiet", "--initial-branch=main")
-        self.commit("start")
 
     def git(self, *args, check=True):
-        who = {
-            f"GIT_{role}_{key}": "someone@localhost"
-            for role in ("AUTHOR", "COMMITTER")
-            for key in ("NAME", "EMAIL")
-        }
-        done = subprocess.run(
-            ["git", *args],
-            cwd=self.folder,
-            env={**self.environment, **who},
-            capture_output=True,
-            text=True,
-            check=check,
-        )
-        return done.stdout
+        return run_git(self.folder, self.environment, *args, check=check)
 
     def commit(self, message):
         self.git("add", "-A")

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, block, most_quick
+from test_ruler import OUTSIDE
 
 import loop
 import prepare
@@ -593,3 +594,11 @@ def test_a_run_that_changes_the_data_has_no_result(project, server):
     project.online(server, "--experiments", 2)
     row = next(row for row in project.rows() if row["description"].startswith("other data"))
     assert row["status"] == "crash" and "meta.json" in row["description"]
+
+
+def test_readme_and_manual_say_how_many_edits_were_tried():
+    readme, manual = ((ROOT / name).read_text() for name in ("README.md", "MANUAL.md"))
+    assert f"has {len(ATTACKS)} edits that tried" in readme
+    assert (
+        f"what was tried: {len(ATTACKS)} edits" in manual and f"has {len(OUTSIDE)} more such lines" in manual
+    )

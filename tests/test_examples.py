@@ -3,7 +3,6 @@
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -119,7 +118,7 @@ def test_what_is_missing_is_named(game, change, sentence):
 def test_the_ruler_is_its_file_and_the_loop_s_prepare_together(game):
     night(game, "--offline", "--experiments", 1)
     (game.top / "prepare.py").write_text(OWN + "# newer\n")
-    assert "was measured with another ruler (code was" in night(game, "--offline", code=2)
+    assert "was measured otherwise (code was" in night(game, "--offline", code=2)
 
 
 # ---- the examples
@@ -189,7 +188,7 @@ def test_a_model_s_edits_are_applied_refused_and_kept_in_an_example_as_anywhere(
     server.replies += [form.format("know the market", value, "import ruler\n" + value)]
     server.replies += [form.format("bid less", value, "a_value = 16.0\n")]
     project.environment["OPENAI_BASE_URL"] = server.url
-    assert "import ruler: bidder.py may import" in night(project, "--experiments", 1)
+    assert "import ruler: bidder.py uses plain built-ins and" in night(project, "--experiments", 1)
     prompt = server.requests[0]["messages"]
     assert (
         "edit of bidder.py" in prompt[0]["content"]
@@ -226,7 +225,7 @@ CHEATS = {
         "a position of 1.0",
     ),
     "trading: turns over the whole capital each day": (POSITION, "    return -held or 1.0\n", "traded a year"),
-    "trading: prints a result": (POSITION, f"    {FAKE}\n", "no result"),
+    "trading: prints a result": (POSITION, f"    {FAKE}\n", "strategy.py ended the run by itself"),
     "bidding: spends more than the budget": (BID, "        return 1e6\n", "of a budget of"),
     "bidding: bids without end": (BID, "        return float('inf')\n", "a bid of inf"),
     "bidding: bids less than nothing": (BID, "        return -1.0\n", "a bid of -1.0"),
@@ -236,7 +235,7 @@ CHEATS = {
         "a bid of 0.0",
     ),
     "bidding: draws the same market": (BID, "        import numpy\n", "import numpy"),
-    "bidding: won't hear of what it pays": ("        self.spent += price\n", "        raise SystemExit\n", "no result"),
+    "bidding: won't hear of what it pays": ("        self.spent += price\n", "        raise SystemExit\n", "bidder.py ended the run by itself"),
     "bidding: forgets what it has paid": ("        self.spent += price\n", "        self.spent = 0\n", "of a budget"),
     "speed: remembers an answer": (PAIRS, "    return FOUND.setdefault(0, compared(points, *[range(len(points))] * 2, radius))\n", "pairs are wrong"),
     "speed: finds half of the pairs": (PAIRS, "    points, cells, found = points[::2], {}, []\n", "pairs are wrong"),
@@ -363,8 +362,33 @@ def test_a_mistake_in_a_ruler_is_named_before_anything_is_measured(own, mistake)
     assert said.strip().endswith(MISTAKES[mistake]) and code == 1 and "measured" not in said
 
 
-def test_by_hand_a_run_ends_with_its_budget_too(own):
-    assert own("trial.load()", "while True: pass", BUDGET="1")[1] == -signal.SIGALRM
+@pytest.mark.parametrize("endless", ["while True: pass", "import re\nre.match('(a*)*b', 'a' * 99)"])
+def test_by_hand_a_run_ends_with_its_budget_too(own, endless):
+    said, code = own("trial.load()", endless, BUDGET="1")
+    assert "Timeout (0:00:01)!" in said and "x.py" in said and code == 1
+
+
+def test_by_hand_a_file_that_reaches_outside_is_measured_and_warned_of(own):
+    said, code = own("trial.load()\n    return 7", "import os\n")
+    warned = (
+        "would refuse a model's edit like this: line 1, import os: x.py uses plain built-ins and math alone"
+    )
+    assert warned in said and "m:                7.000000" in said and code == 0
+    assert "would refuse" not in own("trial.load()\n    return 7", "import os\n", TOKEN="of a loop")[0]
+
+
+def test_a_file_that_ends_the_process_has_no_result(own):
+    said, code = own("return trial.load().f()", "def f():\n    raise SystemExit(0)\n")
+    assert said.endswith("refused by the ruler: x.py ended the run by itself\n") and code == 1
+
+
+def test_a_check_says_by_its_exit_status_whether_the_file_may_run(own, tmp_path):
+    own("return 1", "import os\n")
+    environment = {"PATH": os.environ["PATH"]}
+    assert ruler(tmp_path, environment, "--check", "x.py")[1] == 1
+    assert ruler(tmp_path, environment, "--check", "ruler.py")[1] == 1
+    (tmp_path / "x.py").write_text("import math\n")
+    assert ruler(tmp_path, environment, "--check", "x.py") == ("ok\n", 0)
 
 
 # ---- MANUAL.md's own ruler

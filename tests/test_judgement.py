@@ -391,7 +391,7 @@ def test_a_run_has_the_settings_with_which_the_branch_began(seeded, monkeypatch)
 def test_a_branch_does_not_go_on_with_another_ruler_or_on_another_machine(seeded, monkeypatch, name):
     seeded.night("--hours", 1e-9, replies=[])
     monkeypatch.setitem(conftest.FACTS, name, "higher" if name == "better" else "another one")
-    with pytest.raises(loop.Stop, match=f"measured with another ruler .{name} was .* and is ") as stop:
+    with pytest.raises(loop.Stop, match=f"measured otherwise .{name} was .* and is ") as stop:
         seeded.night("--experiments", 1, replies=[edit(1)])
     assert stop.value.code == 2 and "--tag" in str(stop.value)
 

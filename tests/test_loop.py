@@ -510,7 +510,7 @@ def test_code_nested_too_deeply_to_be_checked_is_refused_and_not_a_fault_of_the_
     (tmp_path / "train.py").write_text("x = a" + ".b" * 900 + "\n")
     command = [sys.executable, ROOT / "prepare.py", "--check", "train.py"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0 and "nested too deeply" in done.stdout
+    assert done.returncode == 1 and "nested too deeply" in done.stdout
 
 
 def test_a_proposal_refused_three_times_becomes_a_row_without_a_run(plain):

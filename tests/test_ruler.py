@@ -887,6 +887,18 @@ OUTSIDE = [  # what a train.py may not reach for, and what is said of it
     ("class M:\n    def __torch_function__(self): pass", "__torch_function__"),
     ("import torch\ntorch.utils.data.DataLoader(x, 8, num_workers=2)", "DataLoader"),
     ("self.run._held", "self.run._held"),
+    ("def f(): pass\nf.__globals__['__builtins__']['open']('x')", "f.__globals__"),
+    ("class A: pass\nA.__subclasses__()", "A.__subclasses__"),
+    ("def f(): pass\ngetattr(f, '__builtins__')", "f.__builtins__"),
+    ("def f(self):\n    self.__reduce__()", "self.__reduce__"),
+    ("def f(): pass\nmatch f:\n    case object(__globals__=names): pass", "object(__globals__=names)"),
+    ("match f:\n    case Mine(names): pass", "Mine(names)"),
+    ("import queue\nqueue.threading.enumerate()", "queue.threading"),
+    ("import torch\nt = torch.cuda\nt.threading.enumerate()", "t.threading"),
+    ("from queue import threading", "import queue.threading"),
+    ("import typing\ntyping.operator.attrgetter('_held')(run)", "attrgetter"),
+    ("import enum\nenum.bltns.getattr(run, '_held')", "enum.bltns.getattr"),
+    ("from functools import singledispatch", "import functools.singledispatch"),
 ]
 
 
@@ -910,6 +922,8 @@ INSIDE = [
     "import triton\nimport triton.language as tl\n@triton.jit\ndef kernel(x, B: tl.constexpr):\n    tl.store(x, tl.load(x))",
     "import prepare\nrun = prepare.Run()\nx = run.seq_len, run.vocab_size, run.device.type\nrun.log(1, 2, 3)",
     "from prepare import Run\nrun = Run()\nprint(__name__, getattr(run, 'device'), hasattr(model, 'kept'))",
+    "class A:\n    def f(self):\n        self.__kept = self.__dict__.get('x')\n        A.__init__(self)",
+    "match kind:\n    case 'muon' | 3: pass\n    case int(): pass",
 ]
 
 

@@ -58,7 +58,7 @@ def test_the_numbers_of_top_level_constants_are_found_also_in_tuples_and_in_the_
     "statement",
     [
         "name = 5", "Width = 5", "_WIDTH = 5", "WIDTH = 'wide'", "WIDTH = None", "WIDTH = 5j",
-        "WIDTH = 2 * 4", "WIDTH = -0.5", "WIDTH = -2", "WIDTH = RATE", "A, B = 1, 2",
+        "WIDTH = 2 * 4", "WIDTH = -2", "WIDTH = +0.5", "WIDTH = not 0.5", "WIDTH = {**{'a': 1}}", "WIDTH = RATE", "A, B = 1, 2",
         "WIDTH = ((1.0, 2.0), (3.0, 4.0))",
         "WIDTH = Sizes(4)", "WIDTH: int", "WIDTH += 1", "def f():\n    WIDTH = 1", "if True:\n    WIDTH = 1",
         "self.WIDTH = 1", "WIDTH[0] = 1", "'WIDTH = 1'", "import WIDTH",
@@ -66,6 +66,14 @@ def test_the_numbers_of_top_level_constants_are_found_also_in_tuples_and_in_the_
 )  # fmt: skip
 def test_what_is_no_plain_number_of_a_top_level_constant_is_left_alone(statement):
     assert labels(f"RATE = 0.1\n{statement}\n") == [("RATE", 0.1)]
+
+
+def test_they_are_found_under_a_type_in_a_dictionary_and_below_zero_where_they_are_no_index():
+    source = "RATE: float = 0.1\nOWN = {'one': 1.0, 2: -0.5, 'a b': -1}\nLOSS = -0.25\nBIAS = (-0.5, -1)\n"
+    assert labels(source) == [
+        ("RATE", 0.1), ("OWN['one']", 1.0), ("OWN[2]", -0.5), ("LOSS", -0.25), ("BIAS[0]", -0.5),
+    ]  # fmt: skip
+    assert lost(source, 4)[1:] == ["OWN['one'] 1.0 -> 1.49", "OWN[2] -0.5 -> -0.335", "LOSS -0.25 -> -0.168"]
 
 
 def test_a_name_that_is_deleted_is_no_constant():
@@ -84,6 +92,10 @@ def test_what_the_ruler_wants_left_alone_is():
 
 def both(value, step=loop.FIRST_STEP):
     return loop.moved(value, 1, step), loop.moved(value, -1, step)
+
+
+def test_below_zero_up_is_towards_zero():
+    assert both(-0.25) == (-0.168, -0.373) and both(-3.0) == (-2.01, -4.48)
 
 
 def test_flags_flip():
@@ -316,7 +328,7 @@ def test_it_ends_where_nothing_new_is_left():
     assert loop.search_step("A = -1\n", [], set()) is None
 
 
-@pytest.mark.parametrize("value", [1.0, 0.5, 0.95, 0.0, 1e-12, 3e22, 7, 4, 3, 0, 1000, 524288])
+@pytest.mark.parametrize("value", [1.0, 0.5, -0.5, 0.95, 0.0, 1e-12, 3e22, 7, 4, 3, 0, 1000, 524288])
 def test_of_each_constant_it_ends_and_nothing_is_tried_twice(value):
     found = lost(f"A = {value!r}\n")
     assert 1 <= len(found) < 300 and len({*found}) == len(found)
@@ -324,7 +336,7 @@ def test_of_each_constant_it_ends_and_nothing_is_tried_twice(value):
 
 def test_every_value_is_read_back_from_its_row():
     """A row that can't be read back is no move: its constant would always be the one that was moved least."""
-    for value in (1.0, 0.5, 0.0, 1e-12, 3e22, 1e300, 7, True, 12345678901234567890):
+    for value in (1.0, 0.5, -0.5, 0.0, 1e-12, 3e22, 1e300, 7, True, 12345678901234567890):
         for move in lost(f"A = {value!r}\n", 80):
             assert loop.MOVE.fullmatch(f"search: {move}"), move
 
