@@ -247,6 +247,7 @@ def test_a_result_that_gets_lost_is_no_result_whatever_the_status(node):
     assert result["machine"] and result["blame"] == loop.LOST and "value" not in result
 
 
+@pytest.mark.slow
 def test_a_silent_node_is_given_up_and_what_started_its_worker_is_ended(node, monkeypatch):
     monkeypatch.setattr(loop, "SILENCE", 0.2)
     words = 'echo \'{"wants": "text"}\'; read line; read text; echo \'{"wants": "job", "place": "n1 x"}\'; sleep 982'
@@ -257,6 +258,7 @@ def test_a_silent_node_is_given_up_and_what_started_its_worker_is_ended(node, mo
     assert device.process.wait(30) < 0
 
 
+@pytest.mark.slow
 def test_a_late_answer_changes_nothing(node, monkeypatch):
     monkeypatch.setattr(loop, "SILENCE", 0.2)
     late = node.device('"$@" | (read a; echo "$a"; read b; echo "$b"; sleep 1; cat)')

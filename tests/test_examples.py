@@ -64,6 +64,7 @@ def test_in_a_folder_with_a_ruler_the_loop_works_on_that_with_a_branch_of_its_ow
     assert name.startswith("autoresearch-games-chess/")
 
 
+@pytest.mark.slow
 def test_it_goes_on_reports_and_audits_there_too(game):
     night(game, "--offline", "--experiments", 2)
     game.write("player.py", game.read("player.py").replace("LEARNING_RATE = 0.02", "LEARNING_RATE = 0.5"))
@@ -89,6 +90,7 @@ def test_another_project_s_branch_that_is_checked_out_is_not_gone_on_with(game):
     assert " autoresearch/" in night(game, "--offline", "--experiments", 1)
 
 
+@pytest.mark.slow
 def test_a_project_may_stand_in_a_repository_of_its_own(game, tmp_path):
     alone = tmp_path / "alone"
     game.folder.rename(alone)
@@ -115,6 +117,7 @@ def test_what_is_missing_is_named(game, change, sentence):
     assert sentence in night(game, "--offline", code=2)
 
 
+@pytest.mark.slow
 def test_the_ruler_is_its_file_and_the_loop_s_prepare_together(game):
     night(game, "--offline", "--experiments", 1)
     (game.top / "prepare.py").write_text(OWN + "# newer\n")
@@ -197,6 +200,7 @@ def test_a_model_s_edits_are_applied_refused_and_kept_in_an_example_as_anywhere(
     assert "\tkeep\tbid less\t+" in project.read("results.tsv")
 
 
+@pytest.mark.slow
 def test_the_prices_of_the_trading_example_come_with_arch(tmp_path):
     pytest.importorskip("arch")
     environment = {"AUTORESEARCH_DATA": str(tmp_path), "PATH": os.environ["PATH"]}

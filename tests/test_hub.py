@@ -441,6 +441,7 @@ def test_a_nul_in_a_row_is_text(tmp_path):
     assert [text for _, text, _ in prepare.split_documents([tmp_path / "a.parquet"], whole=False)] == ["a\0b"]
 
 
+@pytest.mark.slow
 def test_a_row_group_of_any_size_needs_little_memory(tmp_path):
     generator = random.Random(0)
     (tmp_path / "a.parquet").write_bytes(

@@ -404,7 +404,9 @@ def test_what_the_ruler_calls_held_up_is_the_machines_fault(place, device):
 
 
 @LINUX
-@pytest.mark.parametrize("name", most_quick(EXCESSES, "a leak"))
+@pytest.mark.parametrize(
+    "name", most_quick(EXCESSES, "a leak", "a leak in a child", "a fork bomb that leaves its sessions")
+)
 def test_what_takes_too_much_ends_its_run_and_not_the_worker(place, device, name):
     code, cause = EXCESSES[name]
     memory = psutil.virtual_memory().total / 20
@@ -422,6 +424,7 @@ def test_a_run_on_a_disk_that_gets_full_is_ended(place):
 
 
 @LINUX
+@pytest.mark.slow
 def test_pages_that_processes_share_are_counted_once(place, device):
     share = psutil.virtual_memory().total // 100
     forks = "for _ in range(10):\n    if os.fork() == 0:\n        time.sleep(2)\n        os._exit(0)"

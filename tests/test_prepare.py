@@ -491,7 +491,7 @@ def test_a_killed_run_leaves_what_was_there_and_the_next_one_cleans_up(stuck, en
     assert left_over(root) == [prepare.newest(root).name]
 
 
-@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("sent", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_stopped_run_cleans_up_after_itself(stuck, tmp_path, sent):
     root = tmp_path / "data"
     process = spawn(stuck, root)
@@ -535,6 +535,7 @@ def test_a_prepare_that_waits_can_be_stopped(stuck, tmp_path):
         first.communicate()
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_sentence_and_leaves_nothing(enough, tmp_path):
     root = tmp_path / "data"
     limited = (
