@@ -1002,8 +1002,10 @@ class Ledger:
         self.git, self.name, self.edits = git, f"{git.space}/{tag}", ""  # the file, once the ruler named it
         self.ref, self.refs = f"refs/heads/{self.name}", f"refs/{self.name}/open/"
         self.file = Path(git.dir, git.space, tag.replace("/", "--") + ".jsonl")
-        self.header, self.rows = header(METRIC), []
-        self.experiments = {}  # {commit: Experiment}, those with a row in the order of the rows
+        self.table, self.rows = header(METRIC), []  # results.tsv, as text and as what it says
+        self.experiments = {}  # {commit: Experiment}
+        # Those that have a row, in the order of the rows, and those that have none yet, as they began.
+        self.ended, self.unfinished = [], []
         self.source_of = functools.lru_cache(64)(lambda commit: git.text(commit, self.edits))
         self.results = {}  # {(commit, seed, split): result} of finished runs
         self.deaths = Counter()  # {commit: runs that were begun and neither finished nor stopped}
@@ -1020,12 +1022,11 @@ class Ledger:
         tip, place = self.tip(), f"results.tsv on {self.name}"
         text = self.git("cat-file", "blob", f"{tip}:{self.git.prefix}results.tsv")
         metric, rows, unread = read_rows(text, place)
-        self.header = header(metric)
-        if not text.startswith(self.header):
+        if not text.startswith(header(metric)):
             raise Stop(f"{place} has other columns than this loop's; begin anew with --tag")
         if unread:
             raise Stop(f"{place}, {unread[0]}; fix and commit it")
-        messages, outcomes, self.experiments = {}, {}, {}
+        messages, outcomes, ended = {}, {}, {}
         for entry in self.git("rev-list", "--format=%H%x00%P%x00%B%x01", tip).split("\x01\n")[:-1]:
             commit, parents, messages[commit] = entry.partition("\n")[2].split("\0")
             outcomes |= {parent: messages[commit] for parent in parents.split()[1:]}
@@ -1033,18 +1034,21 @@ class Ledger:
         for row in rows:
             if (commit := full.get(row.commit)) not in messages:
                 raise Stop(f"{place}: {row.commit} is no experiment of this branch")
-            self.experiments[commit] = Experiment(commit, messages[commit], row, outcomes[commit])
+            ended[commit] = Experiment(commit, messages[commit], row, outcomes[commit])
         form = "--format=%(objectname)%00%(contents)%01"
-        for entry in self.git("for-each-ref", "--sort=version:refname", form, self.refs).split("\x01\n")[:-1]:
-            experiment = Experiment(*entry.split("\0"))
-            self.experiments.setdefault(experiment.commit, experiment)
+        refs = self.git("for-each-ref", "--sort=version:refname", form, self.refs).split("\x01\n")[:-1]
+        found = [Experiment(*entry.split("\0")) for entry in refs]
+        self.ended = [*ended.values()]
+        self.unfinished = [one for one in found if one.commit not in ended]  # else git was killed half-way
+        self.experiments = ended | {one.commit: one for one in self.unfinished}
         self.rows[:] = rows  # the same list: the screen has it, too
+        self.table = header(metric) + "".join(row.line() for row in rows)
         self.load_runs()
 
     def load_runs(self):
         """Every finished run: what stands in rows, and beyond it what the file says."""
         self.results, self.deaths = {}, Counter()
-        for experiment in self.ended():
+        for experiment in self.ended:
             work = read_message(experiment.row_message)[2].get("Work", "").split(",")
             for seed, value in enumerate(experiment.row.runs):
                 result = {"value": value, "work": work[seed] if seed < len(work) else "", "cause": ""}
@@ -1063,26 +1067,17 @@ class Ledger:
     @property
     def best(self):
         """The last Experiment that was kept."""
-        kept = (one for one in reversed(self.experiments.values()) if one.row and one.row.status == "keep")
-        return next(kept, None)
+        return next((one for one in reversed(self.ended) if one.row.status == "keep"), None)
 
     @property
     def first(self):
         """The baseline's Experiment."""
-        return next(iter(self.ended()), None)
+        return next(iter(self.ended), None)
 
     @property
     def source(self):
         """The best file so far."""
         return self.source_of(self.best.commit) if self.best else self.git.text(self.ref, self.edits)
-
-    def ended(self):
-        """The experiments that have a row, in the order of the rows."""
-        return [experiment for experiment in self.experiments.values() if experiment.row]
-
-    def unfinished(self):
-        """The experiments that have none yet, in the order in which they began."""
-        return [experiment for experiment in self.experiments.values() if not experiment.row]
 
     def tried(self):
         """{hash of the code: Experiment} of all that were begun."""
@@ -1113,14 +1108,14 @@ class Ledger:
 
     def noise(self, prior, gains=()):
         """The deviation of one difference on a seed, from all experiments that have rows, and `gains`."""
-        pairs = (self.pairs_of(one) for one in self.ended() if len(one.row.runs) > 1)
+        pairs = (self.pairs_of(one) for one in self.ended if len(one.row.runs) > 1)
         groups = [[before["value"] - after["value"] for before, after in found] for found in pairs]
         return noise_of([gains, *groups], prior)
 
     def odd_nodes(self):
         """Sentences on the machines whose runs are off, as far as the file of runs says where they were."""
         groups, here, ruler = [], os.uname().nodename, self.noted_ruler()
-        for pairs in map(self.pairs_of, self.ended()):
+        for pairs in map(self.pairs_of, self.ended):
             nodes = [[run.get("node", here) for run in pair] for pair in pairs]
             gains = [direction(ruler) * (before["value"] - after["value"]) for before, after in pairs]
             groups.append([(gain, *where) for gain, where in zip(gains, nodes, strict=True)])
@@ -1135,7 +1130,7 @@ class Ledger:
         if read_text(path) == self.source or not self.checked_out() or not path.is_file():
             return None
         ours = [self.best.commit]
-        for experiment in self.unfinished():
+        for experiment in self.unfinished:
             ours += [experiment.commit, experiment.first]
         if not all(self.git.differs(commit, self.edits) for commit in ours):
             return None
@@ -1180,23 +1175,29 @@ class Ledger:
         ref = f"{self.refs}{trailers['Number']}"
         self.git.move(f"update {ref} {commit} {again.commit}" if again else f"create {ref} {commit}")
         if again:
+            self.unfinished.remove(again)
             del self.experiments[again.commit]
         self.experiments[commit] = Experiment(commit, message)
+        self.unfinished.append(self.experiments[commit])
         return self.experiments[commit]
 
-    def table(self, *new):
-        """The text of results.tsv, with these rows at its end."""
-        return self.header + "".join(row.line() for row in [*self.rows, *new])
+    def with_runs(self, *experiments):
+        """The text of results.tsv, once the rows of these experiments tell of all their runs."""
+        table = self.table
+        for one in experiments:
+            before, one.row.runs = one.row.line(), self.values_of(one.commit)
+            table = table.replace(before, one.row.line())
+        return table
 
     def record(self, experiment, row, body, trailers):
         """Appends a row: the branch advances to a commit with two parents, its tip and the experiment. False
         where the checkout doesn't follow."""
         git, commit, tip = self.git, experiment.commit, self.tip()
         row.commit = git("rev-parse", "--short=7", commit).strip()
-        parent = self.experiments[experiment.parent].row if experiment.parent else row
-        parent.runs = self.values_of(experiment.parent or commit)
+        row.runs = row.runs if experiment.parent else self.values_of(commit)
+        table = self.with_runs(*filter(None, [self.experiments.get(experiment.parent)])) + row.line()
         source = self.source_of(commit) if row.status == "keep" else self.source
-        files = {"results.tsv": self.table(row), self.edits: source}
+        files = {"results.tsv": table, self.edits: source}
         ran, before, now = git.blobs("program.md", commit, f"{commit}^", tip)
         if now == before != ran:  # else the user took it away, or committed another one meanwhile
             files["program.md"] = git.text(commit, "program.md")
@@ -1204,25 +1205,25 @@ class Ledger:
         after = git.commit([tip, commit], files, experiment.row_message)
         git.move(f"update {self.ref} {after} {tip}", f"delete {self.refs}{experiment.number} {commit}")
         self.rows.append(row)
-        experiment.row = row
-        self.experiments[commit] = self.experiments.pop(commit)
+        self.table, experiment.row = table, row
+        self.unfinished.remove(experiment)
+        self.ended.append(experiment)
         return self.sync_checkout()
 
     def close(self):
         """Commits the rows again, where the first and the last kept file have run on more seeds since."""
         tip = self.tip()
-        for one in (self.first, self.best):
-            one.row.runs = self.values_of(one.commit)
-        table = self.table()
-        if table != self.git.text(tip, "results.tsv"):
+        table = self.with_runs(self.first, self.best)
+        if table != self.table:
             after = self.git.commit([tip], {"results.tsv": table}, "runs: baseline and best on all seeds\n")
             self.git.move(f"update {self.ref} {after} {tip}")
+            self.table = table
             self.sync_checkout()
 
     def sync_checkout(self):
         """The checkout follows the branch, where it holds what the loop put there: the file that the last row
         edited, or was an edit of. False where another branch is checked out."""
-        git, folder, ended = self.git, self.git.folder, self.ended()
+        git, folder, ended = self.git, self.git.folder, self.ended
         if not self.checked_out():
             return False
         if "results.tsv" in (behind := git.differs(self.ref, "results.tsv", self.edits)):
@@ -2273,7 +2274,7 @@ def read_report(folder, tag, file):
     ledger = Ledger(git, name.removeprefix(space))
     try:
         ledger.load()
-        return Report(name, ledger.header.split("\t")[1], ledger.rows, nodes=ledger.odd_nodes())
+        return Report(name, ledger.table.split("\t")[1], ledger.rows, nodes=ledger.odd_nodes())
     except (Stop, KeyError, subprocess.CalledProcessError):  # a branch of another version
         return Report(name, *read_rows(git.text(ledger.ref, "results.tsv") or header(METRIC), name))
 
@@ -2431,7 +2432,8 @@ class Session:
             other = f"{ledger.name} was measured otherwise ({differ})"
             raise Stop(f"{other}; go back to that, or begin anew: --tag")
         self.sign = self.view.sign = direction(facts)
-        ledger.edits, ledger.header = facts["edits"], header(facts["metric"])
+        ledger.edits = facts["edits"]
+        ledger.table = ledger.table if ledger.rows else header(facts["metric"])
         self.check_committed(ledger.edits)
         try:
             code_hash(self.git.text("HEAD", ledger.edits))
@@ -2467,8 +2469,8 @@ class Session:
         """The branch, made at HEAD with an empty results.tsv, or checked out as git would do it by hand."""
         ledger, start = self.ledger, self.git.find("HEAD")
         if not self.git.find(ledger.ref):
-            if self.git.text(start, "results.tsv") != ledger.header:
-                start = self.git.commit([start], {"results.tsv": ledger.header}, f"start {ledger.name}\n")
+            if self.git.text(start, "results.tsv") != ledger.table:
+                start = self.git.commit([start], {"results.tsv": ledger.table}, f"start {ledger.name}\n")
             # Refs that a deleted branch of this name has left.
             old = self.git("for-each-ref", "--format=delete %(refname)", ledger.refs).splitlines()
             self.git.move(*old, f"create {ledger.ref} {start}")
@@ -2535,7 +2537,7 @@ class Session:
         if self.compared:
             yield from ((one.commit, seed, "test") for seed in AUDIT_SEEDS for one in self.compared)
             return
-        for experiment in self.ledger.unfinished():
+        for experiment in self.ledger.unfinished:
             commit, parent = experiment.commit, experiment.parent
             seed = len(self.ledger.results_of(commit))
             if not parent:  # twice on seed 0: all later runs do as much as the clock gave the first one
@@ -2576,7 +2578,7 @@ class Session:
         """Begins a user's edit, a proposal that is ready, or a step of the search: its Experiment."""
         ledger, own = self.ledger, None
         if not ledger.best:
-            if ledger.unfinished():
+            if ledger.unfinished:
                 return None
             own, what, told = ledger.source, "baseline", {"Ruler": json.dumps(self.noted)}
         elif own := self.user_edit():
@@ -2591,7 +2593,7 @@ class Session:
         for proposal in [*self.proposals]:
             if proposal.done and (experiment := self.begin_proposal(proposal)):
                 return experiment
-        begun = [*ledger.ended(), *ledger.unfinished()]
+        begun = [*ledger.ended, *ledger.unfinished]
         begun = [one for one in begun if one.trailers.get("Model") == "search"]  # a model may copy the form
         moves = [(one.description, one.row.came_to if one.row else "running") for one in begun]
         step = search_step(ledger.source, moves, ledger.tried(), self.facts.get("fixed", ()))
@@ -2700,13 +2702,13 @@ class Session:
 
     def prompt(self):
         """The chat that asks for an edit of the best file; what changes least stands first, for the cache."""
-        ledger, rows, ended = self.ledger, self.ledger.rows, self.ledger.ended()
+        ledger, rows, ended = self.ledger, self.ledger.rows, self.ledger.ended
         results, request = "None yet: this file is being measured.", ""
         if rows:
             results = history(rows, ledger.best.row, ledger.noise(self.noted["noise"]), self.facts)
         if stuck(rows) >= STUCK:
             request += STUCK_SAYS.format(stuck(rows))
-        if running := [f"\n  {one.description}" for one in ledger.unfinished() if one.parent]:
+        if running := [f"\n  {one.description}" for one in ledger.unfinished if one.parent]:
             request += RUNNING + "".join(running)
         lessons = [f"- {one.trailers['Lesson']}" for one in ended if "Lesson" in one.trailers]
         latest = ["\n".join(read_message(one.row_message)[:2]) for one in ended[-LATEST:]]
@@ -2856,7 +2858,7 @@ class Session:
 
     def settle_all(self):
         """Settles what can be; an experiment on which the loop itself keeps failing becomes a crash."""
-        for experiment in self.ledger.unfinished():
+        for experiment in [*self.ledger.unfinished]:
             try:
                 self.settle(experiment)
             except (Stop, OSError, subprocess.CalledProcessError):
@@ -2918,7 +2920,7 @@ class Session:
 
     def tidy(self):
         commits = [commit for commit, *_ in self.in_flight]
-        commits += [experiment.commit for experiment in self.ledger.unfinished()]
+        commits += [experiment.commit for experiment in self.ledger.unfinished]
         make_room(self.runs_folder, [commit[:7] for commit in commits])
 
     def collect(self):

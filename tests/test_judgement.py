@@ -176,7 +176,7 @@ def test_where_the_parent_fails_on_a_seed_what_is_clear_on_the_first_is_judged_b
     """Else nothing could be kept any more for the rest of the night."""
     replies = [block("width = 64", "width = 66.4", "in doubt"), block("width = 64", "width = 1000", "clear")]
     session = with_train(project, UNLUCKY).night("--experiments", 2, replies=replies)
-    assert session.ledger.results[session.ledger.ended()[0].commit, 1, "val"]["cause"]
+    assert session.ledger.results[session.ledger.ended[0].commit, 1, "val"]["cause"]
     assert [row["status"] for row in project.rows()] == ["keep", "discard", "keep"]
     assert project.rows()[2]["change"].startswith("-0.0146")
 
@@ -199,8 +199,8 @@ def test_what_the_model_wrote_is_no_part_of_what_the_loop_notes(seeded):
     assert "\nWork: faster\n" in message and message.index("Work: faster") < message.index(
         "Model: local-model"
     )
-    (experiment,) = [one for one in session.ledger.ended() if one.number == 1]
-    assert experiment.parent == session.ledger.ended()[0].commit
+    (experiment,) = [one for one in session.ledger.ended if one.number == 1]
+    assert experiment.parent == session.ledger.ended[0].commit
 
 
 # ---- the noise

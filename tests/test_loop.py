@@ -726,7 +726,7 @@ def test_while_the_model_thinks_the_search_goes_on_and_its_rows_say_so(project, 
     rows = project.rows()
     assert [row["description"].partition(":")[0] for row in rows] == ["baseline", *["search"] * 3, "an idea"]
     assert [row["llm_tokens"] for row in rows] == ["0", "0", "0", "0", "100"]
-    assert session.ledger.ended()[1].trailers["Model"] == "search"
+    assert session.ledger.ended[1].trailers["Model"] == "search"
     check(project)
 
 
@@ -1135,6 +1135,16 @@ def test_killed_at_every_step_it_gets_there_all_the_same(plain, monkeypatch, nam
     check(plain, status="M  notes.txt\n")
 
 
+def test_an_experiment_whose_ref_git_had_no_time_to_delete_has_one_row(plain):
+    plain.night("--experiments", 1, replies=[BETTER])
+    commit = plain.rows()[1]["commit"]
+    plain.git("update-ref", "refs/autoresearch/t/open/1", commit)
+    ran = []
+    plain.night("--experiments", 1, replies=[LAYER], run=lambda job: ran.append(of(job)) or stand_in(job))
+    assert [row["commit"] for row in plain.rows()].count(commit) == 1 and len(plain.rows()) == 3
+    assert {number for number, *_ in ran} <= {0, 2}
+
+
 def dies_with(monkeypatch, experiment):
     """The loop dies when it hears of a run of this experiment."""
     take = loop.Session.take
@@ -1440,7 +1450,7 @@ def test_what_a_person_configured_in_git_reaches_nothing_that_is_parsed(plain):
     assert [row.description for row in loop.read_report(plain.folder, "t", "").rows] == described(plain)
     session = loop.Session(loop.parse_arguments(["--tag", "t"]), plain.folder, Console(quiet=True))
     session.ledger.load()
-    ideas = [one.description for one in session.ledger.ended()]
+    ideas = [one.description for one in session.ledger.ended]
     assert ideas == described(plain) and plain.git("status", "--porcelain=v1") == ""
 
 
@@ -1550,7 +1560,7 @@ def test_half_a_line_in_the_file_of_runs_takes_no_other_with_it(plain):
     file = plain.folder / ".git" / "autoresearch" / "t.jsonl"
     file.write_bytes(file.read_bytes() + b'{"commit": "a power cut')
     session = plain.night("--experiments", 1, replies=[WORSE])
-    commit = session.ledger.ended()[2].commit
+    commit = session.ledger.ended[2].commit
     session.ledger.load()
     assert session.ledger.results[commit, 0, "val"]["seconds"] and not session.ledger.deaths[commit]
 

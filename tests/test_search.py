@@ -448,7 +448,7 @@ def test_a_night_searches_all_constants_but_those_that_the_ruler_fixed_and_ends_
     assert described(project) == [
         ("baseline", "keep"), ("search: WIDE False -> True", "discard"), ("search: DEEP 1 -> 2", "discard"),
     ]  # fmt: skip
-    assert not session.ledger.unfinished()
+    assert not session.ledger.unfinished
 
 
 @pytest.mark.parametrize(
@@ -462,6 +462,6 @@ def test_a_models_idea_in_the_searchs_own_form_is_no_step_of_it(project, idea):
 
 def test_a_night_of_several_devices_tries_nothing_twice(project):
     session = project.night("--experiments", 5, devices=3, offline=True)
-    codes = [experiment.trailers["Code"] for experiment in session.ledger.ended()]
+    codes = [experiment.trailers["Code"] for experiment in session.ledger.ended]
     assert len(codes) >= 6 and len({*codes}) == len(codes)
     assert all(description.startswith("search: ") for description, _ in described(project)[1:])
