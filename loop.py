@@ -2314,6 +2314,7 @@ class Session:
         # What is asked, and started for each run.
         self.script = OWN_RULER if (folder / OWN_RULER).is_file() else RULER
         self.model, self.caged = None, False
+        self.begun = ""  # the branch's last commit at the start, if there is a branch
         self.devices = {}  # {name: Device}
         self.launched = {}  # {name: what a job says of its device}, of those on other machines
         self.in_flight = set()  # (commit, seed, split) of the runs that devices make
@@ -2350,25 +2351,26 @@ class Session:
 
     def check_committed(self, *names):
         """These files of the project must be in git."""
+        committed = self.git("ls-tree", "--name-only", "HEAD", "--", *names).splitlines()
         for name in names:
             if (self.folder / name).is_symlink():
                 raise Stop(f"{name} is a link, of which git keeps no text; put the file itself in its place")
-            if self.git.text("HEAD", name) is None:
+            if name not in committed:
                 raise Stop(f"{name} is not committed; run: git add {name} && git commit -m start")
 
     def check_files(self):
         """Ruler and loop must be as they are committed, and results.tsv hold nothing of the user's."""
         ledger, names = self.ledger, [self.script]
         names += ["loop.py"] if self.script == RULER else []
-        begun = self.git.find(ledger.ref)
-        looked_at = names if begun else [*names, "results.tsv"]
+        self.begun = self.git.find(ledger.ref)
+        looked_at = names if self.begun else [*names, "results.tsv"]
         status = self.git("status", "--porcelain", "--ignored", "--", *looked_at).splitlines()
         if changed := ", ".join(line[3:] for line in status):
             raise Stop(
                 f"{changed}: missing, or not committed as it is; commit it, as results belong to a version"
             )
         self.check_committed(*names, "program.md")
-        if begun:
+        if self.begun:
             ledger.load()
             # As it is or as it was: a loop may have been killed before the checkout followed its last row.
             ours = filter(self.git.find, (ledger.ref, f"{ledger.ref}~1"))
@@ -2404,7 +2406,7 @@ class Session:
         """What the ruler says of itself and this machine; a branch goes on only with what it began with."""
         ledger, place = self.ledger, self.runs_folder / "ruler"
         began = ledger.noted_ruler()
-        self.ruler = {self.script: self.git.text(self.git.find(ledger.ref) or "HEAD", self.script)}
+        self.ruler = {self.script: self.git.text(self.begun or "HEAD", self.script)}
         if self.script == OWN_RULER:
             self.ruler[RULER] = read_text(Path(__file__).with_name(RULER))
         self.facts, self.noted = {"folder": ""} | began, {"settings": {}} | began  # for jobs that only ask
@@ -2468,7 +2470,7 @@ class Session:
     def check_out(self):
         """The branch, made at HEAD with an empty results.tsv, or checked out as git would do it by hand."""
         ledger, start = self.ledger, self.git.find("HEAD")
-        if not self.git.find(ledger.ref):
+        if not self.begun:
             if self.git.text(start, "results.tsv") != ledger.table:
                 start = self.git.commit([start], {"results.tsv": ledger.table}, f"start {ledger.name}\n")
             # Refs that a deleted branch of this name has left.
