@@ -2517,7 +2517,7 @@ class Session:
         plan = f"{3600 / self.budget * used:.0f} or more experiments an hour"
         if not self.compared:
             searched = len(constants(ledger.source, self.facts.get("fixed", ())))
-            plan += f"; the search moves {searched} constants of {ledger.edits}"
+            plan += f"; the search moves {searched} constants"
         self.say(f"{2 * len(AUDIT_SEEDS)} runs on new seeds and unseen data" if self.compared else plan)
         self.say(f"a run takes at most {self.budget:g} s, on {', '.join(self.devices)}; --devices chooses")
         if self.model:

@@ -274,7 +274,7 @@ def test_a_night_of_plain_lines_tells_each_run_each_row_and_how_it_goes(project)
     assert lines[:6] == [
         "asking prepare.py about the data and this machine, a few seconds",
         "autoresearch/t  ·  local-model  ·  1 x cpu, stand-in",
-        "180 or more experiments an hour; the search moves 0 constants of train.py",
+        "180 or more experiments an hour; the search moves 0 constants",
         "a run takes at most 20 s, on cpu:0; --devices chooses",
         "the model is asked for an edit a run; --tokens N limits what that costs",
         "Ctrl-C stops, the same command goes on; --report shows the results",
