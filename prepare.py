@@ -1250,7 +1250,7 @@ ATTRIBUTES = set("""
     attrgetter methodcaller singledispatch singledispatchmethod
 """.split())  # fmt: skip
 # Names between underscores that are everyday ones:
-FREE = re.compile(r"_foreach_\w+|__(init|name|len|call|iter|next|getitem|setitem|contains|enter|exit"
+FREE = re.compile(r"_foreach_\w+|_(modules|parameters|buffers)|__(init|name|len|call|iter|next|getitem|setitem|contains|enter|exit"
                   r"|post_init|repr|new|class|version)__")  # fmt: skip
 RULE = "a train.py uses torch, numpy and prepare.Run()'s public names alone"
 
@@ -1275,8 +1275,9 @@ def reaches_outside(source, imports=IMPORTS, rule=RULE):
         called = {node.func for node in nodes if isinstance(node, ast.Call)}
         own = {node.name for node in nodes if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
         own = (own | {"self", "cls"}) - paths.keys()
+        named = {*_names(nodes)}
         for node in nodes:
-            if found := _reach(node, paths, called, own, imports):
+            if found := _reach(node, paths, called, own, named, imports):
                 return f"line {node.lineno}, {found}: {rule}"
         return ""
     except RecursionError:
@@ -1285,12 +1286,25 @@ def reaches_outside(source, imports=IMPORTS, rule=RULE):
         return f"it doesn't compile: {error}"  # with its line
 
 
+def _names(nodes):
+    """The names that a file gives: to functions, variables, attributes and what a module registers."""
+    for node in nodes:
+        match node:
+            case ast.FunctionDef(name=name) | ast.ClassDef(name=name) | ast.Name(id=name):
+                yield name
+            case ast.Attribute(attr=name, ctx=ast.Store()):
+                yield name
+            case ast.Call(ast.Attribute(attr=method), [ast.Constant(str(name)), *_]):
+                if method.startswith(("register_", "add_module")):
+                    yield name
+
+
 def _closed(name):
     """Whether an attribute of this name is none of an edited file's business."""
     return name in ATTRIBUTES or name.startswith("_") and not FREE.fullmatch(name)
 
 
-def _reach(node, paths, called, own, imports):
+def _reach(node, paths, called, own, named, imports):
     """What one node of the syntax tree reaches for, or nothing."""
     if isinstance(node, ast.Name):
         special = node.id == "getattr" or paths.get(node.id) == "prepare.Run"  # no other name for them
@@ -1300,7 +1314,7 @@ def _reach(node, paths, called, own, imports):
     elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("getattr", "hasattr"):
         match node.args:
             case [value, ast.Constant(value=str(name)), *_]:
-                return _reach(ast.Attribute(value, name, ast.Load()), paths, called, own, imports)
+                return _reach(ast.Attribute(value, name, ast.Load()), paths, called, own, named, imports)
         return ast.unparse(node)[:60]
     elif isinstance(node, ast.FunctionDef) and node.name.startswith("__torch"):
         return node.name
@@ -1313,8 +1327,10 @@ def _reach(node, paths, called, own, imports):
         root = getattr(root, "id", "")
         path = paths.get(root, "")
         listed = not direct or imports.get(path) is None or node.attr in imports[path]
-        private = node.attr == "__dict__" or not re.fullmatch(r"__\w+__", node.attr)
-        mine = direct and root in own and private and node.attr not in ATTRIBUTES
+        private = (
+            node.attr in named and node.attr not in ATTRIBUTES and not re.fullmatch(r"__\w+__", node.attr)
+        )
+        mine = direct and root in own and (private or node.attr == "__dict__")
         kernel = node.attr == "load" and path.startswith("triton")
         handed_on = f"{path}.{node.attr}" == "prepare.Run" and node not in called
         if _closed(node.attr) and not mine and not kernel or not listed or handed_on:

@@ -889,6 +889,8 @@ OUTSIDE = [  # what a train.py may not reach for, and what is said of it
     ("self.run._held", "self.run._held"),
     ("def f(): pass\nf.__globals__['__builtins__']['open']('x')", "f.__globals__"),
     ("class A: pass\nA.__subclasses__()", "A.__subclasses__"),
+    ("import prepare\nrun = prepare.Run()\ndef look(self):\n    return self._held\nlook(run)", "self._held"),
+    ("def look(self):\n    return getattr(self, '_held')", "self._held"),
     ("def f(): pass\ngetattr(f, '__builtins__')", "f.__builtins__"),
     ("def f(self):\n    self.__reduce__()", "self.__reduce__"),
     ("def f(): pass\nmatch f:\n    case object(__globals__=names): pass", "object(__globals__=names)"),
@@ -923,6 +925,8 @@ INSIDE = [
     "import prepare\nrun = prepare.Run()\nx = run.seq_len, run.vocab_size, run.device.type\nrun.log(1, 2, 3)",
     "from prepare import Run\nrun = Run()\nprint(__name__, getattr(run, 'device'), hasattr(model, 'kept'))",
     "class A:\n    def f(self):\n        self.__kept = self.__dict__.get('x')\n        A.__init__(self)",
+    "class A(nn.Module):\n    _all = {}\n    def f(self):\n        self.register_buffer('_mask', 1)\n"
+    "        return self._mask, self._all, self._parameters, self._g()\n    def _g(self): pass",
     "match kind:\n    case 'muon' | 3: pass\n    case int(): pass",
 ]
 
