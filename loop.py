@@ -87,6 +87,7 @@ MAX_FOLDERS = 300  # of experiments that are kept, code and log
 MIN_FREE = 3e8  # bytes of disk: with less, old folders go and the loop waits; with half of it, a run ends
 MAX_MACHINE_FAILURES = 3  # in a row during one experiment, before the experiment is blamed
 MAX_DEATHS = 2  # times that the loop may die during one experiment, before it is recorded as a crash
+STANDSTILL = 20  # seconds without a look at a run, after which its time was not its own: a paused machine
 MIN_TRAINED = 0.98  # share of its training below which a result says nothing about the edit
 WAITS = 5, 600  # seconds after a failure of the provider or the machine: doubled from the first to the last
 PACK_ROWS = 500  # after so many rows git packs its objects: each row holds all of results.tsv
@@ -735,17 +736,20 @@ def night_gain(rows, sign):
 
     What the baseline lost by bad luck on a seed, every better file wins back there, and most edits ran on
     the first seed alone. So up to the last kept file that ran on several, its mean difference to the baseline
-    counts, on the seeds that both have. The luck of what led there is then in one of these seeds alone.
+    counts, on the seeds that both have. The luck of what led there is then in one of these seeds alone. What
+    was kept since was won on seed 0 alone, so how far that file's seeds are apart is in the error.
     """
     kept = [row for row in rows if row.status == "keep" and row.runs]
     changes = [(-sign * row.change, row.error) for row in kept[1:]]
     gain, error = gain_of(changes)
     at = max((n for n, row in enumerate(kept) if len(row.runs) > 1), default=0)
     gains = [sign * (one - other) for one, other in zip(kept[0].runs, kept[at].runs, strict=False)]
-    if gains[1:]:
+    if at and gains[1:]:
         added, (corrected, _) = sum(change for change, _ in changes[:at]), gain_of(changes[:at])
         gain += fmean(gains) - corrected - (added - corrected) / len(gains)
         error = max(error, stdev(gains) / math.sqrt(len(gains)))
+    if at < len(kept) - 1 and kept[at].runs[1:]:
+        error = math.hypot(error, stdev(kept[at].runs))
     return gain, error
 
 
@@ -1020,7 +1024,7 @@ class Ledger:
     def load(self):
         """Reads the branch, the open refs and the runs; nothing is written."""
         tip, place = self.tip(), f"results.tsv on {self.name}"
-        text = self.git("cat-file", "blob", f"{tip}:{self.git.prefix}results.tsv")
+        text = self.git("cat-file", "blob", f"{tip}:{self.git.prefix}results.tsv").replace("\r\n", "\n")
         metric, rows, unread = read_rows(text, place)
         if not text.startswith(header(metric)):
             raise Stop(f"{place} has other columns than this loop's; begin anew with --tag")
@@ -1427,6 +1431,11 @@ def over_limit(log, most_memory):
         return f"out of memory: stopped at {taken / 1e9:.1f} GB; a run may take {most_memory / 1e9:.1f}"
     if os.fstat(log.fileno()).st_size > LOG_BYTES:
         return f"stopped at {LOG_BYTES / 1e6:.0f} MB of output"
+    return full_disk(log)
+
+
+def full_disk(log):
+    """Says that the disk is full, or nothing: then a run can't even print why it fails."""
     free = shutil.disk_usage(log.fileno()).free
     return f"the disk is full but for {free / 1e6:.0f} MB" if free < MIN_FREE / 2 else ""
 
@@ -1514,9 +1523,10 @@ def run_job(job, tell):
             result |= read_result(text, secret, job)
             if result["trained"] < MIN_TRAINED:
                 share = f"the run got {result['trained']:.0%} of its training"
-                cause = f"held up by the machine: {share}; too much else runs there"
+                cause = f"held up by the machine: {share}; give it more time (--budget) or fewer --devices"
     except ValueError as error:
         cause = f"timeout: killed after {deadline - started:g} s" if code is None else str(error)
+    cause = cause and (full_disk(output) or cause)
     lay_out(folder, job["files"])  # anew: what the run left there may be anything
     with output, open(log, "wb") as copy:
         output.seek(0)
@@ -1549,15 +1559,18 @@ def start_run(job, command, env, log):
 def watch(process, log, deadline, job, tell):
     """Waits for a run and what it started, and tells its last line; the reason if it has to be stopped, or
     leaves something running."""
+    looked, paused = time.monotonic(), 0
     while (left := deadline - time.monotonic()) > 0:
+        paused, looked = max(paused, time.monotonic() - looked), time.monotonic()
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(min(1, left))
             break
         tell(line=one_line(end_of(log).rstrip().rpartition("\n")[2]))
         if reason := over_limit(log, job["memory"]):
             return reason
-    else:
-        return ""  # it may have printed its result all the same
+    else:  # it may have printed its result all the same
+        paused = max(paused, time.monotonic() - looked)
+        return f"held up by the machine: it stood still for {paused:.0f} s" if paused > STANDSTILL else ""
     end = time.monotonic() + LEAVE_SECONDS
     while left := descendants():
         if time.monotonic() > end:
@@ -2204,7 +2217,8 @@ class Report:
             lines.append(f"lines left out: {len(self.unread)}; {self.unread[0]}")
         # Where there are two times, and in our form:
         with contextlib.suppress(ValueError, IndexError, ZeroDivisionError):
-            ends = [datetime.strptime(row.finished, "%Y-%m-%dT%H:%M:%SZ") for row in rows if row.finished]
+            times = (row.finished for row in rows if row.finished)
+            ends = sorted(datetime.strptime(text, "%Y-%m-%dT%H:%M:%SZ") for text in times)
             hours = (ends[-1] - ends[0]).total_seconds() / 3600
             lines.append(f"{hours:.1f} hours, {(len(ends) - 1) / hours:.1f} an hour")
         if tokens := sum(row.llm_tokens for row in rows):
@@ -2287,6 +2301,8 @@ def report(folder, tag, file, console):
     if not file:
         console.print("of a row: git show COMMIT is the edit, runs/*-COMMIT/ has the logs")
     try:
+        if file and not Path(file).is_file():  # a pipe
+            raise OSError(22, "there is no place for it beside", file)
         night.paint(path)
         painted = f"picture: {path}"
     except ImportError:
@@ -2310,7 +2326,7 @@ class Session:
         tag = args.tag or (here if here.startswith(space) else f"{datetime.now():%Y-%m-%d}")
         self.ledger = Ledger(self.git, tag.removeprefix(space))
         self.say, self.view.rows = self.view.say, self.ledger.rows
-        self.say_once = functools.cache(self.say)
+        self.waits = ""  # why a user's edit isn't tried yet
         # What is asked, and started for each run.
         self.script = OWN_RULER if (folder / OWN_RULER).is_file() else RULER
         self.model, self.caged = None, False
@@ -2571,10 +2587,13 @@ class Session:
 
     def user_edit(self):
         """The user's edit of the file, once it compiles; what is in its way is said once."""
+        before, self.waits = self.waits, ""
         try:
             return self.ledger.user_edit()
         except Refused as refused:
-            self.say_once(f"your edit of {self.ledger.edits} waits. {refused}")
+            self.waits = f"your edit of {self.ledger.edits} waits. {refused}"
+            if self.waits != before:
+                self.say(self.waits)
 
     def begin_next(self):
         """Begins a user's edit, a proposal that is ready, or a step of the search: its Experiment."""

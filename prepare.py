@@ -123,7 +123,8 @@ MOST_ROUNDS = 5  # of as many, while what they saw is odd, but not certain
 ODD, CERTAIN = 1e-2, 1e-6
 FAR = 4  # places before the change: a loss there isn't reached by looking a few tokens ahead
 LEAK_NATS, LEAK_SIGMAS = 0.005, 4  # by which a loss may change when only what it mustn't see changed
-WARM_START = 0.9  # times the unigram bits per byte: what starts below has learned before
+WARM_START = 0.9  # times what the same tokens cost who knows their frequencies alone: below, it has learned
+UNIGRAM_SPANS, UNIGRAM_SPAN = 256, 2**12  # of the train split, from which the frequencies are counted
 LOSS_LOGITS = 2**25  # turned into float32 at a time: all of a batch would need more memory than training did
 LN2 = math.log(2)  # here, so that a train.py which replaces math.log moves nothing
 SANE_BPB = (0.05, 20)  # no honest model is outside
@@ -253,8 +254,9 @@ def source_files(source, shards=None):
         files = sorted(path for path in folder.rglob("*.py") if str(path.relative_to(folder)) not in LEFT_OUT)
         return "pytorch", files, importlib.metadata.version("torch").partition("+")[0]
     path, kinds = Path(source).expanduser(), ", ".join(SUFFIXES)
-    if not path.exists():
-        raise Problem(f"--source {source}: no such file or folder; without --source it is pytorch's")
+    if not source or not path.exists():
+        names = f"without --source it is pytorch's, and the hub's are {' and '.join(HUB)}"
+        raise Problem(f"--source {source!r}: no such file or folder; {names}")
     files = text_files(path) if path.is_dir() else [path]
     if not files:
         raise Problem(f"--source {source}: no {kinds} file in this folder; add one")
@@ -646,6 +648,15 @@ def bits_per_byte(nats, targets, lengths):
     return float((nats.double() * (counted > 0)).sum() / (LN2 * counted.sum()))
 
 
+def unigram_nats(tokens, vocab_size):
+    """(vocab_size,) What each token costs who knows how frequent it is in a sample of `tokens`, in nats; none
+    costs more than it does to know nothing."""
+    span = min(UNIGRAM_SPAN, len(tokens))
+    starts = np.linspace(0, len(tokens) - span, UNIGRAM_SPANS).astype(np.int64)
+    counts = np.bincount(tokens[starts[:, None] + np.arange(span)].ravel(), minlength=vocab_size) + 1
+    return torch.from_numpy(np.minimum(-np.log(counts / counts.sum()), math.log(vocab_size)))
+
+
 def signed_line(secret, result):
     """`result: SIGNATURE JSON`, as the loop reads it: HMAC-SHA256 of the JSON, by the run's secret."""
     text = json.dumps(result)
@@ -855,6 +866,7 @@ class Run:
         torch.manual_seed(self._seed)
         self._train = np.memmap(self._folder / "train.bin", dtype=np.uint16, mode="r")
         _sealed.add(os.path.realpath(self._folder / "train.bin"))
+        self._unigram = unigram_nats(self._train, self.vocab_size)
         self._iterators = self._tokens = 0  # made by batches(), drawn from them
         # Training's clock, and its seconds for training.
         self._work, self._allowance = monotonic, TRAINING_SHARE * self._budget
@@ -1096,11 +1108,11 @@ class Run:
             refuse(f"train.py set the seed to {torch.initial_seed()}; the ruler has set it, to {self._seed}")
         with _evaluating(model):
             x, y = self._train_rows()
-            bpb = bits_per_byte(self._losses(model, x, y).cpu(), y.cpu(), self._lengths)
-        unigram = self._meta["unigram_bpb"]
+            losses, y = self._losses(model, x, y).cpu(), y.cpu()
+        bpb, unigram = (bits_per_byte(nats, y, self._lengths) for nats in (losses, self._unigram[y]))
         if bpb < WARM_START * unigram:
             refuse(f"before its first step the model has {bpb:.3f} bits per byte, token frequencies alone "
-                   f"{unigram:.3f}: it starts from trained weights, or was trained before the first "
+                   f"{unigram:.3f} on the same text: it starts from trained weights, or was trained before the first "
                    "run.progress()")  # fmt: skip
 
     def preflight(self, model):

@@ -423,6 +423,22 @@ def test_a_run_on_a_disk_that_gets_full_is_ended(place):
     assert "the disk is full but for" in result["cause"]
 
 
+def test_what_fails_at_once_on_a_full_disk_is_the_disks_fault(place):
+    full = worker(place.runs, **FULL)
+    result = full.run(place.job("raise SystemExit(1)"), quiet)
+    full.close()
+    assert result["cause"].startswith("the disk is full but for") and result["machine"]
+
+
+@pytest.mark.slow
+def test_a_run_whose_machine_stood_still_is_not_out_of_time_by_its_own_fault(place):
+    paused = worker(place.runs, STANDSTILL=-1)  # each look at it comes after so long
+    job = place.job("import time\ntime.sleep(60)")
+    result = paused.run(job | {"told": job["told"] | {"BUDGET": "1"}}, quiet)
+    paused.close()
+    assert result["cause"].startswith("held up by the machine: it stood still for") and result["machine"]
+
+
 @LINUX
 @pytest.mark.slow
 def test_pages_that_processes_share_are_counted_once(place, device):

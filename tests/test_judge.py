@@ -2,7 +2,7 @@
 
 import math
 import random
-from statistics import fmean
+from statistics import fmean, stdev
 
 import bench
 import pytest
@@ -233,13 +233,22 @@ def test_a_baseline_s_bad_luck_on_a_seed_is_no_gain_where_the_best_file_ran_on_o
     assert gain == pytest.approx((0.271 + 0.182) / 2) and error == pytest.approx((0.271 - 0.182) / 2)
     edge = kept(-loop.LIMIT * NOISE)  # kept at the limit: its luck is taken off all the same
     assert loop.night_gain([first, edge, best], 1)[0] < gain - 0.7 * NOISE / 2
-    later = kept(-0.01)  # on one seed alone: what it added is added
-    assert loop.night_gain([first, kept(-0.05), best, later], 1) == pytest.approx((gain + 0.01, error))
+    later, apart = kept(-0.01), stdev(best.runs)  # on one seed alone: what it added is added
+    both = gain + 0.01, math.hypot(error, apart)
+    assert loop.night_gain([first, kept(-0.05), best, later], 1) == pytest.approx(both)
     first.runs, best.runs = [-run for run in first.runs], [-run for run in best.runs]
     assert loop.night_gain([first, kept(0.05), kept(0.2, runs=best.runs)], -1) == pytest.approx((gain, error))
     first.runs = [1.876]  # one seed says nothing of others
     gain, error = loop.night_gain([first, kept(-0.05), best], 1)
     assert gain == pytest.approx(0.25) and error == pytest.approx(NOISE * 2**0.5)
+
+
+def test_what_a_night_won_on_one_seed_alone_is_as_uncertain_as_the_baseline_s_seeds_are_apart():
+    """As in a night that a stranger ended by Ctrl-C: 0.1440 +- 0.0119, and an audit of 0.0855."""
+    first = kept(math.nan, math.nan, runs=(1.766, 1.70, 1.68))
+    gain, error = loop.night_gain([first, kept(-0.05), kept(-0.09)], 1)
+    assert gain == pytest.approx(0.14) and error == pytest.approx(stdev(first.runs), rel=0.01)
+    assert loop.night_gain([first], 1) == (0, 0)
 
 
 def test_the_noise_that_is_told_is_of_one_difference_whatever_the_last_discarded_row_had_of_runs():

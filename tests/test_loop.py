@@ -1289,6 +1289,14 @@ def test_a_half_typed_edit_is_left_alone_until_it_compiles(plain):
     assert plain.read("train.py").endswith("def half(")
 
 
+def test_an_edit_that_is_broken_again_is_said_again(plain):
+    session = plain.night("--experiments", 0.5)
+    for text in ("\ndef half(", "\ndef half(", "", "\ndef half("):
+        plain.write("train.py", PLAIN + text)
+        session.user_edit()
+    assert session.output.getvalue().count("your edit of train.py waits.") == 2
+
+
 def test_an_edit_committed_by_the_person_becomes_an_experiment_too(plain):
     plain.night("--experiments", 1, replies=[BETTER])
     plain.write("train.py", plain.read("train.py").replace("depth = 4", "depth = 2"))
@@ -1761,6 +1769,15 @@ def test_a_branch_whose_rows_have_other_columns_is_refused(project):
     )
     project.commit("a night of the original program")
     assert "other columns than this loop's" in refusal(project)
+
+
+def test_a_branch_whose_rows_were_committed_with_other_line_ends_goes_on(plain):
+    plain.night("--experiments", 1, replies=[BETTER])
+    (plain.folder / "results.tsv").write_bytes(plain.read("results.tsv").replace("\n", "\r\n").encode())
+    plain.commit("as a spreadsheet saves it")
+    plain.night("--experiments", 1, replies=[LAYER])
+    assert [row["status"] for row in plain.rows()] == ["keep"] * 3
+    assert b"\r" not in (plain.folder / "results.tsv").read_bytes()
 
 
 def test_a_branch_whose_rows_cannot_be_read_is_refused_naming_the_line(plain):

@@ -433,6 +433,13 @@ def test_bad_input_gets_one_sentence_and_nothing_is_lost(call, source, tmp_path,
     assert left_over(tmp_path / "data") == before and prepare.newest(tmp_path / "data").name == before[0]
 
 
+@pytest.mark.parametrize("source", ["", "Climbmix"])
+def test_what_names_no_source_is_told_what_does(call, source):
+    code, message = call(source)
+    assert code == 1 and f"--source {source!r}: no such file or folder; " in message
+    assert "the hub's are tinystories and climbmix" in message
+
+
 def test_a_folder_without_text_files_says_which_it_looks_for(call, tmp_path):
     (tmp_path / "empty").mkdir()
     code, message = call(tmp_path / "empty")

@@ -2,8 +2,10 @@
 
 import io
 import math
+import os
 import re
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -290,8 +292,9 @@ def test_what_an_experiment_edited_is_the_last_kept_not_the_lowest():
 
 def test_the_hours_are_from_the_first_row_to_the_last():
     times = [f"2026-11-23T2{hour}:30:00Z" for hour in range(4)]
-    report = night(*(("discard" if n else "keep", [1.0], finished) for n, finished in enumerate(times)))
-    assert "3.0 hours, 1.0 an hour" in screen(report) and "4,000 tokens" in screen(report)
+    for order in (times, times[::-1]):  # a spreadsheet may have sorted the rows
+        report = night(*(("discard" if n else "keep", [1.0], finished) for n, finished in enumerate(order)))
+        assert "3.0 hours, 1.0 an hour" in screen(report) and "4,000 tokens" in screen(report)
 
 
 @pytest.mark.parametrize("finished", ["yesterday", "2026-11-24 15:43", "15:43"])
@@ -383,6 +386,9 @@ def test_the_command_reports_files_and_refuses_in_a_sentence(project):
         and not (project.folder / "progress.png").exists()
         and "Traceback" not in out
     )
+    os.mkfifo(project.folder / "pipe")
+    threading.Thread(target=(project.folder / "pipe").write_text, args=[FIVE], daemon=True).start()
+    assert "no picture: " in project.run("--report", "pipe") and not (project.folder / "pipe.png").exists()
     project.write("prose.tsv", "once upon a time\n")
     out = project.run("--report", "prose.tsv", code=2)
     assert out.startswith("loop.py: prose.tsv ") and "header line" in out and out.count("\n") == 1

@@ -941,6 +941,20 @@ def test_weights_that_were_trained_before_are_refused(make_run, bigram):
         make_run().preflight(Model(lambda x: bigram[x]))
 
 
+def test_an_untrained_model_passes_on_whatever_part_of_a_text_in_several_languages(make_run):
+    """As in a text of a stranger's, where one start of four was refused: a token had three bytes, or one."""
+    run = make_run()
+    tokens = np.arange(SIZES["vocab_size"] - 1, dtype=np.uint16)
+    run._train = np.concatenate([np.tile(tokens[:4], 20_000), np.tile(tokens, 10)])
+    run._lengths = torch.where(torch.arange(SIZES["vocab_size"]) < 4, 1, 9)
+    run._unigram = prepare.unigram_nats(run._train, SIZES["vocab_size"])
+    for _ in range(50):
+        run._check_untrained(Model())
+    often = torch.where(torch.arange(SIZES["vocab_size"]) < 4, 9.0, 0.0)
+    for _ in range(50):
+        run._check_untrained(Model(lambda x: often.expand(*x.shape, -1)))
+
+
 def test_a_start_from_the_token_frequencies_passes(make_run, data):
     counts = np.bincount(np.fromfile(data / "train.bin", dtype=np.uint16), minlength=SIZES["vocab_size"]) + 1
     frequencies = torch.tensor(np.log(counts / counts.sum()), dtype=torch.float32)
