@@ -366,6 +366,7 @@ def test_a_mistake_in_a_ruler_is_named_before_anything_is_measured(own, mistake)
     assert said.strip().endswith(MISTAKES[mistake]) and code == 1 and "measured" not in said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("endless", ["while True: pass", "import re\nre.match('(a*)*b', 'a' * 99)"])
 def test_by_hand_a_run_ends_with_its_budget_too(own, endless):
     said, code = own("trial.load()", endless, BUDGET="1")

@@ -296,10 +296,15 @@ OTHER_MACHINE = json.dumps(FACTS | {"device": "another", "devices": ["cpu"], "fo
     "script, reason",
     [
         (None, "is not installed"),
-        ("echo 'bwrap: setting up uid map: Permission denied' >&2; exit 1", "setting up uid map: Permission"),
-        (
+        pytest.param(
+            "echo 'bwrap: setting up uid map: Permission denied' >&2; exit 1",
+            "setting up uid map: Permission",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
             f"echo '{OTHER_MACHINE.replace(chr(39), '')}'",
             "behind bwrap device was cpu, stand-in and is another",
+            marks=pytest.mark.slow,
         ),
     ],
 )
@@ -404,9 +409,7 @@ def test_what_the_ruler_calls_held_up_is_the_machines_fault(place, device):
 
 
 @LINUX
-@pytest.mark.parametrize(
-    "name", most_quick(EXCESSES, "a leak", "a leak in a child", "a fork bomb that leaves its sessions")
-)
+@pytest.mark.parametrize("name", most_quick(EXCESSES, *[name for name in EXCESSES if name != "a fork bomb"]))
 def test_what_takes_too_much_ends_its_run_and_not_the_worker(place, device, name):
     code, cause = EXCESSES[name]
     memory = psutil.virtual_memory().total / 20

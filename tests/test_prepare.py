@@ -498,7 +498,8 @@ def test_a_killed_run_leaves_what_was_there_and_the_next_one_cleans_up(stuck, en
     assert left_over(root) == [prepare.newest(root).name]
 
 
-@pytest.mark.parametrize("sent", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
 def test_a_stopped_run_cleans_up_after_itself(stuck, tmp_path, sent):
     root = tmp_path / "data"
     process = spawn(stuck, root)
