@@ -2793,7 +2793,7 @@ class Session:
         self.tidy()
         experiment = self.ledger.experiments[commit]
         what = f"#{experiment.number} {experiment.description}" + f" (seed {seed})" * (seed > 0)
-        what += " (to see how much it does in its time)" * (split == "warm")
+        what += " (timing run)" * (split == "warm")
         job, run = self.job(device, key), Run(what, time.monotonic())
         self.ledger.note(*key, {"began": True})
         self.in_flight.add(key)

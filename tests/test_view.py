@@ -267,7 +267,7 @@ def test_a_night_of_plain_lines_tells_each_run_each_row_and_how_it_goes(project)
     told = [line.partition("  ")[0] for line in lines if re.match(r"cpu:0: #|\w{7} (keep|discard)", line)]
     commits = [row["commit"] for row in project.rows()]
     assert told == [
-        "cpu:0: #0 baseline (to see how much it does in its time)", "cpu:0: #0 baseline", f"{commits[0]} keep",
+        "cpu:0: #0 baseline (timing run)", "cpu:0: #0 baseline", f"{commits[0]} keep",
         "cpu:0: #1 twice the [width]", f"{commits[1]} keep",
         "cpu:0: #2 one layer", f"{commits[2]} discard 1.0878",
     ]  # fmt: skip
