@@ -259,7 +259,7 @@ def project_rows(out):
     """The outcomes that a loop printed."""
     return [
         {"description": text}
-        for text in re.findall(r"^\S+  (?:keep|discard|crash) +(.*)$", out, re.MULTILINE)
+        for text in re.findall(r"^\S+  \w+ +(?:keep|discard|crash) +(.*)$", out, re.MULTILINE)
     ]
 
 
