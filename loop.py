@@ -464,10 +464,8 @@ def constants(source, fixed=()):
         items = zip(value.keys, value.values, strict=True) if isinstance(value, ast.Dict) else ()
         parts += [(f"{name}[{''.join(ast.unparse(key).split())}]", part) for key, part in items if key]
         for label, node in parts or [(name, value)]:
-            match node:
-                case ast.UnaryOp(
-                    ast.USub(), ast.Constant(float(size))
-                ):  # a whole number is an index, or "none"
+            match node:  # a whole number below zero is an index, or means none
+                case ast.UnaryOp(ast.USub(), ast.Constant(float(size))):
                     found.append((label, ast.copy_location(ast.Constant(-size), node)))
                 case ast.Constant(int() | float()):
                     found.append((label, node))
@@ -1198,8 +1196,11 @@ class Ledger:
         where the checkout doesn't follow."""
         git, commit, tip = self.git, experiment.commit, self.tip()
         row.commit = git("rev-parse", "--short=7", commit).strip()
-        row.runs = row.runs if experiment.parent else self.values_of(commit)
-        table = self.with_runs(*filter(None, [self.experiments.get(experiment.parent)])) + row.line()
+        if experiment.parent:
+            table = self.with_runs(self.experiments[experiment.parent])
+        else:
+            table, row.runs = self.table, self.values_of(commit)
+        table += row.line()
         source = self.source_of(commit) if row.status == "keep" else self.source
         files = {"results.tsv": table, self.edits: source}
         ran, before, now = git.blobs("program.md", commit, f"{commit}^", tip)

@@ -1112,8 +1112,8 @@ class Run:
         bpb, unigram = (bits_per_byte(nats, y, self._lengths) for nats in (losses, self._unigram[y]))
         if bpb < WARM_START * unigram:
             refuse(f"before its first step the model has {bpb:.3f} bits per byte, token frequencies alone "
-                   f"{unigram:.3f} on the same text: it starts from trained weights, or was trained before the first "
-                   "run.progress()")  # fmt: skip
+                   f"{unigram:.3f} on the same text: it starts from trained weights, or was trained before the "
+                   "first run.progress()")  # fmt: skip
 
     def preflight(self, model):
         """Checks the untrained model as finish() will; returns the seconds kept for evaluation."""
@@ -1262,8 +1262,8 @@ ATTRIBUTES = set("""
     attrgetter methodcaller singledispatch singledispatchmethod
 """.split())  # fmt: skip
 # Names between underscores that are everyday ones:
-FREE = re.compile(r"_foreach_\w+|_(modules|parameters|buffers)|__(init|name|len|call|iter|next|getitem|setitem|contains|enter|exit"
-                  r"|post_init|repr|new|class|version)__")  # fmt: skip
+FREE = re.compile(r"_foreach_\w+|_(modules|parameters|buffers)"
+                  r"|__(init|name|len|call|iter|next|getitem|setitem|contains|enter|exit|post_init|repr|new|class|version)__")  # fmt: skip
 RULE = "a train.py uses torch, numpy and prepare.Run()'s public names alone"
 
 
@@ -1339,10 +1339,9 @@ def _reach(node, paths, called, own, named, imports):
         root = getattr(root, "id", "")
         path = paths.get(root, "")
         listed = not direct or imports.get(path) is None or node.attr in imports[path]
-        private = (
-            node.attr in named and node.attr not in ATTRIBUTES and not re.fullmatch(r"__\w+__", node.attr)
-        )
-        mine = direct and root in own and (private or node.attr == "__dict__")
+        special = node.attr in ATTRIBUTES or re.fullmatch(r"__\w+__", node.attr)
+        given = node.attr in named and not special or node.attr == "__dict__"
+        mine = direct and root in own and given
         kernel = node.attr == "load" and path.startswith("triton")
         handed_on = f"{path}.{node.attr}" == "prepare.Run" and node not in called
         if _closed(node.attr) and not mine and not kernel or not listed or handed_on:
@@ -1514,10 +1513,8 @@ class Ruler:
         if metric.split() != [metric]:
             raise ValueError(f"metric is one word, a column of results.tsv, and not {metric!r}")
         self.measure, self.held_out = measure, held_out
-        self.imports, self.rule = (
-            dict.fromkeys(imports.split()),
-            f"{edits} uses plain built-ins and {imports} alone",
-        )
+        self.imports = dict.fromkeys(imports.split())
+        self.rule = f"{edits} uses plain built-ins and {imports} alone"
         self.path = Path(sys.argv[0]).resolve().with_name(edits)
         self.said = dict(metric=metric, better=better, edits=edits, api=api, noise=noise, budget=budget)
 

@@ -37,16 +37,14 @@ sys.path.insert(0, str(ROOT))  # loop.py and prepare.py are scripts: no installe
 import loop  # noqa: E402
 import prepare  # noqa: E402
 
-os.environ["OMP_NUM_THREADS"] = (
-    "1"  # two processes of tests share two cores, and threads would wait for each other
-)
+# Two processes of tests share two cores, and threads would wait for each other.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 
 def pytest_configure(config):
-    if (
-        hasattr(config, "workerinput") or not config.option.numprocesses
-    ):  # not in the one that hands out the tests
-        prepare.load_torch()  # as a Run does
+    """Loads torch, as a Run does, but not in the process that only hands out the tests."""
+    if hasattr(config, "workerinput") or not config.option.numprocesses:
+        prepare.load_torch()
 
 
 class ChatServer:
