@@ -117,6 +117,7 @@ PRIOR_RUNS = 2  # the ruler's prior of the noise counts as so many experiments w
 MAX_RUNS = 3  # of one experiment: on the seeds 0, 1 and 2
 MEDIAN_SQUARE = 0.455  # median of the square of a normal deviation of 1
 LIMIT = 0.85  # noises, that an experiment's gains must come to; found by simulation (tests/bench.py judge)
+LAST_LIMIT = 0.3  # where they are still in doubt after the last run
 PRIOR_SPREAD, PRIOR_CHANGES = 2.5, 3  # of the changes at first, in noises; it counts as so many experiments
 SIZE_PRICE = 20  # noises that each run must gain for a file twice as large: one for 5 percent more
 SIMPLER = 0.02  # share of the file that an edit must take out to be kept at an equal result
@@ -691,6 +692,19 @@ def effect_of(differences, noise):
     return fmean(min(difference, min(differences) + 3 * noise) for difference in differences)
 
 
+def luck_of(shared, parent, noise, runs_noise):
+    """How far a parent's runs on the seeds that it shares with an edit are off, by chance of their own.
+
+    shared: these runs; parent: all of its runs; noise: the deviation of a difference; runs_noise: of a run
+    over seeds. Common seeds cancel their own doing. Where that is little, the mean of all runs is the better
+    measure: the best linear estimate weighs both, by the share of a run's variance that is its own. No run
+    counts as more than two deviations off.
+    """
+    own = min(noise**2 / (2 * runs_noise**2), 1)
+    above = fmean(shared) - fmean(parent)
+    return own * math.copysign(min(abs(above), 2 * runs_noise), above)
+
+
 def spread_of(changes, noise):
     """How far apart the changes of a night lie: their median distance from their median, so that neither a
     few wild ones count nor the luck of the file that all edited."""
@@ -708,13 +722,13 @@ def judge(differences, noise, size, spread):
     """
     runs, simpler = len(differences), size <= -SIMPLER
     gain = runs * (effect_of(differences, noise) / noise - SIZE_PRICE * max(size, 0))
+    if runs == MAX_RUNS:
+        return "keep" if gain >= (0 if simpler else LAST_LIMIT) else "discard"
     # Where edits change more than the noise does, the next one is worth more than another seed for this one.
-    doubt = LIMIT * (noise / max(noise, spread)) ** 2
+    doubt = LIMIT * (noise / max(noise, spread)) ** 3
     if gain < 0 or gain <= LIMIT - doubt and not simpler:
         return "discard"
-    if gain >= LIMIT + doubt:
-        return "keep"
-    return "again" if runs < MAX_RUNS else "keep" if simpler else "discard"
+    return "keep" if gain >= LIMIT + 1.5 * doubt else "again"
 
 
 def gain_of(changes):
@@ -1114,6 +1128,17 @@ class Ledger:
         groups = [[before["value"] - after["value"] for before, after in found] for found in pairs]
         return noise_of([gains, *groups], prior)
 
+    def gains_of(self, experiment, sign, prior):
+        """(what an experiment gained on each seed that its parent ran on, too; the noise of one gain)."""
+        pairs = [(before["value"], after["value"]) for before, after in self.pairs_of(experiment)]
+        noise = self.noise(prior, [before - after for before, after in pairs])
+        if not pairs:
+            return [], noise
+        runs_noise = noise_of([one.row.runs for one in self.ended], 2 * noise)
+        shared = [before for before, _ in pairs]
+        luck = luck_of(shared, self.values_of(experiment.parent), noise, runs_noise)
+        return [sign * (before - luck - after) for before, after in pairs], noise
+
     def odd_nodes(self):
         """Sentences on the machines whose runs are off, as far as the file of runs says where they were."""
         groups, here, ruler = [], os.uname().nodename, self.noted_ruler()
@@ -1413,6 +1438,18 @@ def kill_descendants():
         time.sleep(0.01)
 
 
+def shared_memory():
+    """The pieces of memory that programs share by a name, as torch and Python give it; they outlive them."""
+    return {path for path in glob.glob("/dev/shm/*") if re.match(r"/dev/shm/(torch_|psm_|sem\.)", path)}
+
+
+def free_shared_memory(before):
+    """Frees what a run left there; not what any process holds, as runs on other devices may."""
+    if left := shared_memory() - before:
+        held = "".join(read_text(path) for path in Path("/proc").glob("[0-9]*/maps"))
+        remove(*(path for path in left if path not in held))
+
+
 def over_limit(log, most_memory):
     """Which limit a run breaks; empty if none. Not by the kernel's limits: the one for memory counts
     addresses, which CUDA needs plenty of, and the one for processes counts all of the user's."""
@@ -1507,7 +1544,7 @@ def run_job(job, tell):
     if job["probe"]:
         return {"cause": "", "facts": ask_facts(command, folder, env)}
     watched = () if job["caged"] else job["watched"]
-    before = files_below(*watched)
+    before, shared = files_below(*watched), shared_memory()
     output = open(log, "w+b", buffering=0)  # held: the run may put anything in its place
     deadline = started + float(told["BUDGET"]) + KILL_GRACE
     try:
@@ -1515,6 +1552,7 @@ def run_job(job, tell):
         cause = watch(process, output, deadline, job, tell)
     finally:
         kill_descendants()
+        free_shared_memory(shared)
     if changed := sorted(before.items() ^ files_below(*watched).items()):
         cause = f"changed while it ran: {changed[0][0]}"
     text, code = end_of(output), process.returncode
@@ -2865,9 +2903,8 @@ class Session:
         if len(runs) != experiment.judged:
             if not parent:
                 return self.finish(experiment, "keep")
-            gains = self.gains(experiment)
+            gains, noise = ledger.gains_of(experiment, self.sign, self.noted["noise"])
             growth = size_of(ledger.source_of(commit)) / max(size_of(ledger.source_of(parent)), 1) - 1
-            noise = ledger.noise(self.noted["noise"], gains)
             spread = spread_of([row.change for row in ledger.rows], noise)
             verdict = judge(gains, noise, growth, spread)
             if verdict == "keep" and parent != ledger.best.commit:
@@ -2890,11 +2927,6 @@ class Session:
                 if self.machine_failures[experiment.commit] < MAX_MACHINE_FAILURES:
                     raise
                 self.finish(experiment, "crash", f"the loop fails on it: {error!r}")
-
-    def gains(self, experiment):
-        """What was gained on each seed that an experiment and the file that it edited have run on."""
-        pairs = self.ledger.pairs_of(experiment)
-        return [self.sign * (one["value"] - other["value"]) for one, other in pairs]
 
     def rebase(self, experiment):
         """A winner over a file that is no longer the best runs as an edit of that, under the same number."""
@@ -2919,8 +2951,8 @@ class Session:
         if runs:
             row.value = row.runs[0]
             row.memory_gb = max(run.get("memory_mb", 0) for run in runs) / 1024
-        if runs and (gains := self.gains(experiment)):
-            noise = ledger.noise(self.noted["noise"], gains)
+        gains, noise = ledger.gains_of(experiment, self.sign, self.noted["noise"])
+        if runs and gains:
             row.change, row.error = -self.sign * effect_of(gains, noise), noise / math.sqrt(len(gains))
             row.value = ledger.experiments[experiment.parent].row.value + row.change
         body = f"{self.facts['metric']} {row.value:.6f}, {last.get('info', '')}"
