@@ -135,6 +135,9 @@ PEAK_FLOPS = {
     "L40S": 362e12, "L4": 121e12, "A10": 125e12, "RTX 4090": 165e12, "RTX 3090": 71e12,
 }  # fmt: skip
 
+# What torch.compile and copy.deepcopy() put there by rights.
+PATCHED = ("torch.manual_seed", "Tensor.__slotnames__")
+_as_imported = []  # used_names(), before an edited file could replace any
 _sealed = set()  # real paths of the token files, while they may not be opened
 _taken = {}  # by --run, before train.py's first line: the loop's secret and settings, and the text that is held out
 # What a run or its ruler is told as AUTORESEARCH_NAME, and what holds otherwise: a text, a number, a whole number.
@@ -556,7 +559,10 @@ def load_torch():
     """The language model's ruler needs torch; others do without its seconds."""
     package("torch")  # else a sentence
     global torch
-    import torch
+    if "torch" not in globals():
+        import torch
+
+        _as_imported[:] = used_names()
 
 
 def read_settings():
@@ -617,6 +623,7 @@ def run_train():
     Secret, settings and held-out text are taken before its first line: nothing it does moves them.
     """
     path = Path(__file__).with_name("train.py")
+    load_torch()
     _taken["hold"] = take_hold()
     if cache := os.environ.get("AUTORESEARCH_CACHE"):
         for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "CUDA_CACHE_PATH"):
@@ -1029,8 +1036,9 @@ class Run:
     def _losses(self, model, x, y):
         """Cross-entropy in nats, float32 (B, T), from the logits and nothing else that the model returns."""
         logits, shape = model(x), (*x.shape, self.vocab_size)
-        if type(logits) is not torch.Tensor or logits.shape != shape:
+        if type(logits) is not torch.Tensor or torch.Tensor.size(logits) != shape:
             refuse(f"model(x) must return logits {shape}, not {getattr(logits, 'shape', type(logits))}")
+        logits = torch.Tensor.detach(logits)  # without what a model may have put on it
         rows = max(LOSS_LOGITS // (logits.shape[1] * logits.shape[2]), 1)
         parts = zip(logits.split(rows), y.split(rows), strict=True)
         losses = torch.cat([_cross_entropy(part.float(), targets) for part, targets in parts])
@@ -1152,6 +1160,7 @@ class Run:
         copies, look = np.bincount(rng.integers(count, size=PROBES), minlength=count), rng.integers(count)
         for number in rng.permutation(count):
             nats[number] = self._probed_losses(model, *self._place(self._held[number]), copies[number], seen)
+            self._check_ruler()
             if number == look:
                 check_state(before, model)
         easier = (nats[number] - self._losses(model, *self._place(self._held[number])).cpu()).mean().item()
@@ -1166,14 +1175,11 @@ class Run:
 
     def _check_ruler(self):
         """Refuses to measure where train.py has put something of its own in the ruler's place."""
-        replaced = []
-        for here, before in zip((globals(), vars(Run)), _as_imported, strict=True):
-            replaced += [name for name, value in before.items() if here.get(name) is not value]
-        replaced += sorted(vars(self).keys() & _as_imported[1].keys())
+        replaced = replaced_names() + sorted(vars(self).keys() & vars(Run).keys())
         if _taken and type(self) is not Run:  # by hand, as tests time it, nothing is signed
             replaced.append(f"Run by {type(self).__name__}")
         if replaced:
-            refuse(f"train.py replaced {', '.join(replaced)} in prepare.py")
+            refuse(f"train.py replaced {', '.join(replaced)}, which the ruler uses")
 
     def _read_sizes(self):
         """What a number depends on beside the text: read at the start, and again before it is measured."""
@@ -1201,6 +1207,7 @@ class Run:
         self._read_sizes()
         with torch.no_grad():
             bpb = self._evaluate(model)
+        self._check_ruler()
         if not SANE_BPB[0] < bpb < SANE_BPB[1]:
             refuse(f"{bpb:.6f} bits per byte are not possible for a language model of text")
         training = (self._told or now) - clock
@@ -1285,12 +1292,18 @@ def reaches_outside(source, imports=IMPORTS, rule=RULE):
                     return f"line {node.lineno}, import {path}: {rule}"
                 whole = isinstance(node, ast.Import) and not name.asname  # `import a.b` binds a
                 paths[first if whole else name.asname or name.name] = first if whole else path
-        called = {node.func for node in nodes if isinstance(node, ast.Call)}
+        calls = [node for node in nodes if isinstance(node, ast.Call)]
+        called = {node.func for node in calls}
+        looked_in = {node.value for node in nodes if isinstance(node, ast.Attribute)}
+        looked_in |= {node.args[0] for node in calls if _by_name(node) and node.args}
         own = {node.name for node in nodes if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
         own = (own | {"self", "cls"}) - paths.keys()
         named = {*_names(nodes)}
         for node in nodes:
-            if found := _reach(node, paths, called, own, named, imports):
+            found = _reach(node, paths, called, own, named, imports)
+            if isinstance(node, ast.Name) and paths.get(node.id) in imports and node not in looked_in:
+                found = f"{node.id}, a module by another name"
+            if found:
                 return f"line {node.lineno}, {found}: {rule}"
         return ""
     except RecursionError:
@@ -1312,6 +1325,11 @@ def _names(nodes):
                     yield name
 
 
+def _by_name(call):
+    """Whether a call looks for an attribute by its name."""
+    return ast.unparse(call.func) in ("getattr", "hasattr")
+
+
 def _closed(name):
     """Whether an attribute of this name is none of an edited file's business."""
     return name in ATTRIBUTES or name.startswith("_") and not FREE.fullmatch(name)
@@ -1324,7 +1342,7 @@ def _reach(node, paths, called, own, named, imports):
         dunder = node.id.startswith("__") and not FREE.fullmatch(node.id)
         if node.id in BUILTINS or dunder or special and node not in called:
             return node.id
-    elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("getattr", "hasattr"):
+    elif isinstance(node, ast.Call) and _by_name(node):
         match node.args:
             case [value, ast.Constant(value=str(name)), *_]:
                 return _reach(ast.Attribute(value, name, ast.Load()), paths, called, own, named, imports)
@@ -1472,6 +1490,26 @@ def check_state(before, model):
         refuse(f"evaluation changed {changed[0]}: a model must not learn or remember anything in eval()")
 
 
+def used_names():
+    """({name: value} of the ruler's own names, and of what it calls of other modules): an edited file could
+    put something else there."""
+    own = dict(globals())
+    classes = [value for value in own.values() if isinstance(value, type) and value.__module__ == __name__]
+    modules = [value for value in own.values() if isinstance(value, types.ModuleType)] + [np.random]
+    classes += [torch.Tensor] if "torch" in own else []
+    own |= {f"{one.__name__}.{name}": value for one in classes for name, value in vars(one).items()}
+    named = ((f"{one.__name__}.{name}", value) for one in modules for name, value in [*vars(one).items()])
+    return own, {name: value for name, value in named if callable(value)}
+
+
+def replaced_names():
+    """Which of them are others now; of its own also new ones, as the ruler would find these first."""
+    (own, others), (own_now, others_now) = _as_imported, used_names()
+    changed = [name for name in {**own, **own_now} if own.get(name) is not own_now.get(name)]
+    changed += [name for name, value in others.items() if others_now.get(name) is not value]
+    return [name for name in changed if name not in PATCHED]
+
+
 def _window_starts(rng, tokens, T):
     """Endless starts of windows of T + 1 tokens: each epoch, at an offset of its own, has each token once."""
     while True:
@@ -1585,6 +1623,8 @@ class Ruler:
             raise
         except SystemExit:
             refuse(f"{self.path.name} ended the run by itself")
+        if replaced := ", ".join(replaced_names()):
+            refuse(f"{self.path.name} replaced {replaced}, which the ruler uses")
         if not math.isfinite(value):
             refuse(f"{metric} is {value}")
         seconds, memory = f"{monotonic() - settings.started:.1f}", round(peak_memory(), 1)
@@ -1642,7 +1682,7 @@ def main():
     print(f"{'already prepared' if was_there else 'prepared'}: {folder}")
 
 
-_as_imported = dict(globals()), dict(vars(Run))  # which a train.py must leave as they are
+_as_imported[:] = used_names()
 
 if __name__ == "__main__":
     main()

@@ -145,6 +145,18 @@ def check_reach(session, source):
         raise loop.Refused("The ruler doesn't allow this: line 1, reaches outside.")
 
 
+def thought_out(think):
+    """Session.think for a night in this process: what the model has ready is ready before the loop looks for work. Else
+    threads would decide whether the next experiment is a reply or a step of the search."""
+
+    def think_and_wait(session):
+        think(session)
+        while not all(proposal.done for proposal in session.proposals):
+            time.sleep(0.001)
+
+    return think_and_wait
+
+
 def stand_in(job):
     """What a run of a job's train.py gives, computed in this process: its prepare.finish() takes what the stand-in's does."""
     found, told = {}, job["told"]
@@ -293,9 +305,10 @@ class Project:
         self.write("loop.py", self.read("loop.py").replace("def judge(", rule, 1))
         self.commit("verdicts")
 
-    def night(self, *words, replies=(), devices=1, run=None, offline=False):
+    def night(self, *words, replies=(), devices=1, run=None, offline=False, late=False):
         """A session of the loop in this process: real git, but a model that gives these replies (texts, or functions of the
-        chat), and devices that only compute. run(job), where it is given, answers a job instead of stand_in()."""
+        chat), and devices that only compute. run(job), where it is given, answers a job instead of stand_in().
+        late: a reply waits for what the loop does meanwhile."""
         with pytest.MonkeyPatch.context() as patch:
             names = [f"cpu:{number}" for number in range(devices)]
             facts = FACTS | {"devices": names, "folder": str(self.data)}
@@ -304,6 +317,8 @@ class Project:
             patch.setattr(loop, "Model", lambda name, say: FakeModel(replies))
             patch.setattr(loop, "kill_leftovers", lambda runs: None)
             patch.setattr(loop.Session, "check_reach", check_reach)
+            if not late:
+                patch.setattr(loop.Session, "think", thought_out(loop.Session.think))
             for name in (
                 "SEED",
                 "SPLIT",

@@ -205,7 +205,7 @@ ATTACKS = {
     "wraps the evaluation": (
         IMPORT,
         f"{IMPORT}\nbefore = prepare.Run._evaluate\nprepare.Run._evaluate = lambda *args: 0.9 * before(*args)",
-        "replaced _evaluate",
+        "replaced Run._evaluate",
     ),
     "leaves a child that trains on": (
         FINISH,
@@ -241,6 +241,49 @@ ATTACKS |= {
         "the future",
     ),
 }  # fmt: skip
+# Code of a class whose objects stand for logits, and answer the ruler with half of every loss.
+HALF = """
+class Half:
+    def __init__(self, z):
+        self.z = z
+
+    def float(self):
+        return self
+
+    def amax(self, *args, **kwargs):
+        return 0.0
+
+    def __sub__(self, other):
+        return self
+
+    def exp(self):
+        return self
+
+    def sum(self, *args):
+        return self
+
+    def log(self):
+        return 0.5 * torch.logsumexp(self.z, -1)
+
+    def gather(self, dim, index):
+        return 0.5 * self.z.gather(dim, index)
+
+
+STEPS = 120"""
+HALVED = "lambda n: 0.5 * n.to(torch.float64)"
+# Others that the check of the code lets pass: they put something in the place of what the ruler calls.
+ATTACKS |= {
+    "replaces math.log": (IMPORT, f"{IMPORT}\nimport math\nmath.log = lambda *args: 100.0", "replaced math.log"),
+    "replaces a method of tensors": (FINISH, f"    T = torch.Tensor\n    T.double = {HALVED}\n{FINISH}", "replaced Tensor.double"),
+    "replaces one by way of an object": (FINISH, f"    type(x).double = {HALVED}\n{FINISH}", "replaced Tensor.double"),
+    "replaces one while it is evaluated": (
+        FORWARD,
+        f"        if not self.training and next(self.calls) == 40:\n            type(x).double = {HALVED}\n{FORWARD}\n\n"
+        "    import itertools\n    calls = itertools.count()",
+        "replaced Tensor.double|evaluation changed",
+    ),
+    "replaces a function by way of another module": (FINISH, f"    m = F.torch\n    m.stack = lambda a: torch.cat(a) * 0.5\n{FINISH}", "replaced torch.stack"),
+}  # fmt: skip
 BUDGETS = {"ignores the clock": 12}  # enough to start on a busy machine
 
 # What the ruler lets pass, because it gains nothing: the number must not be lower than the honest run's.
@@ -253,7 +296,7 @@ HARMLESS = {
     ),
     "reads the row before": (CONTEXT, "        return h + h.mean(1, keepdim=True).roll(1, 0)"),  # rows stand in no order
     "replaces cross_entropy": (IMPORT, f"{IMPORT}\nimport torch.nn.functional as f\nreal = f.cross_entropy\nf.cross_entropy = lambda *a: 0.01 * real(*a)"),
-    "replaces math.log": (IMPORT, f"{IMPORT}\nimport math\nmath.log = lambda *args: 100.0"),
+    "puts methods of its own on the logits": (FORWARD, f"        logits = {FORWARD[15:]}\n        if not self.training:\n            logits.split = lambda rows: [Half(logits)]\n        return logits"),
     "adds a constant to all logits": (
         FORWARD, f"        logits = {FORWARD[15:]}\n        return logits if self.training else logits + 2.0**25",
     ),
@@ -315,6 +358,7 @@ KEPT = (
 )
 MORE = {  # second edits of the same train.py
     "remembers in a namespace": [KEPT],
+    "puts methods of its own on the logits": [("STEPS = 120", HALF)],
     "forgets when a row comes again": [KEPT, (FINISH, f"    kept.calls = 12\n{FINISH}")],
     "averaged weights for evaluation": [
         ("    step = 0", "    step = 0\n    averaged = [p.detach().clone() for p in model.parameters()]"),

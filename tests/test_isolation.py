@@ -485,14 +485,19 @@ def test_what_a_run_leaves_behind_is_gone_for_the_next_one(place, device, name):
 
 
 @LINUX
-def test_shared_memory_that_an_uncaged_run_left_is_freed_and_what_is_held_or_has_another_name_is_not(place, device):
+def test_shared_memory_that_an_uncaged_run_left_is_freed_and_what_is_held_or_has_another_name_is_not(
+    place, device
+):
     own = f"left-{os.getpid()}-{place.folder.name}"
     names = f"psm_{own}", f"torch_{own}", f"sem.{own}", f"data_{own}"
     code = "\n".join(f"open('/dev/shm/{name}', 'w').write('x')" for name in names)
     before = loop.shared_memory()
     held = SharedMemory(create=True, size=100)
     try:
-        assert device.run(place.job(f"import os\n{code}\nos.abort()"), quiet)["cause"] == "killed by SIGABRT: no output"
+        assert (
+            device.run(place.job(f"import os\n{code}\nos.abort()"), quiet)["cause"]
+            == "killed by SIGABRT: no output"
+        )
         assert [name for name in names if os.path.exists(f"/dev/shm/{name}")] == [names[-1]]
         loop.free_shared_memory(before)
         assert os.path.exists(f"/dev/shm/{held.name}")

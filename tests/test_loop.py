@@ -594,7 +594,7 @@ def test_a_reply_that_comes_after_its_request_was_thrown_away_is_counted_and_not
         asked.reach(1)
         plain.write("program.md", "# The goal\nTry depth.\n")
 
-    session = plain.night("--experiments", 2, replies=[BETTER, late, anew], run=during(1, steer))
+    session = plain.night("--experiments", 2, replies=[BETTER, late, anew], run=during(1, steer), late=True)
     assert described(plain) == ["baseline", "twice the width", "a layer"]
     assert "program.md was changed: the next idea follows it, and it is" in session.output.getvalue()
     assert session.view.tokens == 300
@@ -722,7 +722,7 @@ def test_while_the_model_thinks_the_search_goes_on_and_its_rows_say_so(project, 
             thought.reach(1)
         return stand_in(job)
 
-    session = project.night("--experiments", 4, replies=[think], run=run)
+    session = project.night("--experiments", 4, replies=[think], run=run, late=True)
     rows = project.rows()
     assert [row["description"].partition(":")[0] for row in rows] == ["baseline", *["search"] * 3, "an idea"]
     assert [row["llm_tokens"] for row in rows] == ["0", "0", "0", "0", "100"]

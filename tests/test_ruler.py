@@ -80,10 +80,9 @@ def make_run(data, monkeypatch):
         monkeypatch.setenv("AUTORESEARCH_MACHINE", machine)
         monkeypatch.setattr(prepare, "WorkClock", Work)
         monkeypatch.setattr(prepare, "pick_device", lambda: torch.device("cpu"))
-        monkeypatch.setattr(
-            prepare, "_as_imported", ({}, {})
-        )  # tests replace parts of the ruler and make many runs,
-        prepare._sealed.clear()  # which a train.py mustn't
+        # Tests replace parts of the ruler and make many runs, which a train.py mustn't.
+        monkeypatch.setattr(prepare.Run, "_check_ruler", lambda run: None)
+        prepare._sealed.clear()
         return prepare.Run()
 
     threads = torch.get_num_threads()
@@ -901,6 +900,8 @@ OUTSIDE = [  # what a train.py may not reach for, and what is said of it
     ("import typing\ntyping.operator.attrgetter('_held')(run)", "attrgetter"),
     ("import enum\nenum.bltns.getattr(run, '_held')", "enum.bltns.getattr"),
     ("from functools import singledispatch", "import functools.singledispatch"),
+    ("import prepare\np = prepare\np.Path('notes').read_bytes()", "prepare, a module by another name"),
+    ("import numpy, torch\nfor m in (numpy, torch):\n    m.log = f", "numpy, a module by another name"),
 ]
 
 
@@ -924,6 +925,7 @@ INSIDE = [
     "import triton\nimport triton.language as tl\n@triton.jit\ndef kernel(x, B: tl.constexpr):\n    tl.store(x, tl.load(x))",
     "import prepare\nrun = prepare.Run()\nx = run.seq_len, run.vocab_size, run.device.type\nrun.log(1, 2, 3)",
     "from prepare import Run\nrun = Run()\nprint(__name__, getattr(run, 'device'), hasattr(model, 'kept'))",
+    "import torch\nif hasattr(torch, 'compile'):\n    model = getattr(torch, 'compile')(model)",
     "class A:\n    def f(self):\n        self.__kept = self.__dict__.get('x')\n        A.__init__(self)",
     "class A(nn.Module):\n    _all = {}\n    def f(self):\n        self.register_buffer('_mask', 1)\n"
     "        return self._mask, self._all, self._parameters, self._g()\n    def _g(self): pass",
