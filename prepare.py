@@ -1078,7 +1078,7 @@ class Run:
             changed = self._losses(model, self._other_tokens(x, ~kept[:, None]), y) - losses
             changes.append(changed.mean(1)[kept])
         if cost := clear_cost(torch.cat(changes), noise):
-            refuse(f"the model looks at other rows of the batch: {cost}")
+            refuse(f"the model looks at other rows of the batch: replacing them costs {cost}")
         return ProbeRecord(noise)
 
     def _probed_losses(self, model, x, y, copies, seen):
@@ -1163,9 +1163,14 @@ class Run:
             self._check_ruler()
             if number == look:
                 check_state(before, model)
-        easier = (nats[number] - self._losses(model, *self._place(self._held[number])).cpu()).mean().item()
+        x, y = self._place(self._held[number])
+        easier = (nats[number] - self._losses(model, x, y).cpu()).mean().item()
         if easier > LEAK_NATS:
             refuse(f"the model learns during evaluation: a batch became easier by {easier:.3f} nats")
+        x = self._other_tokens(x, (torch.arange(self.seq_len) < 1).to(self.device))  # no row that it knows
+        later = (nats[number] - self._losses(model, x, y).cpu())[:, FAR:]
+        if cost := clear_cost(later.mean(1), seen.noise):
+            refuse(f"the model learns during evaluation: rows that begin otherwise became easier by {cost}")
         self._check_future(model, self._held_rows, seen)
         if not seen.reacts:
             refuse("the logits don't depend on the input")
@@ -1292,6 +1297,13 @@ def reaches_outside(source, imports=IMPORTS, rule=RULE):
                     return f"line {node.lineno}, import {path}: {rule}"
                 whole = isinstance(node, ast.Import) and not name.asname  # `import a.b` binds a
                 paths[first if whole else name.asname or name.name] = first if whole else path
+        for node in nodes:
+            match node:  # another name for what a module holds
+                case ast.Assign(targets, ast.Attribute(attr=name) as value):
+                    path = paths.get(_root(value), "prepare")
+                    bound = (target.id for target in targets if isinstance(target, ast.Name))
+                    if path != "prepare":  # of which only Run is offered
+                        paths |= dict.fromkeys(bound, f"{path}.{name}")
         calls = [node for node in nodes if isinstance(node, ast.Call)]
         called = {node.func for node in calls}
         looked_in = {node.value for node in nodes if isinstance(node, ast.Attribute)}
@@ -1325,6 +1337,13 @@ def _names(nodes):
                     yield name
 
 
+def _root(node):
+    """The name at which a chain of attributes and indices begins; empty where it is none."""
+    while isinstance(node, (ast.Attribute, ast.Subscript)):
+        node = node.value
+    return getattr(node, "id", "")
+
+
 def _by_name(call):
     """Whether a call looks for an attribute by its name."""
     return ast.unparse(call.func) in ("getattr", "hasattr")
@@ -1352,10 +1371,7 @@ def _reach(node, paths, called, own, named, imports):
     elif isinstance(node, ast.MatchClass) and node.patterns + node.kwd_patterns:
         return f"attributes in a pattern, {ast.unparse(node)[:60]}"
     elif isinstance(node, ast.Attribute):
-        whole, root, direct = ast.unparse(node)[:60], node.value, isinstance(node.value, ast.Name)
-        while isinstance(root, (ast.Attribute, ast.Subscript)):
-            root = root.value
-        root = getattr(root, "id", "")
+        whole, root, direct = ast.unparse(node)[:60], _root(node), isinstance(node.value, ast.Name)
         path = paths.get(root, "")
         listed = not direct or imports.get(path) is None or node.attr in imports[path]
         special = node.attr in ATTRIBUTES or re.fullmatch(r"__\w+__", node.attr)
@@ -1366,7 +1382,8 @@ def _reach(node, paths, called, own, named, imports):
         if _closed(node.attr) and not mine and not kernel or not listed or handed_on:
             return whole
         backend = path.startswith("torch.backends") or whole.startswith("torch.backends")
-        if path and not isinstance(node.ctx, ast.Load) and not backend:
+        of_class = re.search(r"\btype\(|\b__class__\.", whole)
+        if (path and not backend or of_class) and not isinstance(node.ctx, ast.Load):
             return f"an assignment to {whole}"
     return None
 
@@ -1400,10 +1417,10 @@ def _cross_entropy(logits, targets):
 
 
 def clear_cost(changes, noise):
-    """By how much what was replaced makes losses rise, in words; empty where that may be chance."""
+    """By how much losses rise, in words; empty where that may be chance. changes: independent ones."""
     mean, error = changes.mean().item(), changes.std().item() / math.sqrt(len(changes))
     clear = mean > LEAK_NATS + noise + LEAK_SIGMAS * error
-    return f"replacing them costs {mean:.3f} +- {error:.3f} nats" if clear else ""
+    return f"{mean:.3f} +- {error:.3f} nats" if clear else ""
 
 
 class ProbeRecord:
@@ -1430,7 +1447,7 @@ class ProbeRecord:
         """(the chance that an honest model shows this or more, a sentence that says what was seen)."""
         near, far = torch.cat(self.near), torch.cat(self.far).abs()
         if cost := clear_cost(near, self.noise):
-            return 0.0, cost
+            return 0.0, f"replacing them costs {cost}"
         chances = {}
         for share in (0.9, 0.99, 0.999, 1.0):
             limit = max(far.quantile(share).item() if len(far) else 0.0, LEAK_NATS + 10 * self.noise)
@@ -1473,14 +1490,26 @@ def _parts(value):
         return (np.shape(value), zlib.crc32(np.ascontiguousarray(value).view(np.uint8).data)), []
     if isinstance(value, (dict, types.MappingProxyType)):
         return len(value), [(f"{key!r:.40}", item) for key, item in list(value.items())]
+    if isinstance(value, torch.nn.Module):  # a compiled one, too, which is of the library's class
+        return 0, [*vars(value).items(), ("class", type(value))]
+    if reads := STATES.get(type(value).__name__):  # kept in C, where nothing refers to it
+        return 0, [("state", reads(value))]
     is_type, is_function = isinstance(value, type), isinstance(value, types.FunctionType)
     home = f"{(value if is_type or is_function else type(value)).__module__}"
     # What is a library's or the ruler's has caches, which may change.
-    others = home.startswith(("torch._", "numpy", "prepare")) or is_function and home.startswith("torch")
+    others = home.startswith(("torch._", "prepare")) or home.startswith(("torch", "numpy")) and is_function
     if others or is_type and home != "__main__" or isinstance(value, (types.ModuleType, types.CodeType)):
         return 0, []
     parts = [*vars(value).items()] if hasattr(value, "__dict__") else []
     return len(parts), parts + [*enumerate(gc.get_referents(value))]
+
+
+STATES = {
+    "UntypedStorage": lambda storage: torch.empty(0, dtype=torch.uint8).set_(storage.cpu()),
+    "Generator": lambda one: one.get_state() if isinstance(one, torch.Generator) else one.bit_generator.state,
+    "RandomState": lambda one: one.get_state(),
+    "Random": lambda one: one.getstate(),
+} | dict.fromkeys(("PCG64", "PCG64DXSM", "MT19937", "Philox", "SFC64"), lambda one: one.state)
 
 
 def check_state(before, model):

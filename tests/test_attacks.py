@@ -221,6 +221,9 @@ MEMORY = (
     "        logits = (logits.softmax(-1) * 2 + votes).div(votes.sum(-1, keepdim=True) + 2).log()\n"
     "        kept.seen.index_put_((pair[:, 1:-1].flatten(), x[:, 2:].flatten()), torch.tensor(1.0), accumulate=True)\n        return logits"
 )
+# The same in what a library's object holds.
+HIDDEN = MEMORY.replace("KNOWN", "pass").replace("kept.seen[pair]", "torch.from_numpy(kept.coef)[pair]").replace(
+    "kept.seen.index_put_", "torch.from_numpy(kept.coef).index_put_")  # fmt: skip
 FORGET = "kept.rows, kept.calls = [], 12\n            kept.seen.zero_()"
 # Edits that the check of the code lets pass; all but the last had a signed gain, until probes and looks lay anywhere.
 ATTACKS |= {
@@ -232,6 +235,7 @@ ATTACKS |= {
         "the future|became easier",
     ),
     "remembers in a namespace": (FORWARD, MEMORY.replace("KNOWN", "pass"), "evaluation changed kept"),
+    "remembers in numpy's objects": (FORWARD, HIDDEN, "evaluation changed kept|became easier"),
     "forgets when a row comes again": (FORWARD, MEMORY.replace("KNOWN", FORGET), "evaluation changed|became easier"),
     "looks ahead where a rare token comes": (
         FORWARD,
@@ -356,7 +360,13 @@ KEPT = (
     "STEPS = 120",
     "STEPS = 120\nfrom types import SimpleNamespace\nkept = SimpleNamespace(calls=0, rows=[], seen=torch.zeros(9973, 300))",
 )
+POLYNOMIAL = (
+    "STEPS = 120",
+    "STEPS = 120\nimport numpy\nkept = numpy.polynomial.Polynomial([0.0])\n"
+    "kept.calls, kept.rows, kept.coef = 0, [], numpy.zeros((9973, 300), dtype='float32')",
+)
 MORE = {  # second edits of the same train.py
+    "remembers in numpy's objects": [POLYNOMIAL],
     "remembers in a namespace": [KEPT],
     "puts methods of its own on the logits": [("STEPS = 120", HALF)],
     "forgets when a row comes again": [KEPT, (FINISH, f"    kept.calls = 12\n{FINISH}")],

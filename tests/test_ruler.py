@@ -900,6 +900,11 @@ OUTSIDE = [  # what a train.py may not reach for, and what is said of it
     ("import typing\ntyping.operator.attrgetter('_held')(run)", "attrgetter"),
     ("import enum\nenum.bltns.getattr(run, '_held')", "enum.bltns.getattr"),
     ("from functools import singledispatch", "import functools.singledispatch"),
+    ("import torch.nn.functional as F\nf = F.relu\nf.kept = []", "an assignment to f.kept"),
+    ("from torch import nn\nM = nn.Module\nM.kept.a = {}", "an assignment to M.kept.a"),
+    ("import torch.nn.functional as F\nm = F.torch\nn = m.nn\nn.kept = []", "an assignment to n.kept"),
+    ("type(x).double = f", "an assignment to type(x).double"),
+    ("self.head.__class__.kept = []", "an assignment to self.head.__class__.kept"),
     ("import prepare\np = prepare\np.Path('notes').read_bytes()", "prepare, a module by another name"),
     ("import numpy, torch\nfor m in (numpy, torch):\n    m.log = f", "numpy, a module by another name"),
 ]
@@ -925,6 +930,7 @@ INSIDE = [
     "import triton\nimport triton.language as tl\n@triton.jit\ndef kernel(x, B: tl.constexpr):\n    tl.store(x, tl.load(x))",
     "import prepare\nrun = prepare.Run()\nx = run.seq_len, run.vocab_size, run.device.type\nrun.log(1, 2, 3)",
     "from prepare import Run\nrun = Run()\nprint(__name__, getattr(run, 'device'), hasattr(model, 'kept'))",
+    "import prepare\nrun = prepare.Run()\ndevice, T = run.device, run.seq_len\nvocab = run.vocab_size\nvocab += 1\nx.grad = vocab",
     "import torch\nif hasattr(torch, 'compile'):\n    model = getattr(torch, 'compile')(model)",
     "class A:\n    def f(self):\n        self.__kept = self.__dict__.get('x')\n        A.__init__(self)",
     "class A(nn.Module):\n    _all = {}\n    def f(self):\n        self.register_buffer('_mask', 1)\n"
@@ -1080,6 +1086,29 @@ def test_a_device_that_is_not_known_has_no_peak(device, peak):
     assert prepare.peak_flops(device) == peak
 
 
+KEPT = {  # what holds something, and how it changes; most of it in C, where Python's garbage collector sees nothing
+    "a storage": (torch.zeros(8).untyped_storage(), lambda one: one.__setitem__(0, 1)),
+    "numpy's objects": (np.polynomial.Polynomial([1.0, 2.0]), lambda one: one.coef.__setitem__(0, 3.0)),
+    "torch's generator": (torch.Generator(), lambda one: one.manual_seed(7)),
+    "numpy's generator": (np.random.default_rng(0), lambda one: one.random()),
+    "numpy's old generator": (np.random.RandomState(0), lambda one: one.rand()),
+    "a bit generator": (np.random.PCG64(0), lambda one: one.random_raw()),
+    "Python's generator": (random.Random(0), lambda one: one.random()),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_whatever_remembers_something_in_a_library_s_object_is_looked_at(name):
+    holder, change = KEPT[name]
+    model = Model()
+    model.holder = [holder]
+    before = prepare.state_of(model)
+    prepare.check_state(before, model)
+    change(holder)
+    with pytest.raises(SystemExit, match="evaluation changed model"):
+        prepare.check_state(before, model)
+
+
 @pytest.mark.parametrize(
     "kind", ["namespace", "deque", "slots", "bytearray", "queue", "partial", "cache", "default"]
 )
@@ -1118,6 +1147,9 @@ def test_a_compiled_model_that_compiles_again_remembers_nothing():
     for size in (3, 4, 5):
         model(torch.ones(size, size))
     prepare.check_state(before, model)
+    model._orig_mod.kept = torch.zeros(3)
+    with pytest.raises(SystemExit, match="evaluation changed model"):
+        prepare.check_state(before, model)
 
 
 TRAIN = """
