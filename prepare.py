@@ -1273,10 +1273,16 @@ ATTRIBUTES = set("""
     operator gc bltns asyncio concurrent logging unittest linecache pkgutil zipfile urllib http resource getattr
     attrgetter methodcaller singledispatch singledispatchmethod
 """.split())  # fmt: skip
+# Modules that start programs, open files, run text, or read memory that isn't theirs:
+CLOSED = re.compile(r"\btorch\.(utils\.(?!checkpoint\b|flop_counter\b)|distributed|fx|onnx|profiler|export)\b"
+                    r"|\bnumpy\.(lib|core|f2py|distutils)\b")  # fmt: skip
 # Names between underscores that are everyday ones:
 FREE = re.compile(r"_foreach_\w+|_(modules|parameters|buffers)"
                   r"|__(init|name|len|call|iter|next|getitem|setitem|contains|enter|exit|post_init|repr|new|class"
                   r"|version)__")  # fmt: skip
+# Beside these a class may have operators; other such methods tell a library where memory is.
+OPERATORS = re.compile(r"__([ir]?(add|sub|mul|matmul|truediv|floordiv|mod|pow|and|or|xor)|eq|ne|lt|le|gt|ge|hash"
+                       r"|bool|neg|pos|abs|invert|str|float|int|index|missing|reversed|delitem|getattr)__")  # fmt: skip
 RULE = "a train.py uses torch, numpy and prepare.Run()'s public names alone"
 
 
@@ -1293,7 +1299,7 @@ def reaches_outside(source, imports=IMPORTS, rule=RULE):
                 path = f"{node.module}.{name.name}" if isinstance(node, ast.ImportFrom) else name.name
                 first, *rest = path.split(".")
                 listed = first in imports and (imports[first] is None or imports[first] >= {*rest})
-                if not listed or any(map(_closed, rest)):
+                if not listed or any(map(_closed, rest)) or CLOSED.match(path):
                     return f"line {node.lineno}, import {path}: {rule}"
                 whole = isinstance(node, ast.Import) and not name.asname  # `import a.b` binds a
                 paths[first if whole else name.asname or name.name] = first if whole else path
@@ -1349,6 +1355,11 @@ def _by_name(call):
     return ast.unparse(call.func) in ("getattr", "hasattr")
 
 
+def _special(name):
+    """Whether a name between underscores isn't an everyday one."""
+    return re.fullmatch(r"__\w+__", name) and not FREE.fullmatch(name)
+
+
 def _closed(name):
     """Whether an attribute of this name is none of an edited file's business."""
     return name in ATTRIBUTES or name.startswith("_") and not FREE.fullmatch(name)
@@ -1366,13 +1377,21 @@ def _reach(node, paths, called, own, named, imports):
             case [value, ast.Constant(value=str(name)), *_]:
                 return _reach(ast.Attribute(value, name, ast.Load()), paths, called, own, named, imports)
         return ast.unparse(node)[:60]
-    elif isinstance(node, ast.FunctionDef) and node.name.startswith("__torch"):
+    elif isinstance(node, ast.Call) and getattr(node.func, "id", "") == "type" and len(node.args) != 1:
+        return ast.unparse(node)[:60]
+    elif isinstance(node, ast.FunctionDef) and _special(node.name) and not OPERATORS.fullmatch(node.name):
         return node.name
+    elif isinstance(node, ast.keyword) and _special(node.arg or ""):
+        return node.arg
+    elif isinstance(node, ast.Constant) and _special(f"{node.value}") and node.value != "__main__":
+        return node.value
     elif isinstance(node, ast.MatchClass) and node.patterns + node.kwd_patterns:
         return f"attributes in a pattern, {ast.unparse(node)[:60]}"
     elif isinstance(node, ast.Attribute):
         whole, root, direct = ast.unparse(node)[:60], _root(node), isinstance(node.value, ast.Name)
         path = paths.get(root, "")
+        if CLOSED.search(path + whole.removeprefix(root)):
+            return whole
         listed = not direct or imports.get(path) is None or node.attr in imports[path]
         special = node.attr in ATTRIBUTES or re.fullmatch(r"__\w+__", node.attr)
         given = node.attr in named and not special or node.attr == "__dict__"
