@@ -619,7 +619,8 @@ def read_rows(text, name):
     their names, whatever lies between; Stop where there is no header.
 
     Logs without a column `change`, the community's, had each run on a seed of its own: their changes are the
-    differences to the last kept row before, as sure as the noise of a run allows, where that is known.
+    differences to the last kept row before, as sure as the noise of a run allows, where that is known. So
+    are those that can't be read, as after a spreadsheet.
     """
     head, *lines = text.removeprefix("\ufeff").split("\n")
     names, rows, unread = [column.strip() for column in head.split("\t")], [], []
@@ -643,11 +644,10 @@ def read_rows(text, name):
         row.runs = numbers_in(cells["runs"], ",") or values * (0 < values[0] < math.inf)
         row.llm_tokens = count_in(cells["llm_tokens"])
         rows.append(row)
-    if "change" not in names:
-        for row, parent in zip(rows, kept_before(rows), strict=False):
-            if parent and row.runs:
-                row.change = row.value - parent.value
-                row.error = PRIOR_NOISE * math.sqrt(2) if metric == METRIC else math.nan
+    for row, parent in zip(rows, kept_before(rows), strict=False):
+        if parent and row.runs and math.isnan(row.change):
+            row.change = row.value - parent.value
+            row.error = PRIOR_NOISE * math.sqrt(2) if metric == METRIC else math.nan
     return metric, rows, unread
 
 

@@ -137,7 +137,7 @@ PEAK_FLOPS = {
 
 # What torch.compile and copy.deepcopy() put there by rights.
 PATCHED = ("torch.manual_seed", "Tensor.__slotnames__")
-_as_imported = []  # used_names(), before an edited file could replace any
+_outside = {}  # outside_names(), before an edited file could replace any
 _sealed = set()  # real paths of the token files, while they may not be opened
 _taken = {}  # by --run, before train.py's first line: the loop's secret and settings, and the text that is held out
 # What a run or its ruler is told as AUTORESEARCH_NAME, and what holds otherwise: a text, a number, a whole number.
@@ -562,7 +562,7 @@ def load_torch():
     if "torch" not in globals():
         import torch
 
-        _as_imported[:] = used_names()
+        _outside.update(outside_names())
 
 
 def read_settings():
@@ -914,14 +914,14 @@ class Run:
         starts = _window_starts(rng, len(self._train), T)
         while True:
             drawn = np.fromiter(itertools.islice(starts, B), dtype=np.int64, count=B)
-            x, y = self._windows(drawn, T)
+            x, y = self._place(self._windows(drawn, T))
             self._first_batch = self._first_batch or self._work()
             self._tokens += B * T
             yield x, y
 
     def _windows(self, starts, T):
-        """(x, y), int64 (len(starts), T) on the device, from train's tokens at `starts`."""
-        return self._place(self._train[starts[:, None] + np.arange(T + 1)])
+        """(len(starts), T + 1) tokens of the train split."""
+        return self._train[starts[:, None] + np.arange(T + 1)]
 
     def _place(self, rows):
         """(x, y), int64 (B, T) on the device, of tokens (B, T + 1)."""
@@ -1048,6 +1048,9 @@ class Run:
 
     def _train_rows(self):
         """(x, y) of the evaluation's shape, from anywhere in the train split: other ones each time."""
+        return self._place(self._any_windows())
+
+    def _any_windows(self):
         last = len(self._train) - self.seq_len
         starts = np.random.default_rng().integers(last, size=self._meta["eval_rows"])
         return self._windows(starts, self.seq_len)
@@ -1114,10 +1117,13 @@ class Run:
         """Refuses a model that has learned before the clock runs: from weights, batches or a lucky seed."""
         if torch.initial_seed() != self._seed:
             refuse(f"train.py set the seed to {torch.initial_seed()}; the ruler has set it, to {self._seed}")
+        rows = self._any_windows()
+        x, y = self._place(rows)
         with _evaluating(model):
-            x, y = self._train_rows()
-            losses, y = self._losses(model, x, y).cpu(), y.cpu()
-        bpb, unigram = (bits_per_byte(nats, y, self._lengths) for nats in (losses, self._unigram[y]))
+            losses = self._losses(model, x, y).cpu()
+        tokens = torch.from_numpy(rows[:, 1:].astype(np.int64))
+        unigram = bits_per_byte(self._unigram[tokens], tokens, self._lengths)
+        bpb = bits_per_byte(losses, y.cpu(), self._lengths)
         if bpb < WARM_START * unigram:
             refuse(f"before its first step the model has {bpb:.3f} bits per byte, token frequencies alone "
                    f"{unigram:.3f} on the same text: it starts from trained weights, or was trained before the "
@@ -1138,7 +1144,7 @@ class Run:
         self._check_untrained(model)
         self._start -= (1 + 6 + 3 + 1) * self._pass_seconds  # so long it takes, and what is more was training
         self._model = model  # to be looked at once more when training begins
-        seconds = self._pass_seconds * (6 + len(self._held) + PROBES + 1)
+        seconds = self._pass_seconds * (6 + len(self._held) + PROBES + 2)
         self._eval_seconds = EVAL_RESERVE * seconds
         if self._eval_seconds + self._allowance > self._budget - EXIT_SECONDS:
             refuse(f"evaluation takes about {seconds:.1f} s and doesn't fit beside {self._allowance:.1f} s "
@@ -1538,23 +1544,25 @@ def check_state(before, model):
         refuse(f"evaluation changed {changed[0]}: a model must not learn or remember anything in eval()")
 
 
-def used_names():
-    """({name: value} of the ruler's own names, and of what it calls of other modules): an edited file could
-    put something else there."""
-    own = dict(globals())
-    classes = [value for value in own.values() if isinstance(value, type) and value.__module__ == __name__]
-    modules = [value for value in own.values() if isinstance(value, types.ModuleType)] + [np.random]
-    classes += [torch.Tensor] if "torch" in own else []
-    own |= {f"{one.__name__}.{name}": value for one in classes for name, value in vars(one).items()}
-    named = ((f"{one.__name__}.{name}", value) for one in modules for name, value in [*vars(one).items()])
-    return own, {name: value for name, value in named if callable(value)}
+def outside_names():
+    """{name: value} of what the ruler calls of modules and classes: an edited file could put another there."""
+    own, found = [*globals().values()], {}
+    owners = [value for value in own if isinstance(value, types.ModuleType)] + [np.random]
+    owners += [torch.Tensor] if "torch" in globals() else []
+    owners += [value for value in own if getattr(value, "__module__", "") == __name__ and value is not Run]
+    for owner in owners:
+        called = {name: value for name, value in [*vars(owner).items()] if callable(value)}
+        found |= {f"{owner.__name__}.{name}": value for name, value in called.items()}
+    return found
 
 
 def replaced_names():
-    """Which of them are others now; of its own also new ones, as the ruler would find these first."""
-    (own, others), (own_now, others_now) = _as_imported, used_names()
-    changed = [name for name in {**own, **own_now} if own.get(name) is not own_now.get(name)]
-    changed += [name for name, value in others.items() if others_now.get(name) is not value]
+    """Which of them, and of the ruler's own names, are others now; or new, where the ruler finds these first."""
+    now, names = outside_names(), {"torch", "_as_imported", *_as_imported[0]}
+    changed = sorted(globals().keys() - names)
+    changed += [name for name in now if name.startswith("Tensor.") and name not in _outside]
+    for here, before in (globals(), _as_imported[0]), (vars(Run), _as_imported[1]), (now, _outside):
+        changed += [name for name, value in before.items() if here.get(name) is not value]
     return [name for name in changed if name not in PATCHED]
 
 
@@ -1730,7 +1738,8 @@ def main():
     print(f"{'already prepared' if was_there else 'prepared'}: {folder}")
 
 
-_as_imported[:] = used_names()
+_as_imported = dict(globals()), dict(vars(Run))  # which an edited file must leave as they are
+_outside.update(outside_names())
 
 if __name__ == "__main__":
     main()

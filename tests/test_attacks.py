@@ -205,7 +205,7 @@ ATTACKS = {
     "wraps the evaluation": (
         IMPORT,
         f"{IMPORT}\nbefore = prepare.Run._evaluate\nprepare.Run._evaluate = lambda *args: 0.9 * before(*args)",
-        "replaced Run._evaluate",
+        "replaced _evaluate",
     ),
     "leaves a child that trains on": (
         FINISH,

@@ -106,6 +106,20 @@ def test_a_log_of_this_projects_first_form_is_reported_with_the_noise_of_unpaire
     assert "2 experiments, 1 kept, 1 crashed" in out and "-0.0300+-0.0010" in out and "1,800 tokens" in out
 
 
+def test_a_change_that_a_spreadsheet_spoilt_is_the_difference_of_the_values():
+    spoilt = loop.header("val_bpb") + "".join(
+        f"{commit}\t{value}\t0.5\tkeep\tan idea\t{change}\t{value}\t0\t\n"
+        for commit, value, change in (
+            ("aaaaaaa", 1.25, ""),
+            ("bbbbbbb", 1.2, "#NAME?"),
+            ("ccccccc", 1.1, "-0.1000+-0.0010"),
+        )
+    )
+    report = read(spoilt)
+    assert [row.change for row in report.rows[1:]] == pytest.approx([-0.05, -0.1])
+    assert "nan" not in screen(report, 100)
+
+
 HEADERS = [
     "commit\tval_bpb\tmemory_gb\tmfu\tstatus\tdescription",
     "commit\tval_bpb\tgap\tmemory_gb\tnum_steps\tstatus\tdescription",
