@@ -661,7 +661,7 @@ def unigram_nats(tokens, vocab_size):
     span = min(UNIGRAM_SPAN, len(tokens))
     starts = np.linspace(0, len(tokens) - span, UNIGRAM_SPANS).astype(np.int64)
     counts = np.bincount(tokens[starts[:, None] + np.arange(span)].ravel(), minlength=vocab_size) + 1
-    return torch.from_numpy(np.minimum(-np.log(counts / counts.sum()), math.log(vocab_size)))
+    return torch.from_numpy(np.minimum(-np.log(counts / counts.sum()), math.log(vocab_size))).float()
 
 
 def signed_line(secret, result):
@@ -914,14 +914,14 @@ class Run:
         starts = _window_starts(rng, len(self._train), T)
         while True:
             drawn = np.fromiter(itertools.islice(starts, B), dtype=np.int64, count=B)
-            x, y = self._place(self._windows(drawn, T))
+            x, y = self._windows(drawn, T)
             self._first_batch = self._first_batch or self._work()
             self._tokens += B * T
             yield x, y
 
     def _windows(self, starts, T):
-        """(len(starts), T + 1) tokens of the train split."""
-        return self._train[starts[:, None] + np.arange(T + 1)]
+        """(x, y), int64 (len(starts), T) on the device, from train's tokens at `starts`."""
+        return self._place(self._train[starts[:, None] + np.arange(T + 1)])
 
     def _place(self, rows):
         """(x, y), int64 (B, T) on the device, of tokens (B, T + 1)."""
@@ -1048,9 +1048,6 @@ class Run:
 
     def _train_rows(self):
         """(x, y) of the evaluation's shape, from anywhere in the train split: other ones each time."""
-        return self._place(self._any_windows())
-
-    def _any_windows(self):
         last = len(self._train) - self.seq_len
         starts = np.random.default_rng().integers(last, size=self._meta["eval_rows"])
         return self._windows(starts, self.seq_len)
@@ -1075,14 +1072,16 @@ class Run:
         if noise > LEAK_NATS:
             refuse(f"the same input gave different losses, by {noise:.3f} nats: dropout in eval(), or a "
                    "state that evaluation changes?")  # fmt: skip
-        quarter, changes = np.random.default_rng().permutation(self._meta["eval_rows"]) % 4, []
+        quarter = np.random.default_rng().permutation(self._meta["eval_rows"]) % 4
+        record, changes = ProbeRecord(noise), []
         for kept in range(4):  # each row keeps its tokens once, where the others change
             kept = torch.from_numpy(quarter == kept).to(self.device)
             changed = self._losses(model, self._other_tokens(x, ~kept[:, None]), y) - losses
             changes.append(changed.mean(1)[kept])
+            record.reacts |= bool(changed.any())
         if cost := clear_cost(torch.cat(changes), noise):
             refuse(f"the model looks at other rows of the batch: replacing them costs {cost}")
-        return ProbeRecord(noise)
+        return record
 
     def _probed_losses(self, model, x, y, copies, seen):
         """Losses of x, on the CPU; `seen` is told those of copies whose tokens change from somewhere on.
@@ -1117,13 +1116,10 @@ class Run:
         """Refuses a model that has learned before the clock runs: from weights, batches or a lucky seed."""
         if torch.initial_seed() != self._seed:
             refuse(f"train.py set the seed to {torch.initial_seed()}; the ruler has set it, to {self._seed}")
-        rows = self._any_windows()
-        x, y = self._place(rows)
         with _evaluating(model):
-            losses = self._losses(model, x, y).cpu()
-        tokens = torch.from_numpy(rows[:, 1:].astype(np.int64))
-        unigram = bits_per_byte(self._unigram[tokens], tokens, self._lengths)
-        bpb = bits_per_byte(losses, y.cpu(), self._lengths)
+            x, y = self._train_rows()
+            nats = self._losses(model, x, y), self._unigram.to(self.device)[y]
+        bpb, unigram = (bits_per_byte(one.cpu(), y.cpu(), self._lengths) for one in nats)
         if bpb < WARM_START * unigram:
             refuse(f"before its first step the model has {bpb:.3f} bits per byte, token frequencies alone "
                    f"{unigram:.3f} on the same text: it starts from trained weights, or was trained before the "
@@ -1459,14 +1455,14 @@ class ProbeRecord:
     """
 
     def __init__(self, noise):
-        self.noise, self.near, self.far, self.reacts = noise, [], [], False
+        self.noise, self.near, self.far = noise, [], []
+        self.reacts = False  # whether a loss depends on what the model sees, at all
 
     def add(self, changes, splits):
         """changes: of the losses (B, T), where row b has other tokens from splits[b] on."""
         places, splits = torch.arange(changes.shape[1]), splits[:, None]
         self.near.append(changes.gather(1, splits - 1)[:, 0])
         self.far.append(changes[places < splits - FAR])
-        self.reacts |= bool(changes[places >= splits].any())
 
     def verdict(self):
         """(the chance that an honest model shows this or more, a sentence that says what was seen)."""

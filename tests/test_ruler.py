@@ -625,7 +625,7 @@ def test_an_evaluation_that_fits_on_no_machine_is_refused_whenever_it_begins(mak
     slow = Model(lambda x: clock.tick(0.5) + 1e-4 * nn.functional.one_hot(x, SIZES["vocab_size"]).float())
     with pytest.raises(
         SystemExit,
-        match=r"^refused by the ruler: evaluation takes about 19\.. s and doesn't fit beside 45\.0 s",
+        match=r"^refused by the ruler: evaluation takes about 20\.. s and doesn't fit beside 45\.0 s",
     ):
         run.preflight(slow)
 
