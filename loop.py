@@ -118,6 +118,7 @@ MAX_RUNS = 3  # of one experiment: on the seeds 0, 1 and 2
 MEDIAN_SQUARE = 0.455  # median of the square of a normal deviation of 1
 LIMIT = 0.85  # noises, that an experiment's gains must come to; found by simulation (tests/bench.py judge)
 LAST_LIMIT = 0.3  # where they are still in doubt after the last run
+DOUBT_ABOVE = 1.5  # times as far above the limit as below it there is doubt
 PRIOR_SPREAD, PRIOR_CHANGES = 2.5, 3  # of the changes at first, in noises; it counts as so many experiments
 SIZE_PRICE = 20  # noises that each run must gain for a file twice as large: one for 5 percent more
 SIMPLER = 0.02  # share of the file that an edit must take out to be kept at an equal result
@@ -728,7 +729,7 @@ def judge(differences, noise, size, spread):
     doubt = LIMIT * (noise / max(noise, spread)) ** 3
     if gain < 0 or gain <= LIMIT - doubt and not simpler:
         return "discard"
-    return "keep" if gain >= LIMIT + 1.5 * doubt else "again"
+    return "keep" if gain >= LIMIT + DOUBT_ABOVE * doubt else "again"
 
 
 def gain_of(changes):

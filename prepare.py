@@ -1390,9 +1390,9 @@ def _reach(node, paths, called, own, named, imports):
     elif isinstance(node, ast.MatchClass) and node.patterns + node.kwd_patterns:
         return f"attributes in a pattern, {ast.unparse(node)[:60]}"
     elif isinstance(node, ast.Attribute):
-        whole, root, direct = ast.unparse(node)[:60], _root(node), isinstance(node.value, ast.Name)
-        path = paths.get(root, "")
-        if CLOSED.search(path + whole.removeprefix(root)):
+        text, root, direct = ast.unparse(node), _root(node), isinstance(node.value, ast.Name)
+        whole, path = text[:60], paths.get(root, "")
+        if CLOSED.search(path + text.removeprefix(root)):
             return whole
         listed = not direct or imports.get(path) is None or node.attr in imports[path]
         special = node.attr in ATTRIBUTES or re.fullmatch(r"__\w+__", node.attr)
@@ -1513,8 +1513,8 @@ def _parts(value):
         return len(value), [(f"{key!r:.40}", item) for key, item in list(value.items())]
     if isinstance(value, torch.nn.Module):  # a compiled one, too, which is of the library's class
         return 0, [*vars(value).items(), ("class", type(value))]
-    if reads := STATES.get(type(value).__name__):  # kept in C, where nothing refers to it
-        return 0, [("state", reads(value))]
+    if read := STATES.get(f"{type(value).__module__}.{type(value).__name__}"):
+        return 0, [("state", read(value))]
     is_type, is_function = isinstance(value, type), isinstance(value, types.FunctionType)
     home = f"{(value if is_type or is_function else type(value)).__module__}"
     # What is a library's or the ruler's has caches, which may change.
@@ -1525,12 +1525,16 @@ def _parts(value):
     return len(parts), parts + [*enumerate(gc.get_referents(value))]
 
 
+# How what is kept in C, where nothing refers to it, is read.
 STATES = {
-    "UntypedStorage": lambda storage: torch.empty(0, dtype=torch.uint8).set_(storage.cpu()),
-    "Generator": lambda one: one.get_state() if isinstance(one, torch.Generator) else one.bit_generator.state,
-    "RandomState": lambda one: one.get_state(),
-    "Random": lambda one: one.getstate(),
-} | dict.fromkeys(("PCG64", "PCG64DXSM", "MT19937", "Philox", "SFC64"), lambda one: one.state)
+    "torch.storage.UntypedStorage": lambda one: torch.empty(0, dtype=torch.uint8).set_(one.cpu()),
+    "torch._C.Generator": lambda one: one.get_state(),
+    "numpy.random._generator.Generator": lambda one: one.bit_generator.state,
+    "numpy.random.mtrand.RandomState": lambda one: one.get_state(),
+    "random.Random": lambda one: one.getstate(),
+}
+BITS = "_pcg64.PCG64 _pcg64.PCG64DXSM _mt19937.MT19937 _philox.Philox _sfc64.SFC64".split()
+STATES |= {f"numpy.random.{name}": lambda one: one.state for name in BITS}
 
 
 def check_state(before, model):

@@ -1109,6 +1109,15 @@ KEPT = {  # what holds something, and how it changes; most of it in C, where Pyt
 }  # fmt: skip
 
 
+def test_a_class_of_the_file_may_have_the_name_of_a_library_s():
+    class Generator:
+        kept = 1
+
+    model = Model()
+    model.holder = Generator()
+    prepare.check_state(prepare.state_of(model), model)
+
+
 @pytest.mark.parametrize("name", KEPT)
 def test_whatever_remembers_something_in_a_library_s_object_is_looked_at(name):
     holder, change = KEPT[name]
