@@ -1133,11 +1133,10 @@ class Ledger:
         """(what an experiment gained on each seed that its parent ran on, too; the noise of one gain)."""
         pairs = [(before["value"], after["value"]) for before, after in self.pairs_of(experiment)]
         noise = self.noise(prior, [before - after for before, after in pairs])
-        if not pairs:
-            return [], noise
-        runs_noise = noise_of([one.row.runs for one in self.ended], 2 * noise)
-        shared = [before for before, _ in pairs]
-        luck = luck_of(shared, self.values_of(experiment.parent), noise, runs_noise)
+        shared, parent, luck = [before for before, _ in pairs], self.values_of(experiment.parent), 0.0
+        if shared and len(parent) > len(shared):
+            runs_noise = noise_of([one.row.runs for one in self.ended], 2 * noise)
+            luck = luck_of(shared, parent, noise, runs_noise)
         return [sign * (before - luck - after) for before, after in pairs], noise
 
     def odd_nodes(self):
