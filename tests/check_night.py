@@ -154,7 +154,7 @@ def of_a_row(number, cells, parent):
 
 def of_a_change(number, row, parent):
     """Problems of what a row says of its effect: the mean difference to its parent's runs on the same seeds, of which none counts as
-    a gain of more than three noises above the lowest."""
+    a gain of more than three noises above the lowest; or to all runs that the parent had then, or between the two."""
     before, runs, after = runs_of(parent), runs_of(row), float(row["val_bpb"])
     if len(before) < len(runs):
         yield f"row {number} has {len(runs)} runs, and row {parent['commit']}, which it edited, {len(before)}"
@@ -169,7 +169,9 @@ def of_a_change(number, row, parent):
     errors = (float(match[3]) + rounded * last for rounded in (-0.5, 0.5))
     most = [min(gains) + 3 * error * len(runs) ** 0.5 for error in errors]
     low, high = (-fmean(min(gain, limit) for gain in gains) for limit in reversed(most))
-    if not low - 2.001e-6 <= change <= high + 2.001e-6:
+    shared = fmean(before[: len(runs)])
+    luck = [shared - fmean(before[:had]) for had in range(len(runs), len(before) + 1)]  # the first is 0
+    if not low + min(luck) - 2.001e-6 <= change <= high + max(luck) + 2.001e-6:
         yield f"row {number} has the change {change:.6f}, and its runs differ from its parent's by {[-gain for gain in gains]}"
 
 
