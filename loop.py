@@ -114,6 +114,7 @@ OWN_RULER = "ruler.py"  # of a project in another folder; it imports from the ot
 METRIC = "val_bpb"  # of a results.tsv that has such a column; else its second column is the metric's
 PRIOR_NOISE = 0.0007  # standard deviation of a run, assumed for such logs without a column of changes
 PRIOR_RUNS = 2  # the ruler's prior of the noise counts as so many experiments with two runs
+PRIOR_OVER_SEEDS = 2  # how far runs of a file scatter over seeds at first, in noises
 MAX_RUNS = 3  # of one experiment: on the seeds 0, 1 and 2
 MEDIAN_SQUARE = 0.455  # median of the square of a normal deviation of 1
 LIMIT = 0.85  # noises, that an experiment's gains must come to; found by simulation (tests/bench.py judge)
@@ -1135,7 +1136,7 @@ class Ledger:
         noise = self.noise(prior, [before - after for before, after in pairs])
         shared, parent, luck = [before for before, _ in pairs], self.values_of(experiment.parent), 0.0
         if shared and len(parent) > len(shared):
-            runs_noise = noise_of([one.row.runs for one in self.ended], 2 * noise)
+            runs_noise = noise_of([one.row.runs for one in self.ended], PRIOR_OVER_SEEDS * noise)
             luck = luck_of(shared, parent, noise, runs_noise)
         return [sign * (before - luck - after) for before, after in pairs], noise
 
@@ -1544,7 +1545,7 @@ def run_job(job, tell):
     if job["probe"]:
         return {"cause": "", "facts": ask_facts(command, folder, env)}
     watched = () if job["caged"] else job["watched"]
-    before, shared = files_below(*watched), shared_memory()
+    before, shared = files_below(*watched), shared_memory()  # a cage has shared memory of its own
     output = open(log, "w+b", buffering=0)  # held: the run may put anything in its place
     deadline = started + float(told["BUDGET"]) + KILL_GRACE
     try:
@@ -1552,7 +1553,8 @@ def run_job(job, tell):
         cause = watch(process, output, deadline, job, tell)
     finally:
         kill_descendants()
-        free_shared_memory(shared)
+        if not job["caged"]:
+            free_shared_memory(shared)
     if changed := sorted(before.items() ^ files_below(*watched).items()):
         cause = f"changed while it ran: {changed[0][0]}"
     text, code = end_of(output), process.returncode

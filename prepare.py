@@ -1511,14 +1511,13 @@ def _parts(value):
         return (np.shape(value), zlib.crc32(np.ascontiguousarray(value).view(np.uint8).data)), []
     if isinstance(value, (dict, types.MappingProxyType)):
         return len(value), [(f"{key!r:.40}", item) for key, item in list(value.items())]
-    if isinstance(value, torch.nn.Module):  # a compiled one, too, which is of the library's class
-        return 0, [*vars(value).items(), ("class", type(value))]
     if read := STATES.get(f"{type(value).__module__}.{type(value).__name__}"):
         return 0, [("state", read(value))]
     is_type, is_function = isinstance(value, type), isinstance(value, types.FunctionType)
     home = f"{(value if is_type or is_function else type(value)).__module__}"
-    # What is a library's or the ruler's has caches, which may change.
-    others = home.startswith(("torch._", "prepare")) or home.startswith(("torch", "numpy")) and is_function
+    # What is a library's or the ruler's has caches, which may change; but a compiled module holds the file's.
+    others = home.startswith(("torch._", "prepare")) and not isinstance(value, torch.nn.Module)
+    others |= home.startswith(("torch", "numpy")) and is_function
     if others or is_type and home != "__main__" or isinstance(value, (types.ModuleType, types.CodeType)):
         return 0, []
     parts = [*vars(value).items()] if hasattr(value, "__dict__") else []

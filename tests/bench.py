@@ -304,7 +304,7 @@ def simulate(
                 pairs.append(differences)
             if seed:
                 deviation = loop.noise_of(pairs, prior * pair)
-            over_seeds = loop.noise_of(runs, 2 * deviation)
+            over_seeds = loop.noise_of(runs, loop.PRIOR_OVER_SEEDS * deviation)
             luck = loop.luck_of(parent[: seed + 1], parent[:made], deviation, over_seeds)
             gains = [difference - luck for difference in differences]
             verdict = rule(gains, deviation, size, loop.spread_of(changes, deviation))
