@@ -114,13 +114,13 @@ OWN_RULER = "ruler.py"  # of a project in another folder; it imports from the ot
 METRIC = "val_bpb"  # of a results.tsv that has such a column; else its second column is the metric's
 PRIOR_NOISE = 0.0007  # standard deviation of a run, assumed for such logs without a column of changes
 PRIOR_RUNS = 2  # the ruler's prior of the noise counts as so many experiments with two runs
-PRIOR_OVER_SEEDS = 2  # how far runs of a file scatter over seeds at first, in noises
+PRIOR_OVER_SEEDS = 1  # how far runs of a file scatter over seeds at first, in noises
 MAX_RUNS = 3  # of one experiment: on the seeds 0, 1 and 2
 MEDIAN_SQUARE = 0.455  # median of the square of a normal deviation of 1
-LIMIT = 0.85  # noises, that an experiment's gains must come to; found by simulation (tests/bench.py judge)
-LAST_LIMIT = 0.3  # where they are still in doubt after the last run
-DOUBT_ABOVE = 1.5  # times as far above the limit as below it there is doubt
-PRIOR_SPREAD, PRIOR_CHANGES = 2.5, 3  # of the changes at first, in noises; it counts as so many experiments
+LIMIT = 0.92  # noises, that an experiment's gains must come to; found by simulation (tests/bench.py judge)
+NOISY = 0.87  # of the spread of changes: with such a noise every small gain is in doubt
+DOUBT_ABOVE = 1.5  # times as far above the limit as below it there is doubt, after the first run
+PRIOR_SPREAD = 1.5  # of the changes, in noises: counts as that of one experiment
 SIZE_PRICE = 20  # noises that each run must gain for a file twice as large: one for 5 percent more
 SIMPLER = 0.02  # share of the file that an edit must take out to be kept at an equal result
 TEXT_NODE = 5  # characters of a string that weigh as much as one node of the syntax tree: text can be code
@@ -712,7 +712,7 @@ def spread_of(changes, noise):
     few wild ones count nor the luck of the file that all edited."""
     changes = [change for change in changes if math.isfinite(change)]
     middle = median(changes) if changes else 0
-    return median([PRIOR_SPREAD * noise] * PRIOR_CHANGES + [abs(change - middle) for change in changes])
+    return median([PRIOR_SPREAD * noise, *(abs(change - middle) for change in changes)])
 
 
 def judge(differences, noise, size, spread):
@@ -724,13 +724,11 @@ def judge(differences, noise, size, spread):
     """
     runs, simpler = len(differences), size <= -SIMPLER
     gain = runs * (effect_of(differences, noise) / noise - SIZE_PRICE * max(size, 0))
-    if runs == MAX_RUNS:
-        return "keep" if gain >= (0 if simpler else LAST_LIMIT) else "discard"
     # Where edits change more than the noise does, the next one is worth more than another seed for this one.
-    doubt = LIMIT * (noise / max(noise, spread)) ** 3
+    doubt = LIMIT * (noise / max(noise, NOISY * spread)) ** 5
     if gain < 0 or gain <= LIMIT - doubt and not simpler:
         return "discard"
-    return "keep" if gain >= LIMIT + DOUBT_ABOVE * doubt else "again"
+    return "keep" if runs == MAX_RUNS or gain >= LIMIT + DOUBT_ABOVE * doubt / runs**2 else "again"
 
 
 def gain_of(changes):

@@ -25,25 +25,26 @@ def verdict(*noises, size=0.0, noise=NOISE, spread=1.0):
 def test_a_clear_gain_is_kept_after_one_run_and_what_is_worse_or_equal_is_discarded_after_one():
     assert [verdict(gain) for gain in (-100, -0.1, 0)] == [DISCARD] * 3
     assert [verdict(gain, spread=2) for gain in (-0.1, 0, 0.5)] == [DISCARD] * 3
-    assert [verdict(gain) for gain in (2.2, 100)] == [KEEP] * 2
+    assert [verdict(gain) for gain in (2.4, 100)] == [KEEP] * 2
 
 
 def test_what_lies_between_runs_on_up_to_three_seeds():
     assert verdict(1) == AGAIN and verdict(0.5, 0.5) == AGAIN
     assert verdict(1.1, 1.1) == KEEP and verdict(1, -1.1) == DISCARD
-    assert verdict(0.5, 0.6, -0.7) == KEEP and verdict(0.5, 0.6, -0.9) == DISCARD
+    assert verdict(0.5, 0.6, -0.9) == KEEP and verdict(0.5, 0.6, -1.2) == DISCARD
+    assert verdict(0.5, 0.6, -0.9, spread=1.5) == DISCARD  # what is in doubt less needs more
 
 
 def test_the_larger_the_changes_of_edits_are_beside_the_noise_the_fewer_run_again():
     gains = [place / 100 for place in range(-50, 300)]
     again = [sum(verdict(gain, spread=spread) == AGAIN for gain in gains) for spread in (0.5, 1, 2, 4, 100)]
-    assert again == sorted(again, reverse=True) and again[0] == again[1] > 3 * again[2] > 9 * again[3] > 9
+    assert again == sorted(again, reverse=True) and again[0] == again[1] > 9 * again[2] > 9 * again[3] > 0
     for spread in (0, 0.01, 1, 100):  # and nothing that was worse is kept, however little is known
         assert verdict(-0.01, spread=spread) == verdict(0, spread=spread) == DISCARD
 
 
 def test_the_spread_of_the_changes_is_what_half_of_the_edits_stay_within():
-    assert loop.spread_of([], NOISE) == loop.spread_of([math.nan], NOISE) == 2.5 * NOISE
+    assert loop.spread_of([], NOISE) == loop.spread_of([math.nan], NOISE) == 1.5 * NOISE
     changes = [place * NOISE for place in range(-100, 101)]
     assert loop.spread_of(changes, NOISE) == pytest.approx(50 * NOISE, rel=0.05)
     assert loop.spread_of([*changes, 5, -7, math.nan, math.inf], NOISE) == pytest.approx(50 * NOISE, rel=0.1)
@@ -57,7 +58,8 @@ def test_a_parent_s_luck_which_all_changes_share_is_no_spread():
 
 
 def test_a_night_s_first_changes_hardly_move_the_spread():
-    assert loop.spread_of([0.0, 1.0], NOISE) == loop.spread_of([0.0], NOISE) == 2.5 * NOISE
+    assert loop.spread_of([0.0, 3.0 * NOISE], NOISE) == 1.5 * NOISE
+    assert loop.spread_of([0.0, 0.0, 1.0], NOISE) <= 1.5 * NOISE
 
 
 def test_three_seeds_always_decide():
@@ -86,7 +88,7 @@ def test_a_larger_gain_or_a_smaller_addition_is_never_judged_worse():
 def test_a_parents_bad_run_counts_for_no_more_than_three_noises():
     assert loop.effect_of([0.0001, 0.1], NOISE) == pytest.approx((0.0001 + 0.0007) / 2)
     assert loop.effect_of([0.0001, 0.0003], NOISE) == pytest.approx(0.0002)
-    assert verdict(-1, 500, -1) == DISCARD
+    assert verdict(-1.1, 500, -1.1) == DISCARD
 
 
 def test_a_candidates_bad_run_is_not_forgiven():
@@ -111,7 +113,7 @@ def test_an_equal_result_is_kept_if_the_file_is_clearly_smaller():
 
 
 def test_a_small_gain_that_adds_much_is_discarded_and_a_large_one_is_kept():
-    assert verdict(2.2) == KEEP and verdict(2.2, size=0.2) == DISCARD and verdict(7, size=0.2) == KEEP
+    assert verdict(2.4) == KEEP and verdict(2.4, size=0.2) == DISCARD and verdict(7, size=0.2) == KEEP
 
 
 @pytest.mark.parametrize("noise", [1e-6, NOISE, 0.1])
