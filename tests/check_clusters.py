@@ -43,6 +43,7 @@ SlurmdPidFile={folder}/%n.pid
 SlurmdLogFile={folder}/%n.log
 SlurmdSpoolDir={folder}/%n
 SlurmdTimeout=30
+ReturnToService=2
 SlurmdParameters=config_overrides
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
@@ -134,9 +135,7 @@ class Slurm:
                 os.kill(process, signal.SIGKILL)
 
     def back(self, node):
-        self.start(node, "-b")  # as after a reboot: its jobs are over
-        with contextlib.suppress(subprocess.CalledProcessError):  # it wasn't missed yet
-            run("scontrol", "update", f"nodename={node}", "state=resume")
+        self.start(node, "-b")  # as after a reboot: its jobs are over, and it takes others at once
 
     def drain(self, node):
         run("scontrol", "update", f"nodename={node}", "state=drain", "reason=check")
