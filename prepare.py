@@ -1140,7 +1140,7 @@ class Run:
         self._check_untrained(model)
         self._start -= (1 + 6 + 3 + 1) * self._pass_seconds  # so long it takes, and what is more was training
         self._model = model  # to be looked at once more when training begins
-        seconds = self._pass_seconds * (6 + len(self._held) + PROBES + 2)
+        seconds = self._pass_seconds * (6 + len(self._held) + PROBES + 5)
         self._eval_seconds = EVAL_RESERVE * seconds
         if self._eval_seconds + self._allowance > self._budget - EXIT_SECONDS:
             refuse(f"evaluation takes about {seconds:.1f} s and doesn't fit beside {self._allowance:.1f} s "
@@ -1169,9 +1169,9 @@ class Run:
         easier = (nats[number] - self._losses(model, x, y).cpu()).mean().item()
         if easier > LEAK_NATS:
             refuse(f"the model learns during evaluation: a batch became easier by {easier:.3f} nats")
-        x = self._other_tokens(x, (torch.arange(self.seq_len) < 1).to(self.device))  # no row that it knows
-        later = (nats[number] - self._losses(model, x, y).cpu())[:, FAR:]
-        if cost := clear_cost(later.mean(1), seen.noise):
+        known = self._gain_of_other_starts(model, x, y)
+        # What another start does by itself shows in rows that it hasn't met.
+        if cost := clear_cost(known - self._gain_of_other_starts(model, *self._train_rows()), seen.noise):
             refuse(f"the model learns during evaluation: rows that begin otherwise became easier by {cost}")
         self._check_future(model, self._held_rows, seen)
         if not seen.reacts:
@@ -1179,6 +1179,12 @@ class Run:
         check_state(before, model)
         targets = torch.from_numpy(self._held[..., 1:].astype(np.int64))
         return bits_per_byte(torch.stack([nats[number] for number in range(count)]), targets, self._lengths)
+
+    def _gain_of_other_starts(self, model, x, y):
+        """(B,) By how much the losses of rows fall, far from their start, if another token stands there."""
+        other = self._other_tokens(x, (torch.arange(self.seq_len) < 1).to(self.device))
+        gains = self._losses(model, x, y) - self._losses(model, other, y)
+        return gains[:, FAR:].mean(1).cpu()
 
     def _check_ruler(self):
         """Refuses to measure where train.py has put something of its own in the ruler's place."""
