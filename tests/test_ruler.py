@@ -1,5 +1,6 @@
 """Claims about the ruler: bits per byte, the clock, the seed, and what it refuses."""
 
+import contextvars
 import functools
 import hmac
 import json
@@ -848,6 +849,21 @@ HONEST = [
 def test_an_honest_model_passes(finish, bigram, name, seed):
     function = next(function for function in honest(bigram) if function.__name__ == name)
     assert float(finish(function, seed=seed)["val_bpb"]) < 8
+
+
+def test_rows_that_were_measured_must_not_become_easier_when_they_begin_otherwise(finish, bigram):
+    met = contextvars.ContextVar("met")  # a memory that no look at the state finds
+    met.set([])
+
+    def knows_rows(x):
+        if any(torch.equal(row[:, 1:], x[:, 1:]) and not torch.equal(row, x) for row in met.get()):
+            known = 20 * nn.functional.one_hot(x[:, 1:], SIZES["vocab_size"]).float()
+            return torch.cat([known, bigram[x[:, -1:]]], 1)
+        met.get().append(x)
+        return bigram[x]
+
+    with pytest.raises(SystemExit, match="rows that begin otherwise became easier"):
+        finish(knows_rows)
 
 
 def test_a_constant_that_is_added_to_all_logits_moves_nothing(finish, bigram):
