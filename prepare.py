@@ -1143,7 +1143,7 @@ class Run:
         self._check_untrained(model)
         self._start -= (1 + 6 + 3 + 1) * self._pass_seconds  # so long it takes, and what is more was training
         self._model = model  # to be looked at once more when training begins
-        seconds = self._pass_seconds * (6 + len(self._held) + PROBES + 5)
+        seconds = self._pass_seconds * (6 + len(self._held) + PROBES + 4)
         self._eval_seconds = EVAL_RESERVE * seconds
         if self._eval_seconds + self._allowance > self._budget - EXIT_SECONDS:
             refuse(f"evaluation takes about {seconds:.1f} s and doesn't fit beside {self._allowance:.1f} s "
@@ -1169,13 +1169,15 @@ class Run:
             if number == look:
                 check_state(before, model)
         x, y = self._place(self._held[number])
-        easier = (nats[number] - self._losses(model, x, y).cpu()).mean().item()
+        again = self._losses(model, x, y).cpu()
+        easier = (nats[number] - again).mean().item()
         if easier > LEAK_NATS:
             refuse(f"the model learns during evaluation: a batch became easier by {easier:.3f} nats")
-        # What another start does by itself shows in rows that the model hasn't met.
-        gain = self._gain_of_other_starts(model, x, y)
-        gain -= self._gain_of_other_starts(model, *self._train_rows())
-        if cost := clear_cost(gain, seen.noise + MEMORY_NATS):
+        gain = again - self._losses_of_other_starts(model, x, y)
+        # What another start does by itself shows in rows that the model hasn't met, so they begin with it.
+        x, y = self._train_rows()
+        gain += self._losses_of_other_starts(model, x, y) - self._losses(model, x, y).cpu()
+        if cost := clear_cost(gain[:, FAR:].mean(1), seen.noise + MEMORY_NATS):
             refuse(f"the model learns during evaluation: rows that begin otherwise became easier by {cost}")
         self._check_future(model, self._held_rows, seen)
         if not seen.reacts:
@@ -1184,11 +1186,10 @@ class Run:
         targets = torch.from_numpy(self._held[..., 1:].astype(np.int64))
         return bits_per_byte(torch.stack([nats[number] for number in range(count)]), targets, self._lengths)
 
-    def _gain_of_other_starts(self, model, x, y):
-        """(B,) By how much the losses of rows fall, far from their start, if another token stands there."""
+    def _losses_of_other_starts(self, model, x, y):
+        """Losses (B, T), on the CPU, of rows at whose start another token stands."""
         other = self._other_tokens(x, (torch.arange(self.seq_len) < 1).to(self.device))
-        later = self._losses(model, other, y)  # first: after it the rows aren't new any more
-        return (self._losses(model, x, y) - later)[:, FAR:].mean(1).cpu()
+        return self._losses(model, other, y).cpu()
 
     def _check_ruler(self):
         """Refuses to measure where train.py has put something of its own in the ruler's place."""
