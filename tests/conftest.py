@@ -18,7 +18,7 @@ import threading
 import time
 import types
 import venv
-from collections import deque
+from collections import Counter, deque
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -45,6 +45,17 @@ def pytest_configure(config):
     """Loads torch, as a Run does, but not in the process that only hands out the tests."""
     if hasattr(config, "workerinput") or not config.option.numprocesses:
         prepare.load_torch()
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
+def pytest_collection_modifyitems(items):
+    """Of the cases of a test that is marked every(n), all but one of n are slow."""
+    seen = Counter()
+    for item in items:
+        if mark := item.get_closest_marker("every"):
+            if seen[item.originalname] % mark.args[0]:
+                item.add_marker(pytest.mark.slow)
+            seen[item.originalname] += 1
 
 
 class ChatServer:

@@ -524,6 +524,7 @@ def results(attempts):
     return result
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("name", most_quick(ATTACKS, *SLOW))
 def test_an_attack_has_no_result_and_says_why(results, name):
     result = results(name)
@@ -541,12 +542,14 @@ def test_an_attack_that_gains_nothing_may_have_its_result(results, name):
     assert result.get("value", 0) >= results("an edit of nothing")["value"], result
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("name", most_quick(HONEST, *[*HONEST][4:]))
 def test_an_honest_edit_has_a_result(results, name):
     result = results(name)
     assert result["cause"] == "" and 0.3 < result["value"] < 1.7, result
 
 
+@pytest.mark.slow
 def test_weights_that_one_run_saves_are_no_start_for_the_next(attempts, tmp_path):
     path = tmp_path / "weights.pt"  # outside of all that the loop cleans
     load = (

@@ -119,6 +119,7 @@ def test_the_ruler_is_asked_once_and_again_after_a_failure(node):
     assert said.count("asking the ruler for its facts") == 2
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize(
     "facts, reason",
     [
@@ -192,6 +193,7 @@ HARMLESS = {
 }
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("what", HARMLESS)
 def test_a_run_is_whole_behind_an_engine_that(node, what):
     assert node.device(HARMLESS[what]).run(node.job(), quiet)["cause"] == ""
@@ -310,6 +312,7 @@ def test_what_a_worker_that_was_killed_left_running_ends_before_the_next_run(nod
     node.gone()
 
 
+@pytest.mark.slow
 @LINUX
 def test_the_runs_of_a_killed_loop_end_on_their_nodes(project):
     node = Node.__new__(Node)
@@ -324,6 +327,7 @@ def test_the_runs_of_a_killed_loop_end_on_their_nodes(project):
     node.gone()
 
 
+@pytest.mark.slow
 def test_a_night_elsewhere_is_whole(project):
     out = project.offline("--experiments", 5, "--launch", "env", "--at-once", 3)
     counts, found = problems(project.folder, "t")
@@ -363,6 +367,7 @@ def statuses(session):
 BOX = "--launch", "box -T", "--at-once", 2
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("times, blame", [(3, loop.LOST), (8, loop.LOST), (40, 0)])
 def test_a_lost_node_is_no_fault_of_the_experiment(project, hasty, times, blame):
     run, lost = losing("DEPTH = 5", times, blame)
@@ -447,6 +452,7 @@ def test_one_node_alone_and_experiments_with_one_run_say_nothing_of_it():
     assert [*loop.odd_nodes([[(0.5, "a", "b")]] * 9, 0.0005)] == []
 
 
+@pytest.mark.slow
 def test_the_report_of_a_branch_names_such_a_node(project, monkeypatch):
     """A night on two nodes of which one measures worse; every experiment has three runs."""
     monkeypatch.setattr(loop, "judge", lambda gains, *_: "again" if len(gains) < 3 else "discard")

@@ -634,6 +634,7 @@ NOISE = {
 }
 
 
+@pytest.mark.every(4)
 @pytest.mark.parametrize("noise", NOISE.values(), ids=NOISE)
 @pytest.mark.parametrize("size", [190_000, 300_000])
 def test_a_reply_of_hundreds_of_kilobytes_is_refused_in_few_words_and_at_once(reads_at_once, noise, size):
@@ -644,6 +645,7 @@ def test_a_reply_of_hundreds_of_kilobytes_is_refused_in_few_words_and_at_once(re
         assert isinstance(found, loop.Refused) and len(str(found)) < 3000
 
 
+@pytest.mark.every(4)
 @pytest.mark.parametrize("noise", NOISE.values(), ids=NOISE)
 def test_what_is_said_without_end_beside_a_block_is_read_at_once(reads_at_once, noise):
     noise *= 150_000 // len(noise)

@@ -101,6 +101,7 @@ def test_a_project_may_stand_in_a_repository_of_its_own(game, tmp_path):
     assert game.status() == ""
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
@@ -170,6 +171,7 @@ def ruler(folder, environment, *words, path=ROOT):
     return done.stdout + done.stderr, done.returncode
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", most_quick(["trading", "bidding", "speed"], "trading", "speed"))
 def test_a_night_of_an_example_needs_no_torch(start, name):
     project = start(name)
@@ -257,6 +259,7 @@ CHEATS = {
 }  # fmt: skip
 
 
+@pytest.mark.every(4)
 @pytest.mark.parametrize("name", most_quick(CHEATS, *[name for name in CHEATS if "bidding" not in name]))
 def test_a_cheat_gets_no_result(name, tmp_path):
     example, (before, after, said) = name.partition(":")[0], CHEATS[name]
@@ -303,6 +306,7 @@ def own(tmp_path):
     return run
 
 
+@pytest.mark.slow
 def test_a_run_measures_its_split_and_another_draws_other_numbers(own):
     assert "m:                5.000000" in own("return len(trial.data)")[0]
     assert "m:                6.000000" in own("return len(trial.data)", SPLIT="test")[0]
@@ -322,6 +326,7 @@ def test_what_is_held_out_is_shut_while_the_file_runs(own, tmp_path):
     assert "is damaged; delete it" in own("trial.load()\n    return 1")[0]
 
 
+@pytest.mark.slow
 def test_a_ruler_that_changed_is_asked_for_its_data_again_and_takes_no_other_ruler_s(own, tmp_path):
     assert "m:                5.000000" in own("return len(trial.data)")[0]
     longer = "own['held_out'] = lambda source: {'val': b'longer' * 2, 'test': b'x'}"
@@ -330,6 +335,7 @@ def test_a_ruler_that_changed_is_asked_for_its_data_again_and_takes_no_other_rul
     assert len([*tmp_path.glob("x-*")]) == 2
 
 
+@pytest.mark.slow
 def test_a_branch_s_data_are_prepared_where_they_are_missing_if_the_ruler_gives_the_same(own, tmp_path):
     own("return len(trial.data)")
     (folder,) = tmp_path.glob("x-*")
@@ -360,6 +366,7 @@ MISTAKES = {
 }
 
 
+@pytest.mark.every(4)
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_in_a_ruler_is_named_before_anything_is_measured(own, mistake):
     said, code = own("print('measured')", also=mistake)
@@ -387,6 +394,7 @@ def test_a_file_that_ends_the_process_has_no_result(own):
     assert said.endswith("refused by the ruler: x.py ended the run by itself\n") and code == 1
 
 
+@pytest.mark.slow
 def test_a_check_says_by_its_exit_status_whether_the_file_may_run(own, tmp_path):
     own("return 1", "import os\n")
     environment = {"PATH": os.environ["PATH"]}

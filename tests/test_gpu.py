@@ -176,6 +176,7 @@ def fake_cuda(monkeypatch):
         yield torch.device("cuda")
 
 
+@pytest.mark.slow
 def test_at_true_sizes_all_tensors_are_on_the_gpu_and_of_the_right_type(fake_cuda):
     sizes, ruler = SimpleNamespace(**train.GPU), prepare.GPU_SIZES
     run = StandIn(fake_cuda, ruler["seq_len"], ruler["vocab_size"], ruler["eval_rows"])

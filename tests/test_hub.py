@@ -220,6 +220,7 @@ def test_tinystories_is_both_files_of_stories(hub, call, made):
     )
 
 
+@pytest.mark.slow
 def test_climbmix_is_the_first_shards_as_many_as_asked_for(hub, call, made):
     assert call("--source", "climbmix", "--shards", 2) == (0, "")
     assert documents(made()) == 480
@@ -231,6 +232,7 @@ def test_climbmix_is_the_first_shards_as_many_as_asked_for(hub, call, made):
     assert documents(made()) == 2400
 
 
+@pytest.mark.slow
 def test_more_shards_fetch_only_the_new_ones(hub, call, made):
     call("--source", "climbmix", "--shards", 2)
     first, fetched = made()["fingerprint"], len(hub.asked("GET", "/cdn/"))
@@ -346,6 +348,7 @@ FAILURES = {  # what the hub does at each request -> what must be in the sentenc
 }
 
 
+@pytest.mark.every(4)
 @pytest.mark.parametrize("failure", FAILURES)
 def test_a_failed_download_is_one_sentence_and_leaves_nothing(hub, call, tmp_path, failure):
     kind, wrong, reasons = FAILURES[failure]

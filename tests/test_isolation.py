@@ -420,6 +420,7 @@ def test_what_takes_too_much_ends_its_run_and_not_the_worker(place, device, name
     assert device.run(place.job(seed=1), quiet)["cause"] == ""
 
 
+@pytest.mark.slow
 def test_a_run_on_a_disk_that_gets_full_is_ended(place):
     full = worker(place.runs, **FULL)
     result = full.run(place.job("import time\ntime.sleep(60)"), quiet)
@@ -470,6 +471,7 @@ LEFT = {
 }  # fmt: skip
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("name", most_quick(LEFT, "folders deeper than Python's stack"))
 def test_what_a_run_leaves_behind_is_gone_for_the_next_one(place, device, name):
     first = device.run(place.job(f"import os\n{LEFT[name]}"), quiet)
@@ -545,6 +547,7 @@ def within(device, job, seconds):
 LATER = pytest.param("import time\ntime.sleep(1.5)\nos.abort()", marks=pytest.mark.slow)
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("then", ["os.abort()", LATER])
 @pytest.mark.parametrize("name", GONE)
 def test_a_run_that_takes_away_what_the_loop_reads_fails_by_its_own_fault(place, device, name, then):
@@ -768,6 +771,7 @@ def test_a_baseline_is_waited_for_as_long_as_the_machine_fails(project, hasty):
     assert outcomes(session) == [("a layer", "keep"), ("baseline", "keep")]
 
 
+@pytest.mark.slow
 def test_a_machine_that_fails_is_asked_until_it_answers(project):
     """With a real process: the first experiment's first run fails, and from then on every start of the ruler while a
     file exists."""
@@ -809,6 +813,7 @@ def test_a_git_that_fails_for_a_while_costs_no_row_and_no_proposal(project, serv
     assert "dropped" not in out
 
 
+@pytest.mark.slow
 def test_a_git_that_fails_once_while_a_row_is_written_costs_no_row(project):
     project.constants(WAITS="(0.05, 0.2)")
     once, real = project.folder.parent / "once", shutil.which("git")
@@ -860,6 +865,7 @@ def test_a_night_waits_while_the_disk_is_full(project, hasty, monkeypatch):
     assert "only 1 MB are free" in session.output.getvalue() or "No space left" in session.output.getvalue()
 
 
+@pytest.mark.slow
 def test_a_closed_pipe_does_not_end_the_night(project):
     process = project.start("--offline", "--budget", "20", "--tag", "t", "--experiments", "2")
     process.stdout.close()

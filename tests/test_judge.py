@@ -289,6 +289,7 @@ def test_selection_on_three_seeds_is_corrected_in_the_report(nights):
     assert ours.measured > 1.1 * ours.true and ours.reported < 1.15 * ours.true
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("kind", ["bad_run", "bad_parent"])
 @pytest.mark.parametrize("size", [0, -0.05])
 def test_one_bad_run_hardly_hurts_a_night(nights, kind, size):
@@ -297,6 +298,7 @@ def test_one_bad_run_hardly_hurts_a_night(nights, kind, size):
     assert bad.true > 0.85 * good.true and abs(bad.reported - bad.true) < 0.15 * bad.true
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("noise, goal", [(0.0003, 0.8), (0.0007, 0.9), (0.0015, 1.3)])
 def test_without_common_seeds_it_is_about_as_good_as_a_rule_for_seeds_of_their_own(nights, noise, goal):
     strict = bench.mean_night(nights, bench.strict, noise, 1)

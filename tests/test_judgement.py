@@ -138,6 +138,7 @@ def test_an_experiment_is_compared_with_the_last_kept_row_also_where_an_earlier_
     assert seeded.rows()[2]["change"].startswith("-0.006") and "width = 40" in seeded.read("train.py")
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("stopped_in", [(0, 0), (0, 1), (1, 1)])
 def test_stopped_within_the_parents_run_or_its_own_nothing_is_lost(seeded, verdicts, stopped_in):
     """The run in which the night is stopped ends as it may, before the night or after it."""
@@ -388,6 +389,7 @@ def test_a_run_has_the_settings_with_which_the_branch_began(seeded, monkeypatch)
     assert len(runs.jobs) == 4 and {job["told"]["PACE"] for job in runs.jobs} == {"0.0125"}
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("name", ["metric", "better", "device", "software", "data"])
 def test_a_branch_does_not_go_on_with_another_ruler_or_on_another_machine(seeded, monkeypatch, name):
     seeded.night("--hours", 1e-9, replies=[])

@@ -451,6 +451,7 @@ def test_where_no_model_reads_program_md_its_change_is_committed_all_the_same(pr
     check(project)
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("how", ["git mv program.md goals.md", "git rm -q program.md", "rm program.md"])
 def test_of_a_program_md_that_the_person_takes_away_in_mid_run_the_last_one_holds(plain, how):
     def take_away():
@@ -1105,6 +1106,7 @@ def die(monkeypatch, name, call, after):
     monkeypatch.setattr(owner, attribute, dies)
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize(
     "name, call, after, times",
     [
@@ -1203,6 +1205,7 @@ def test_a_run_in_doubt_goes_on_with_the_seed_that_it_lacks(plain, monkeypatch):
     check(plain)
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("number, times", [(signal.SIGINT, 2), (signal.SIGTERM, 1), (signal.SIGHUP, 1)])
 def test_a_signal_or_two_end_the_loop_tidily_and_the_next_start_runs_the_same_experiment(
     plain, number, times
@@ -1388,6 +1391,7 @@ BYTES = {
 }
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize(
     "name", most_quick(BYTES, *[name for name in BYTES if "autocrlf" != name != "a filter"])
 )
@@ -1462,6 +1466,7 @@ def test_what_a_person_configured_in_git_reaches_nothing_that_is_parsed(plain):
     assert ideas == described(plain) and plain.git("status", "--porcelain=v1") == ""
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize(
     "name", ["GIT_DIR", "GIT_INDEX_FILE", "GIT_WORK_TREE", "GIT_EXTERNAL_DIFF", "GIT_OBJECT_DIRECTORY"]
 )
@@ -1474,6 +1479,7 @@ def test_the_repository_is_the_one_that_holds_the_loop_whatever_the_environment_
     check(plain)
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize(
     "setting", ["core.preferSymlinkRefs", "core.splitIndex", "core.sparseCheckout", "submodule.recurse"]
 )
@@ -1499,6 +1505,7 @@ def test_a_link_in_place_of_a_file_is_refused_by_name(plain, name):
     assert f"{name} is a link" in refusal(plain)
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("path", ["data", "./data", "../checkout/data", "~/checkout/data"])
 def test_where_the_data_are_is_meant_from_where_the_loop_was_started(plain, monkeypatch, path):
     plain.data.rename(plain.folder / "data")
@@ -1508,6 +1515,7 @@ def test_where_the_data_are_is_meant_from_where_the_loop_was_started(plain, monk
     assert asked(plain, monkeypatch)["folder"] == str(plain.folder / "data" / "toy-0123456789ab")
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("number", ["ENOSYS", "ENOLCK", "EOPNOTSUPP", "EINVAL", "EACCES"])
 def test_a_file_system_without_locks_is_not_taken_for_another_loop(plain, monkeypatch, number):
     def flock(*_):
@@ -1573,6 +1581,7 @@ def test_half_a_line_in_the_file_of_runs_takes_no_other_with_it(plain):
     assert session.ledger.results[commit, 0, "val"]["seconds"] and not session.ledger.deaths[commit]
 
 
+@pytest.mark.slow
 def test_git_packs_what_many_rows_leave(plain, monkeypatch):
     monkeypatch.setattr(loop, "PACK_ROWS", 2)
     plain.night("--experiments", 2, replies=[BETTER, WORSE])
@@ -1790,6 +1799,7 @@ def test_a_branch_whose_rows_cannot_be_read_is_refused_naming_the_line(plain):
 ODD = ["None", "12.5", "1e3", "-3", "many", "9" * 5000, "１２", ""]
 
 
+@pytest.mark.slow
 def test_an_experiment_of_an_old_branch_gets_its_row_whatever_its_commit_says(plain):
     plain.night("--experiments", 1, replies=[WORSE])
     first, tip = plain.git("rev-parse", plain.rows()[0]["commit"], "autoresearch/t").split()
@@ -1820,6 +1830,7 @@ NAMES = [
 ]
 
 
+@pytest.mark.every(4)
 @pytest.mark.parametrize("name", NAMES, ids=range(len(NAMES)))
 def test_a_models_name_writes_nothing_into_a_commit_but_itself(plain, monkeypatch, name):
     ask = conftest.FakeModel.ask
@@ -1876,6 +1887,7 @@ def test_an_unknown_model_a_refused_key_and_nobody_there_end_the_loop_at_the_fir
 # ---- real processes
 
 
+@pytest.mark.slow
 def test_files_are_utf8_whatever_the_locale(plain):
     plain.write("train.py", (conftest.STAND_IN / "train.py").read_text() + "# größer 🙂\n")
     plain.write("prepare.py", plain.read("prepare.py") + "# größer 🙂\n")
@@ -1979,6 +1991,7 @@ def test_ctrl_c_ends_runs_and_requests_and_the_next_start_goes_on_without_asking
     )
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("line", ["experiments an hour", "#1 search"])
 def test_a_loop_that_is_killed_leaves_nothing_running_and_goes_on(project, line):
     process = project.start("--offline", "--budget", "20", "--tag", "t")

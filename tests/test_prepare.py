@@ -254,6 +254,7 @@ def test_a_text_that_is_one_long_line_needs_little_memory(tmp_path):
     assert size == 20_000_000 and peak < 2_000_000
 
 
+@pytest.mark.slow
 def test_a_file_of_mine_called_pytorch_is_cut_as_any_other(tiny, tmp_path):
     (tmp_path / "pytorch.txt").write_text("\n\n".join(words(50, seed) for seed in range(3000)))
     folder, _ = prepare.prepare(str(tmp_path / "pytorch.txt"), tmp_path / "data")
@@ -265,6 +266,7 @@ def test_endoftext_lines_part_documents(tmp_path):
     assert list(prepare.read_documents(tmp_path / "stories.txt", whole=False)) == ["one\n", "two\n"]
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("name", ["x" * 245, "字" * 80, "a b\n'c", ".hidden", "%s {}"])
 def test_a_source_may_have_any_name(tiny, tmp_path, name):
     source = write_jsonl(tmp_path / f"{name}.jsonl", documents())
@@ -308,6 +310,7 @@ AGAIN = {
 }
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("change", AGAIN.values(), ids=AGAIN)
 def test_preparing_the_same_text_again_changes_nothing_in_its_folder(tiny, tmp_path, change):
     (tmp_path / "in").mkdir()
@@ -326,6 +329,7 @@ def test_preparing_the_same_text_again_changes_nothing_in_its_folder(tiny, tmp_p
     assert left_over(root) == [folder.name]
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("text", [None, "", "gone", "\n"])
 def test_without_a_note_of_what_was_asked_for_the_data_sets_are_there_all_the_same(
     tiny, source, tmp_path, text
@@ -339,6 +343,7 @@ def test_without_a_note_of_what_was_asked_for_the_data_sets_are_there_all_the_sa
     assert prepare.prepare(str(source), tmp_path / "data") == (folder, False)
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("number", ["ENOSYS", "ENOLCK", "EOPNOTSUPP", "EINVAL", "EACCES"])
 def test_a_file_system_without_locks_is_no_reason_to_stop(
     tiny, source, tmp_path, monkeypatch, capsys, number
@@ -419,6 +424,7 @@ BAD = {
 }
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("name", BAD)
 def test_bad_input_gets_one_sentence_and_nothing_is_lost(call, source, tmp_path, name):
     content, reason = BAD[name]

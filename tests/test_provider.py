@@ -91,6 +91,7 @@ FAULTS = {
 }
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_fault_is_waited_out_and_said(model, server, unwanted, name):
     fault, said = FAULTS[name]
@@ -265,6 +266,7 @@ def slept(monkeypatch):
     return seconds
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("name", BUSY)
 def test_a_server_that_is_not_ready_at_the_first_call_is_waited_for(model, server, slept, name):
     answers, said = [BUSY[name]] * 3 + ["ready"], []
@@ -273,6 +275,7 @@ def test_a_server_that_is_not_ready_at_the_first_call_is_waited_for(model, serve
     assert len(slept) == len(said) == 3 and not answers
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("name", BUSY)
 def test_a_server_that_never_gets_ready_ends_the_loop_in_its_words_after_a_while(model, server, slept, name):
     asked = []
@@ -285,6 +288,7 @@ def test_an_account_without_credit_is_told_at_once(model, server, slept):
     assert "exceeded your current quota" in stopped() and not slept
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("name", BUSY)
 def test_a_server_that_does_not_list_its_models_yet_is_waited_for(model, server, slept, monkeypatch, name):
     answers = [BUSY[name]] * 3 + [(200, {"object": "list", "data": [{"id": "mine", "object": "model"}]})]
@@ -292,6 +296,7 @@ def test_a_server_that_does_not_list_its_models_yet_is_waited_for(model, server,
     assert loop.Model(None, print).name == "mine" and len(slept) == 3
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("status", [401, 402, 403])
 @pytest.mark.parametrize(
     "body", [{"error": {"message": "no such account"}}, {"detail": "no such account"}, "no such account"]
@@ -302,6 +307,7 @@ def test_who_is_denied_is_told_in_the_servers_words_and_asked_once(model, server
     assert f"{status}" in (message := stopped()) and "no such account" in message and len(asked) == 1
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("refusal", [
     (400, {"error": {"message": "does not support chat"}}), (404, {"error": "no chat here"}), (500, "no template"),
     (501, {"detail": "not supported"}), (200, {"error": "embeddings only"}),
@@ -316,6 +322,7 @@ def test_the_first_of_a_servers_models_that_can_chat_is_taken(model, server, mon
     assert "--model" in stopped()
 
 
+@pytest.mark.every(4)
 @pytest.mark.parametrize("answer", [(200, {"error": "Unexpected endpoint or method. (GET /models)"}), (404, "404 page not found"),
                                     (405, {"detail": "Method Not Allowed"}), (200, HTML)])  # fmt: skip
 @pytest.mark.parametrize("end", ["", "/"])
@@ -330,6 +337,7 @@ def test_a_url_that_does_not_end_as_it_should_is_named_with_the_one_that_does(
         assert f"try export OPENAI_BASE_URL={url}/v1;" in stopped(name)
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("end", ["/v1", "/api/v3", "/v1beta/openai", "/api/paas/v4/", "/openai/v1"])
 def test_a_url_with_a_version_is_left_as_it_is(model, server, monkeypatch, end):
     monkeypatch.setenv("OPENAI_BASE_URL", server.url.replace("/v1", "") + "/x" + end)
@@ -372,6 +380,7 @@ WRONG = {
 }
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("name", WRONG)
 def test_what_is_wrong_ends_in_the_servers_words_with_its_url_and_the_ways_on(model, server, name):
     server.ready, words = WRONG[name]

@@ -350,6 +350,7 @@ def test_the_report_of_a_branch_tells_its_rows_and_changes_nothing(branch):
     assert branch.git("for-each-ref") + branch.status() == before == branch.git("for-each-ref")
 
 
+@pytest.mark.slow
 def test_the_branch_is_the_tags_else_the_one_checked_out_else_the_newest(branch):
     def name(tag=""):
         return loop.read_report(branch.folder, tag, "").name
@@ -414,6 +415,7 @@ def test_the_command_reports_files_and_refuses_in_a_sentence(project):
 CRASHES_AND_GIANTS = FIVE.partition("\n")[2] * 60 + "z\t1e300\t1\tdiscard\tz\n"
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("rows", ["", "a\t1.0\t1\tkeep\tb\n", "a\t0\t0\tcrash\tb\n", CRASHES_AND_GIANTS])
 def test_any_log_can_be_drawn(tmp_path, rows):
     pytest.importorskip("matplotlib")
@@ -479,6 +481,7 @@ def test_the_picture_of_a_file_lies_beside_it_and_leaves_the_night_s_own_alone(t
     assert (tmp_path / "five.tsv.png").exists() and not (tmp_path / "progress.png").exists()
 
 
+@pytest.mark.slow
 def test_where_a_picture_can_not_be_written_the_table_comes_all_the_same(tmp_path):
     pytest.importorskip("matplotlib")
     (tmp_path / "five.tsv").write_text(FIVE)

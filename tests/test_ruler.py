@@ -302,6 +302,7 @@ def simulate(
     )
 
 
+@pytest.mark.every(6)
 @pytest.mark.parametrize("budget", [60, 300])
 @pytest.mark.parametrize("step", [0.05, 2.0, 9.0])
 @pytest.mark.parametrize("compiling", [0, 20])
@@ -323,6 +324,7 @@ def test_an_obedient_run_prints_in_time_and_trains_its_share(
     assert done["progress"] == sorted(done["progress"])
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("seconds", [0.1, 0.2, 1.0])
 @pytest.mark.parametrize("cost", [0.995, 1.0, 1.005])
 def test_steps_that_cost_what_the_edited_file_s_did_train_on_as_many_tokens(make_run, clock, seconds, cost):
@@ -333,6 +335,7 @@ def test_steps_that_cost_what_the_edited_file_s_did_train_on_as_many_tokens(make
     assert after["progress"] == again["progress"]
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("cost", [0.5, 0.9, 1.15, 1.5, 3.0])
 def test_steps_that_cost_more_or_less_train_for_the_same_time(make_run, clock, cost):
     before = simulate(make_run, clock, 300, step=0.2)
@@ -341,6 +344,7 @@ def test_steps_that_cost_more_or_less_train_for_the_same_time(make_run, clock, c
     assert after["progress"] == sorted(after["progress"])
 
 
+@pytest.mark.slow
 def test_small_losses_of_speed_do_not_add_up_from_keep_to_keep(make_run, clock):
     first = tokens = simulate(make_run, clock, 300, step=0.2)["tokens"]
     for keep in range(1, 11):
@@ -349,6 +353,7 @@ def test_small_losses_of_speed_do_not_add_up_from_keep_to_keep(make_run, clock):
         assert tokens == pytest.approx(first / 1.01**keep, rel=prepare.SAME_SPEED["cpu"] + 0.002)
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("slow_step", [(2, 100), (5, 200), (1000, 40)])
 @pytest.mark.parametrize("prefetch", [0, 1, 5])
 def test_one_long_step_is_neither_refused_nor_late(make_run, clock, capsys, slow_step, prefetch):
@@ -386,6 +391,7 @@ def test_a_last_step_longer_than_the_budget_is_not_refused(make_run, clock):
     assert simulate(make_run, clock, 60, step=1, slow_step=(40, 500))["steps"] == 40
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("start", range(40, 80, 5))
 def test_slow_steps_that_come_again_are_expected(make_run, clock, start):
     run = make_run(budget=300)
@@ -410,6 +416,7 @@ def test_who_is_held_up_by_the_machine_says_how_much_training_is_missing(make_ru
     assert f"trained_percent:  {100 * done['trained']:.1f}\n" in out
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("budget", [60, 300])
 @pytest.mark.parametrize("slowness", [1, 1.5, 2.5])
 def test_beside_busy_processes_on_both_cores_a_run_ends_in_time_with_all_of_its_training(
@@ -591,6 +598,7 @@ def test_training_a_copy_while_preflight_looks_is_training(make_run, clock, monk
     assert run.progress() * 225 == pytest.approx(100 - 4, abs=1)
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("every", [1, 5, 15, 20, 30])
 def test_a_train_py_that_asks_for_the_progress_every_so_many_seconds_trains_no_longer(make_run, clock, every):
     run = make_run(budget=300)
@@ -770,6 +778,7 @@ CHEATS = [
 ]  # fmt: skip
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("name", CHEATS)
 def test_a_model_that_cheats_is_refused_with_its_reason(finish, bigram, name, seed):
@@ -842,6 +851,7 @@ HONEST = [
 ]
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("name", HONEST)
 def test_an_honest_model_passes(finish, bigram, name, seed):
@@ -1072,6 +1082,7 @@ def test_preflight_leaves_the_training_mode_as_it_was(make_run):
     assert model.training and set(seen) == {(False, False)}
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("name", ["val.bin", "test.bin", "train.bin"])
 @pytest.mark.parametrize(
     "opener",
@@ -1151,6 +1162,7 @@ def test_a_class_of_the_file_may_have_the_name_of_a_library_s():
     prepare.check_state(prepare.state_of(model), model)
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("name", KEPT)
 def test_whatever_remembers_something_in_a_library_s_object_is_looked_at(name):
     holder, change = KEPT[name]
@@ -1163,6 +1175,7 @@ def test_whatever_remembers_something_in_a_library_s_object_is_looked_at(name):
         prepare.check_state(before, model)
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize(
     "kind", ["namespace", "deque", "slots", "bytearray", "queue", "partial", "cache", "default"]
 )

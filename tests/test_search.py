@@ -328,12 +328,14 @@ def test_it_ends_where_nothing_new_is_left():
     assert loop.search_step("A = -1\n", [], set()) is None
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("value", [1.0, 0.5, -0.5, 0.95, 0.0, 1e-12, 3e22, 7, 4, 3, 0, 1000, 524288])
 def test_of_each_constant_it_ends_and_nothing_is_tried_twice(value):
     found = lost(f"A = {value!r}\n")
     assert 1 <= len(found) < 300 and len({*found}) == len(found)
 
 
+@pytest.mark.slow
 def test_every_value_is_read_back_from_its_row():
     """A row that can't be read back is no move: its constant would always be the one that was moved least."""
     for value in (1.0, 0.5, -0.5, 0.0, 1e-12, 3e22, 1e300, 7, True, 12345678901234567890):
@@ -428,6 +430,7 @@ def described(project):
     return [(row["description"], row["status"]) for row in project.rows()]
 
 
+@pytest.mark.slow
 def test_a_night_in_parts_goes_the_way_of_a_night_in_one(project):
     project.night("--experiments", 3, offline=True)
     whole = described(project)
@@ -451,6 +454,7 @@ def test_a_night_searches_all_constants_but_those_that_the_ruler_fixed_and_ends_
     assert not session.ledger.unfinished
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize(
     "idea", ["search: DEPTH 4 -> 5.", "search: DEPTH 4 -> 007", "search: DEPTH ... -> ..."]
 )

@@ -121,6 +121,7 @@ def knobs(other_device):
     return [label for label, _ in loop.constants((ROOT / "train.py").read_text(), [other_device])]
 
 
+@pytest.mark.every(5)
 @pytest.mark.parametrize("factor", [0.5, 2])
 @pytest.mark.parametrize("label", knobs("GPU"))
 def test_every_knob_may_be_halved_or_doubled(label, factor, monkeypatch):
@@ -206,6 +207,7 @@ def test_on_a_gpu_windows_are_what_a_dense_mask_gives():
     torch.testing.assert_close(torch.compile(train.attend)(q, k, v, blocks), dense, atol=2e-2, rtol=2e-2)
 
 
+@pytest.mark.every(5)
 @pytest.mark.parametrize("edit", EDITS, ids=[idea for idea, *_ in EDITS])
 def test_an_edit_written_for_a_night_fits_the_shipped_file_and_the_ruler_lets_it_run(edit):
     idea, reason, blocks = edit

@@ -352,6 +352,7 @@ def test_the_last_picture_and_what_was_said_stay_when_the_night_ends(project, se
     )  # erased before it is drawn, it flickers
 
 
+@pytest.mark.slow
 def test_a_window_is_drawn_to_its_measure_and_the_screen_comes_back_after_a_signal(project):
     slow(project)
     terminal = Terminal(project, "--offline", columns=100)
@@ -379,6 +380,7 @@ def whole_frame(sent, columns, rows):
     )
 
 
+@pytest.mark.slow
 def test_a_terminal_that_is_not_utf8_gets_what_it_can_show(project):
     slow(project)
     terminal = Terminal(project, "--offline", PYTHONIOENCODING="ascii")
