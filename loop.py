@@ -875,13 +875,17 @@ class Git:
     START = "git init && git add -A && git commit -m start"
 
     def __init__(self, folder):
-        self.folder, self.place = folder, {}
+        self.folder = folder
+        # A GIT_DIR or GIT_INDEX_FILE, as hooks and dotfiles have them, names another repository.
+        theirs = {name: os.environ[name] for name in os.environ if not re.match("GIT_(?!CONFIG)", name)}
+        self.environment = {**theirs, "LC_ALL": "C"}
         try:
             places = self("rev-parse", "--show-prefix", "--absolute-git-dir", "--show-toplevel")
         except subprocess.CalledProcessError as error:
             raise Stop(f"{explain(error)}; to make {folder} a repository: {self.START}") from None
         self.prefix, self.dir, self.top = places.splitlines()  # prefix: where it is in a larger repository
-        self.place = {"GIT_DIR": self.dir, "GIT_WORK_TREE": self.top}  # not another, while a disk is away
+        # Not another one, while a disk is away:
+        self.environment |= {"GIT_DIR": self.dir, "GIT_WORK_TREE": self.top}
         # The branches of a project with its own ruler, in a folder of a repository, are its own, too.
         own = re.findall(r"\w+", self.prefix) if (folder / OWN_RULER).is_file() else []
         self.space = "-".join(["autoresearch", *own])
@@ -890,11 +894,9 @@ class Git:
             raise Stop(f"{folder} is in no commit of {self.top}; run there: {self.START}")
 
     def __call__(self, *args, stdin=""):
-        # A GIT_DIR or GIT_INDEX_FILE, as hooks and dotfiles have them, names another repository.
-        theirs = {name: os.environ[name] for name in os.environ if not re.match("GIT_(?!CONFIG)", name)}
-        command, environment = [*self.COMMAND, *args], {**theirs, "LC_ALL": "C", **self.place}
+        command, how = [*self.COMMAND, *args], dict(cwd=self.folder, env=self.environment, check=True)
         # A session of its own: Ctrl-C is for the loop, and must not stop a commit half-way.
-        how = dict(cwd=self.folder, env=environment, start_new_session=True, capture_output=True, check=True)
+        how |= dict(capture_output=True, start_new_session=True)
         while True:
             try:
                 done = subprocess.run(command, input=stdin.encode("utf-8", "surrogateescape"), **how)

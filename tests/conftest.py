@@ -4,6 +4,7 @@ import ast
 import atexit
 import contextlib
 import functools
+import gc
 import io
 import json
 import os
@@ -45,6 +46,7 @@ def pytest_configure(config):
     """Loads torch, as a Run does, but not in the process that only hands out the tests."""
     if hasattr(config, "workerinput") or not config.option.numprocesses:
         prepare.load_torch()
+        gc.freeze()  # its objects are as good as eternal
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m chooses

@@ -524,7 +524,7 @@ def results(attempts):
     return result
 
 
-@pytest.mark.every(3)
+@pytest.mark.every(5)
 @pytest.mark.parametrize("name", most_quick(ATTACKS, *SLOW))
 def test_an_attack_has_no_result_and_says_why(results, name):
     result = results(name)

@@ -211,6 +211,7 @@ def left_over(tmp_path):
 # ---- from the hub
 
 
+@pytest.mark.slow
 def test_tinystories_is_both_files_of_stories(hub, call, made):
     assert call("--source", "tinystories") == (0, "")
     meta = made()
@@ -258,6 +259,7 @@ def test_the_text_is_pinned_to_a_commit(hub, call):
     )
 
 
+@pytest.mark.slow
 def test_the_same_text_from_the_hub_and_from_my_own_file_has_one_fingerprint(hub, call, made, tmp_path):
     call("--source", "climbmix", "--shards", 1)
     from_hub = made()["fingerprint"]
@@ -277,11 +279,13 @@ def test_the_token_goes_to_the_hub_and_not_to_the_host_it_redirects_to(hub, call
     assert {headers.get("Authorization") for _, headers in hub.asked("GET", "/cdn/")} == {None}
 
 
+@pytest.mark.slow
 def test_a_proxy_is_used(hub, call, environment):
     environment(HTTP_PROXY=hub.url, HF_ENDPOINT="http://hub.invalid")
     assert call("--source", "climbmix", "--shards", 1) == (0, "")
 
 
+@pytest.mark.slow
 def test_what_is_in_the_cache_needs_no_network(hub, call, environment, tmp_path, made):
     call("--source", "climbmix", "--shards", 2)
     first, asked = made(), len(hub.requests)
@@ -306,6 +310,7 @@ def test_a_second_call_loads_neither_the_hub_nor_pyarrow_nor_torch(hub, call, tm
 # ---- when the network is bad
 
 
+@pytest.mark.slow
 def test_a_broken_transfer_goes_on_where_it_broke_off(hub):
     name = "shard_00012.parquet"
     hub.files["karpathy/climbmix-400b-shuffle", name] = body = random.Random(0).randbytes(
@@ -322,6 +327,7 @@ def test_a_busy_hub_is_asked_again(hub, call):
     assert call("--source", "climbmix", "--shards", 1) == (0, "")
 
 
+@pytest.mark.slow
 def test_after_a_failure_only_what_is_missing_is_fetched(hub, call, tmp_path, made):
     hub.cdn = itertools.chain([None], itertools.repeat((500,)))
     assert call("--source", "climbmix", "--shards", 2)[0] == 1 and left_over(tmp_path) == []
@@ -392,6 +398,7 @@ def test_too_little_room_is_seen_before_the_first_byte(hub, call, monkeypatch, t
     assert hub.asked("GET", "/cdn/") == [] and left_over(tmp_path) == []
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_meanwhile_is_one_sentence(hub, call, tmp_path):
     hub.files["karpathy/climbmix-400b-shuffle", "shard_00000.parquet"] = bytes(MB)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -428,6 +428,7 @@ def test_a_run_on_a_disk_that_gets_full_is_ended(place):
     assert "the disk is full but for" in result["cause"]
 
 
+@pytest.mark.slow
 def test_what_fails_at_once_on_a_full_disk_is_the_disks_fault(place):
     full = worker(place.runs, **FULL)
     result = full.run(place.job("raise SystemExit(1)"), quiet)
@@ -577,6 +578,7 @@ def test_the_runs_of_an_experiment_share_a_copy_of_the_compile_cache(place, devi
     assert (place.runs / "cache" / "inductor" / "kernel").read_text() == "compiled"
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("caged", [pytest.param(True, marks=CAGED), False])
 def test_every_experiment_finds_its_own_compile_cache_at_the_same_path(place, device, caged):
     """Inductor's launchers and Triton's kernels hold the path at which they were compiled, and write there again."""
@@ -765,6 +767,7 @@ def test_what_fails_while_the_machine_answers_is_to_blame_whatever_it_says(proje
     assert "going on in" not in session.output.getvalue()
 
 
+@pytest.mark.slow
 def test_a_baseline_is_waited_for_as_long_as_the_machine_fails(project, hasty):
     run = failing("DEPTH = 4", 5, facts=BUSY)
     session = project.night("--experiments", 1, replies=[LAYER], run=run)
@@ -1012,6 +1015,7 @@ def test_a_parent_that_fails_on_one_seed_is_not_waited_for_for_ever(project, has
     assert len(failures) == loop.MAX_MACHINE_FAILURES
 
 
+@pytest.mark.slow
 def test_rows_that_cannot_be_read_are_not_taken_for_none(project):
     project.night("--experiments", 2, offline=True)
     ledger = loop.Ledger(loop.Git(project.folder), "t")

@@ -236,6 +236,7 @@ def test_the_model_and_the_person_are_told_changes_with_their_errors_and_the_noi
         assert line in told, line
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("value", ["1" + " + 1" * 400, "[]" + ".copy()" * 190])
 def test_an_edit_nested_deeper_than_python_likes_is_judged(seeded, value):
     replies = [block("width = 64", f"width = 128\ndeep = {value}", "deep"), *["no edit"] * 2]
@@ -333,6 +334,7 @@ def test_around_which_the_machine_fails_always_is_to_blame_and_becomes_a_row(see
     assert "slow to compile [the machine was busy: the run got 83% of its training]" in rows[1]["description"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("times, measured", [(2, True), (math.inf, False)])
 def test_a_short_run_of_the_audit_is_made_again_a_few_times(seeded, no_waits, times, measured):
     seeded.night("--experiments", 1, replies=[wider(1000)])
@@ -371,6 +373,7 @@ def test_a_run_is_told_how_much_work_the_file_that_it_edited_did_on_its_seed(pro
     assert {job["told"]["WORK"] for job in runs.jobs if job["told"]["SPLIT"] == "test"} == {""}
 
 
+@pytest.mark.slow
 def test_where_its_parent_lacks_the_seed_a_run_is_told_what_the_file_itself_did(project, verdicts):
     with_train(project, WORKING)
     runs = Runs()
@@ -381,6 +384,7 @@ def test_where_its_parent_lacks_the_seed_a_run_is_told_what_the_file_itself_did(
     assert (1, 1, "val", "650") in work_told(runs)
 
 
+@pytest.mark.slow
 def test_a_run_has_the_settings_with_which_the_branch_began(seeded, monkeypatch):
     runs = Runs()
     for number, pace in enumerate(("0.0125", "0.5"), 1):
@@ -418,6 +422,7 @@ def test_the_audit_runs_baseline_and_best_on_fresh_seeds_and_the_test_split(impr
     assert improved.git("rev-parse", "autoresearch/t") == before and improved.status() == ""
 
 
+@pytest.mark.slow
 def test_an_audit_leaves_a_run_that_no_row_has_yet_to_the_next_night(improved):
     """As it is where Ctrl-C came between a kept file's run on another seed and the row that asked for it."""
     best = improved.git("rev-parse", improved.rows()[1]["commit"]).strip()
@@ -429,6 +434,7 @@ def test_an_audit_leaves_a_run_that_no_row_has_yet_to_the_next_night(improved):
     assert improved.git("rev-parse", "autoresearch/t") == before
 
 
+@pytest.mark.slow
 def test_an_audit_that_was_stopped_goes_on(improved):
     def stop(number, seed, split):
         if (number, seed) == (1, loop.AUDIT_SEEDS[3]):
@@ -458,6 +464,7 @@ def brittle(condition):
     return block('seed = int(os.environ["AUTORESEARCH_SEED"])', ONLY.format(condition), "brittle")
 
 
+@pytest.mark.slow
 def test_an_audit_in_which_most_runs_fail_says_so(seeded):
     seeded.night("--experiments", 1, replies=[brittle("os.environ['AUTORESEARCH_SPLIT'] == 'val'")])
     with pytest.raises(loop.Stop, match="too many runs of the audit failed") as stop:
@@ -465,6 +472,7 @@ def test_an_audit_in_which_most_runs_fail_says_so(seeded):
     assert stop.value.code == 1
 
 
+@pytest.mark.slow
 def test_an_audit_with_a_failed_run_reports_the_other_pairs(seeded):
     seeded.night("--experiments", 1, replies=[brittle(f"seed != {loop.AUDIT_SEEDS[1]}")])
     session = seeded.night("--audit")

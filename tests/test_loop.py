@@ -273,6 +273,7 @@ def test_an_offline_night_that_has_tried_everything_ends(project):
     assert "refused" not in session.output.getvalue()
 
 
+@pytest.mark.slow
 def test_it_goes_on_on_the_branch_of_the_tag_or_else_on_the_one_that_is_checked_out(plain):
     plain.night("--experiments", 1, replies=[WORSE])
     plain.night("--tag", "", "--experiments", 1, replies=[LAYER])
@@ -380,6 +381,7 @@ def test_program_md_is_read_anew_before_every_proposal_and_committed_with_the_ex
     check(plain)
 
 
+@pytest.mark.slow
 def test_a_program_md_that_the_person_commits_in_mid_run_stays(plain):
     def commit():
         plain.write("program.md", "# The goal\nTry heads.\n")
@@ -394,6 +396,7 @@ def test_a_program_md_that_the_person_commits_in_mid_run_stays(plain):
     check(plain)
 
 
+@pytest.mark.slow
 def test_a_program_md_committed_on_the_branch_counts_though_another_one_is_checked_out(plain):
     def commit():
         plain.git("checkout", "--quiet", "main")
@@ -407,6 +410,7 @@ def test_a_program_md_committed_on_the_branch_counts_though_another_one_is_check
     assert "Try depth." in plain.git("show", "autoresearch/t:program.md")
 
 
+@pytest.mark.slow
 def test_a_mode_that_the_person_commits_in_mid_night_stays(plain):
     def executable():
         (plain.folder / "train.py").chmod(0o755)
@@ -425,6 +429,7 @@ def as_a_link(path):
     path.symlink_to("mine.py")
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("change", [with_windows_line_ends, as_a_link])
 def test_a_file_of_the_same_text_is_no_edit_of_the_persons_and_follows_the_branch(plain, change):
     changes = during(1, lambda: change(plain.folder / "train.py"))
@@ -433,6 +438,7 @@ def test_a_file_of_the_same_text_is_no_edit_of_the_persons_and_follows_the_branc
     assert "\r" not in plain.read("train.py") and plain.git("diff", "--name-only") == ""
 
 
+@pytest.mark.slow
 def test_a_change_of_program_md_between_two_sessions_is_announced(plain):
     assert "program.md was changed" not in plain.night("--experiments", 1, replies=[BETTER]).output.getvalue()
     plain.write("program.md", "# The goal\nTry depth.\n")
@@ -443,6 +449,7 @@ def test_a_change_of_program_md_between_two_sessions_is_announced(plain):
     check(plain)
 
 
+@pytest.mark.slow
 def test_where_no_model_reads_program_md_its_change_is_committed_all_the_same(project):
     steers = during(1, lambda: project.write("program.md", "# The goal\nTry depth.\n"))
     said = project.night("--experiments", 2, offline=True, run=steers).output.getvalue()
@@ -464,6 +471,7 @@ def test_of_a_program_md_that_the_person_takes_away_in_mid_run_the_last_one_hold
     assert described(plain) == ["baseline", "twice the width", "one layer"]
 
 
+@pytest.mark.slow
 def test_a_branch_without_a_program_md_goes_on_with_the_one_that_was_checked_out(plain):
     plain.night("--experiments", 1, replies=[WORSE])
     plain.git("rm", "-q", "program.md")
@@ -473,6 +481,7 @@ def test_a_branch_without_a_program_md_goes_on_with_the_one_that_was_checked_out
     assert "Lower val_bpb." in user_text(session.model.chats[0]) and len(plain.rows()) == 3
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("damage", ["truncate -s 0 program.md", "rm program.md; mkdir program.md"])
 def test_a_start_with_a_broken_program_md_takes_the_committed_one(plain, damage):
     subprocess.run(damage, shell=True, cwd=plain.folder, check=True)
@@ -507,6 +516,7 @@ def test_an_edit_that_reaches_outside_goes_back_with_the_rulers_sentence_and_cos
     assert [row["status"] for row in plain.rows()] == ["keep", "keep"]
 
 
+@pytest.mark.slow
 def test_code_nested_too_deeply_to_be_checked_is_refused_and_not_a_fault_of_the_loop(tmp_path):
     (tmp_path / "train.py").write_text("x = a" + ".b" * 900 + "\n")
     command = [sys.executable, ROOT / "prepare.py", "--check", "train.py"]
@@ -611,6 +621,7 @@ def test_what_was_thought_for_an_experiment_that_is_not_begun_any_more_is_counte
     assert plain.rows() == [] and session.view.tokens == 100
 
 
+@pytest.mark.slow
 def test_what_a_failed_thought_cost_is_counted_and_the_night_goes_on(plain, no_waits):
     def fail(chat):
         raise OSError(5, "Input/output error", "a disk")
@@ -630,6 +641,7 @@ def test_code_that_was_tried_is_refused_with_its_result_by_the_next_session_too(
     assert described(plain)[2] == "twice the width"
 
 
+@pytest.mark.slow
 def test_a_return_to_what_was_kept_earlier_is_allowed(plain):
     plain.night("--experiments", 1, replies=[BETTER])
     plain.night("--experiments", 1, replies=[block("width = 128", "width = 64", "back")])
@@ -948,6 +960,7 @@ def test_a_night_of_noise_crashes_and_doubt_on_three_devices_is_whole(project, n
 ELSEWHERE = conftest.FACTS | {"device": "cpu, after a driver's update"}
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("failed", [{"facts": ELSEWHERE}, {"machine": True}])
 def test_a_run_in_which_the_machine_failed_is_made_again_and_no_row_tells_of_it(plain, no_waits, failed):
     ran = []
@@ -1137,6 +1150,7 @@ def test_killed_at_every_step_it_gets_there_all_the_same(plain, monkeypatch, nam
     check(plain, status="M  notes.txt\n")
 
 
+@pytest.mark.slow
 def test_an_experiment_whose_ref_git_had_no_time_to_delete_has_one_row(plain):
     plain.night("--experiments", 1, replies=[BETTER])
     commit = plain.rows()[1]["commit"]
@@ -1173,6 +1187,7 @@ def test_an_experiment_around_which_the_loop_died_twice_becomes_a_row_without_an
     check(plain)
 
 
+@pytest.mark.slow
 def test_the_baseline_is_run_again_however_often_the_loop_died_in_it(plain, monkeypatch):
     for _ in range(2):
         with monkeypatch.context() as patch, pytest.raises(Killed):
@@ -1223,6 +1238,7 @@ def test_a_signal_or_two_end_the_loop_tidily_and_the_next_start_runs_the_same_ex
     check(plain)
 
 
+@pytest.mark.slow
 def test_what_a_deleted_branch_was_running_is_not_the_baseline_of_a_new_one(plain):
     plain.night(replies=[WORSE], run=during(1, interrupt))
     assert plain.git("for-each-ref", "refs/autoresearch/t/")
@@ -1300,6 +1316,7 @@ def test_an_edit_that_is_broken_again_is_said_again(plain):
     assert session.output.getvalue().count("your edit of train.py waits.") == 2
 
 
+@pytest.mark.slow
 def test_an_edit_committed_by_the_person_becomes_an_experiment_too(plain):
     plain.night("--experiments", 1, replies=[BETTER])
     plain.write("train.py", plain.read("train.py").replace("depth = 4", "depth = 2"))
@@ -1323,6 +1340,7 @@ def test_an_edit_that_the_person_commits_in_mid_run_is_tried_and_not_undone(plai
     check(plain)
 
 
+@pytest.mark.slow
 def test_a_persons_edit_that_wins_while_another_is_kept_is_not_taken_for_a_new_one(plain, recorded):
     last = last_of_two(recorded, "depth = 5")
 
@@ -1355,6 +1373,7 @@ def test_a_branch_switched_in_mid_run_gets_nothing_and_the_runs_branch_gets_the_
     check(plain)
 
 
+@pytest.mark.slow
 def test_a_branch_renamed_in_mid_run_is_waited_for_in_words(plain, monkeypatch):
     def back(failed):
         plain.git("branch", "-m", "autoresearch/renamed", "autoresearch/t", check=False)
@@ -1416,6 +1435,7 @@ def test_a_file_that_git_does_not_call_changed_is_no_edit_of_the_persons(plain, 
     )
 
 
+@pytest.mark.slow
 def test_a_change_of_its_mode_is_no_edit_of_the_persons(plain):
     plain.night("--experiments", 1, replies=[BETTER])
     for name in ("train.py", "prepare.py", "results.tsv"):
@@ -1707,6 +1727,7 @@ def test_a_branch_measured_with_another_ruler_is_refused_naming_what_differs(pla
     assert "(code was" in refusal(plain)
 
 
+@pytest.mark.slow
 def test_a_branch_goes_on_with_its_budget_and_its_own_ruler_when_main_has_a_newer_one(plain):
     plain.night("--experiments", 1, replies=[WORSE])
     plain.git("checkout", "--quiet", "main")
@@ -1733,6 +1754,7 @@ def asked(project, monkeypatch):
     return session.facts
 
 
+@pytest.mark.slow
 def test_a_branch_keeps_its_data_set_when_a_newer_one_is_prepared_and_misses_it_when_it_is_gone(
     plain, monkeypatch, capfd
 ):
@@ -1780,6 +1802,7 @@ def test_a_branch_whose_rows_have_other_columns_is_refused(project):
     assert "other columns than this loop's" in refusal(project)
 
 
+@pytest.mark.slow
 def test_a_branch_whose_rows_were_committed_with_other_line_ends_goes_on(plain):
     plain.night("--experiments", 1, replies=[BETTER])
     (plain.folder / "results.tsv").write_bytes(plain.read("results.tsv").replace("\n", "\r\n").encode())

@@ -244,6 +244,7 @@ def test_a_book_is_cut_at_blank_lines_and_loses_nothing(tmp_path):
     assert all(part.endswith("\n\n") for part in cut[:-1])
 
 
+@pytest.mark.slow
 def test_a_text_that_is_one_long_line_needs_little_memory(tmp_path):
     path = tmp_path / "line.txt"
     path.write_text("word " * 4_000_000)  # 20 MB
@@ -368,6 +369,7 @@ def test_autoresearch_data_may_name_one_data_set(tiny, source, tmp_path):
     assert second.parent == root and prepare.newest(first) == first
 
 
+@pytest.mark.slow
 def test_preparing_anything_never_rewrites_the_files_of_another_data_set(tiny, source, tmp_path):
     root = tmp_path / "data"
     folder, _ = prepare.prepare(str(source), root)
@@ -381,6 +383,7 @@ def test_preparing_anything_never_rewrites_the_files_of_another_data_set(tiny, s
     assert prepare.prepare(str(source), root) == (folder, True)
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("name", ["train.bin", "tokenizer.tiktoken", "meta.json"])
 def test_a_damaged_data_set_is_made_again(tiny, source, tmp_path, name):
     folder, _ = prepare.prepare(str(source), tmp_path / "data")

@@ -172,6 +172,7 @@ def test_a_request_that_stays_bad_when_it_is_short_is_asked_again_later(model, s
     assert model.ask([*TEXT], Event())[0] == "an edit" and "maximum context length" in model.said()
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize(
     "reason", ["stop", "STOP", "eos", "eos_token", "stop_sequence", "end_turn", "COMPLETE"]
 )
@@ -201,6 +202,7 @@ CUT = {
 }
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("name", CUT)
 def test_a_reply_that_is_not_whole_is_refused_and_never_applied(model, server, name):
     server.replies += [CUT[name]]
@@ -208,6 +210,7 @@ def test_a_reply_that_is_not_whole_is_refused_and_never_applied(model, server, n
         loop.parse_reply(model.ask([*TEXT], Event())[0])
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize(
     "body", [{"choices": []}, {"choices": None}, {}, {"choices": [{}]}, {"choices": [{"message": None}]}]
 )
@@ -344,6 +347,7 @@ def test_a_url_with_a_version_is_left_as_it_is(model, server, monkeypatch, end):
     assert "try export" not in stopped()
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("empty", ["", " ", "\n", '""'])
 def test_an_empty_base_url_is_none(model, monkeypatch, empty):
     monkeypatch.setenv("OPENAI_BASE_URL", empty)
@@ -353,6 +357,7 @@ def test_an_empty_base_url_is_none(model, monkeypatch, empty):
     assert "no model to ask" in stopped()
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("around", ["'{}'", '"{}"', " {}\r\n"])
 def test_quotes_and_line_ends_around_the_settings_are_not_part_of_them(model, server, monkeypatch, around):
     monkeypatch.setenv("OPENAI_BASE_URL", around.format(server.url))
@@ -499,6 +504,7 @@ SAID = {
 }
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("name", SAID)
 def test_a_reply_is_the_content_and_not_the_reasoning(model, server, name):
     said, text = SAID[name]
@@ -514,6 +520,7 @@ def test_a_server_that_puts_the_answer_into_the_reasoning_is_named_once(model, s
     assert model.said().count("reasoning_content") == 1
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize(
     "read, cut", [(4096, True), (2048, True), (5600, False), (7500, False), (0, False), (None, False)]
 )
@@ -549,6 +556,7 @@ def test_tokens_that_a_server_does_not_count_are_0(model, server):
     assert model.ask([*TEXT], Event()) == ("an edit", 0)
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("count", [None, -5, 1.5, True, {}])
 def test_a_count_of_tokens_that_is_none_is_0(model, server, count):
     choice = {"index": 0, "message": {"role": "assistant", "content": "an edit"}, "finish_reason": "stop"}

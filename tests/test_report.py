@@ -472,6 +472,7 @@ def test_without_matplotlib_the_table_comes_and_a_sentence_says_how_to_get_the_p
     assert not (tmp_path / "progress.png").exists()
 
 
+@pytest.mark.slow
 def test_the_picture_of_a_file_lies_beside_it_and_leaves_the_night_s_own_alone(tmp_path):
     pytest.importorskip("matplotlib")
     (tmp_path / "five.tsv").write_text(FIVE)
