@@ -104,6 +104,7 @@ WHOLE = "stop", "eos", "eos_token", "stop_sequence", "end_turn", "complete", "co
 CUT_OFF = "length", "max_tokens", "model_length"
 NO_ANSWER = "content_filter", "safety", "refusal", "sensitive", "tool_calls", "function_call", "tool_use"
 CHARS_A_TOKEN = 5.5  # more than any tokenizer takes together in English and code: fewer tokens tell of a cut
+MUCH_TEXT = 1000  # characters by which two prompts differ that can't have as many tokens
 REPLY_SECONDS = 900  # for one reply of the model: reasoning models think for minutes
 REPLY_TOKENS = 8_192  # asked for after a reply was cut off with fewer: some servers stop at 512 unless told
 REFUSALS = 2  # times that a reply which can't be applied goes back to the model, before it becomes a row
@@ -416,11 +417,29 @@ def apply_edit(source, edit):
     """The new text of the file: all of the edit applied, or Refused."""
     known = {line.strip() for line in source.split("\n")}
     new = edit.whole or apply_blocks(source, edit.blocks)
-    for line in new.split("\n"):
-        if ELISION.match(line[:200]) and line.strip() not in known:
-            advice = "write it out; what isn't quoted stays."
+    for line in stand_ins(source.split("\n"), new.split("\n")):
+        if line.strip() not in known:
+            advice = "write it out, or leave no comment there if it is to go; what isn't quoted stays."
             raise Refused(f"The code is abbreviated ('{one_line(line)}'): {advice}")
     return new
+
+
+def stand_ins(old, new):
+    """The lines of a new file that stand for code left out: known by their words, or, whatever they say, as
+    comments with which a place ends where more code was, up to the place's end."""
+    yield from (line for line in new if ELISION.match(line[:200]))
+    for _, *place in difflib.SequenceMatcher(None, old, new).get_opcodes():
+        gone, there = old[slice(*place[:2])], new[slice(*place[2:])]
+        (gone, ends), (there, stands) = map(code_and_end, (gone, there))
+        if stands and not ends and gone > there:
+            yield stands
+
+
+def code_and_end(lines):
+    """(how many of these lines are code, the last one if it is a comment)."""
+    lines = [line for line in map(str.strip, lines) if line]
+    code = [line for line in lines if not line.startswith("#")]
+    return len(code), "" if lines[-1:] == code[-1:] else lines[-1]
 
 
 def blocks_between(before, after):
@@ -1940,6 +1959,7 @@ class Model:
         self.openai, self.say, self.say_once = openai, say, functools.cache(say)
         self.key, url = key or "none", url or OPENAI  # local servers want no key, the client does
         self.limit = None  # of a reply's tokens, once one was cut off; empty where the server takes none
+        self.last_prompt = 0, 0  # tokens that the server read of it, and its characters
         hint = "" if re.search(r"/v\d", url) else f"try export OPENAI_BASE_URL={url.rstrip('/')}/v1; or "
         for failed in range(FIRST_TRIES):
             try:
@@ -2008,7 +2028,10 @@ class Model:
         thought = message.get("reasoning_content") or message.get("reasoning")
         kinds = ("prompt_tokens", "completion_tokens", "total_tokens")
         read, own, used = (count_in(f"{usage.get(kind)}") for kind in kinds)
-        if 0 < read < sum(len(message["content"]) for message in sent) / CHARS_A_TOKEN - 100:
+        size, (last_read, last_size) = sum(len(message["content"]) for message in sent), self.last_prompt
+        self.last_prompt = read, size
+        full = read == last_read and abs(size - last_size) > MUCH_TEXT  # of two prompts it read as much
+        if read and (full or read < size / CHARS_A_TOKEN - 100):
             self.say_once(
                 "the server cuts the prompt: raise its context (Ollama: OLLAMA_CONTEXT_LENGTH=32768, "
                 "llama.cpp: -c 32768)"

@@ -488,6 +488,31 @@ def test_in_a_whole_file_or_before_other_code_it_is_known_by_its_words(words):
     assert "abbreviated" in refused(block(BODY, f"        # {words}\n        x = 1"))
 
 
+@pytest.mark.parametrize("words", ["here be the loop", "wie gehabt", "etc", "(4 lines)", "как раньше"])
+def test_whatever_a_comment_says_it_is_no_code_where_more_code_was(words):
+    """Also in words that nobody thought of."""
+    for new in (f"        # {words}", f"        x = 1\n        # {words}", f"        # {words}\n\n"):
+        assert "abbreviated" in refused(block(BODY, new)), new
+        assert "abbreviated" in refused(whole(changed((BODY, new)))), new
+
+
+@pytest.mark.parametrize(
+    "search, replace",
+    [
+        (BODY, "        # the layer's number\n        x = layer"),  # on the code below it
+        (BODY, "        x = layer  # nothing is printed"),
+        (f"    # the loop\n{BODY}\n    # the end", "    # the end, at once"),  # in place of a comment
+        ("    run.finish(x)", "    run.finish(x)\n    # that was all"),  # nothing is gone
+        ("WIDTH = 64", "WIDTH = 128\n# twice as wide"),
+    ],
+)
+def test_a_comment_in_its_place_is_no_placeholder(search, replace):
+    source = (
+        SOURCE.replace(BODY, f"    # the loop\n{BODY}\n    # the end") if "# the end" in search else SOURCE
+    )
+    assert applied(block(search, replace), source) == source.replace(search, replace)
+
+
 COMMENTS = [
     "keep the weights small",
     "keep the same shape",

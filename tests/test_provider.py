@@ -538,6 +538,17 @@ def test_a_prompt_that_the_server_cut_is_said_once(model, server, read, cut):
     assert model.said().count("the server cuts the prompt: raise its context") == cut
 
 
+@pytest.mark.parametrize("reads, cut", [((8192, 8192), True), ((8192, 8500), False), ((0, 0), False)])
+def test_a_server_that_reads_as_much_of_a_longer_prompt_cuts_it(model, server, reads, cut):
+    """By any share, also one that a tokenizer could explain."""
+    for read, lines in zip(reads, (3000, 3200), strict=True):
+        usage = {"prompt_tokens": read, "completion_tokens": 20, "total_tokens": read + 20}
+        choice = {"message": {"role": "assistant", "content": "What?"}, "finish_reason": "stop"}
+        server.replies.append((200, {"choices": [choice | {"index": 0}], "usage": usage}))
+        model.ask([{"role": "user", "content": "x = layer\n" * lines}], Event())
+    assert ("the server cuts the prompt" in model.said()) == cut
+
+
 def test_tokens_that_a_server_does_not_count_are_0(model, server):
     server.replies += [
         (
