@@ -244,47 +244,62 @@ CONTROL = re.compile(rf"\x1b\[[0-?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\
 NAME = (
     r"[\w:.-]*(?:think|thought|reason|reflect|analy[sz]|scratch|monolog|ponder|delib|draft|details)[\w:.-]*"
 )
-LOUD = r"[A-Z_]*(?:THINK|THOUGHT|REASON)[A-Z_]*"
+LOUD = r"[A-Z_]*(?:THINKING|THINK|THOUGHTS?|REASONING)[A-Z_]*"
+END = r"(?:/[|｜]?|[|｜]?(?:/|end[_-]?))"
+# One that is quoted, or stands within a name, opens nothing.
 THINKING = re.compile(
-    rf"(?i:[<◁][|｜]?(?!/|end){NAME}(?:\s[^<>\n]*)?[|｜]?[>▷])|\[(?!END){LOUD}\]"
-    r"|<\|channel\|?>\s*(?!final)\w+|<unused94>"
+    rf"(?<![\w`'\"])(?:(?i:[<◁][|｜]?(?!/|end){NAME}(?<!end)(?:\s[^<>\n]*)?[|｜]?[>▷])|\[(?!END){LOUD}\]"
+    r"|<\|channel\|?>\s*(?!final)\w+|<unused94>)"
 )
 THOUGHT = re.compile(
-    rf"(?i:[<◁][|｜]?(?:/|end){NAME}\s*[|｜]?[>▷])|\[(?:/|END){LOUD}\]|<channel\|>|<unused95>"
+    rf"(?i:[<◁](?:{END}{NAME}|[|｜]?{NAME}(?<=end))\s*[|｜]?[>▷])|\[(?:/|END){LOUD}\]|<channel\|>|<unused95>"
     r"|<\|channel\|>\s*final\b[^\n]*?<\|message\|>|assistantfinal"
 )
 TOKEN = r"</?[^\s<>]{1,40}>"
 TAG = rf"{TOKEN}|\[/?[A-Z_]+\]"
-# What follows it is no reply of the model: the server didn't stop there.
+# What follows it behind an edit is no reply of the model: the server didn't stop there.
 END_OF_TURN = re.compile(
-    r"(?:<[|｜](?:im_end|eo[tm]_id|return|end|end\w*(?:text|turn|sentence)\w*)[|｜]>"
-    r"|</s>|<eos>|<end_of_turn>|<turn\|>)[ \t]*$",
-    re.IGNORECASE | re.MULTILINE,
+    r"<[|｜](?:im_end|eo[tm]_id|return|end|end\w*(?:text|turn|sentence)\w*)[|｜]>"
+    r"|</s>|<eos>|<end_of_turn>|<turn\|>|\[end of text\]",
+    re.IGNORECASE,
+)
+# The last line of an edit, where a server's token begins behind it.
+LAST_LINE = re.compile(
+    rf"^([ \t]*>{{5,9}}[ \t]*REPLACE:?[ \t`]*|```[ \t]*)(?={END_OF_TURN.pattern})", re.I | re.M
 )
 # Each part ends at the next marker line, whichever it is: so even a reply of markers alone is matched fast.
 # Behind the last marker may stand what a server appends: special tokens, a fence.
 OPENING, DIVIDER, CLOSING = (
     rf"[ \t]*{text}[ \t]*"
-    for text in ("<{5,9}[ \t]*SEARCH", "={5,9}", rf">{{5,9}}[ \t]*REPLACE(?:{TAG}|[ \t`])*")
+    for text in ("<{5,9}[ \t]*(?i:SEARCH):?", "={5,9}", rf">{{5,9}}[ \t]*(?i:REPLACE)(?:{TAG}|[^\w\n])*")
 )
 PART = rf"((?:(?!(?:{OPENING}|{DIVIDER}|{CLOSING})$).*\n)*)"
 BLOCK = re.compile(rf"^{OPENING}\n{PART}{DIVIDER}\n{PART}{CLOSING}$", re.M)
 MARKER = re.compile(
-    r"^[ \t>]*(([<>])\2{3}|[-+<>=]{3,}\s*(SEARCH|REPLACE|ORIGINAL|UPDATED|HEAD)\b).*", re.I | re.M
+    r"^[ \t>]*(([<>])\2{3}|[-+<>=]{3,}[ \t]*(SEARCH|REPLACE|ORIGINAL|UPDATED|HEAD)\b).*", re.M
 )
 FENCE = re.compile(rf"^```[^\n]*\n((?:(?!```).*\n)*)```(?:{TAG}|[ \t])*$", re.MULTILINE)
 NOTE = re.compile(r"^[ \t#*]*(IDEA|LESSON)[ \t*]*:(.+)$", re.IGNORECASE | re.MULTILINE)
 # Between two blocks: what begins a second answer, of which the first may have been a draft.
-ANEW = re.compile(rf"{TAG}|(?im:^[ \t#*]*IDEA[ \t*]*:)")
-# A comment that stands for code left out, in any language: a run of it would be of something else.
+ANEW = re.compile(
+    rf"(?!</?(?:edit|block|change|file|path|code|diff|patch|br|bos|eos|pad)\W|\[\w\])(?:{TAG})"
+    r"|(?im:^[ \t#*]*IDEA[ \t*]*:|^(?:user|human|assistant|system):)"
+    r"|(?i:\b(?:hmm|wait|actually|scratch that|on second thoughts?|oops|never mind|alternatively)\b|instead:)"
+)
+# Code left out, and what comments that stand for such code say; where no code is gone, they say it of what is
+# there.
+COMMENT = re.compile(r"(pass\b\s*)?#")  # alone on its line
+ELLIPSIS = re.compile(r"([^#]*:|\s*#)?\s*(\.\.\.|…)")
 ELISION = re.compile(
-    r"(.*[:#])?\s*(\.\.\.|…)|.*#.*(\b(un(changed|modified|altered)|omitted|elided|snip|truncated\W*$|brevity"
+    r"\b(un(changed|modified|altered)|omitted|elided|snip|truncated\W*$|brevity|etc\b|not shown|idem\b"
     r"|no (other )?changes?|rest (of|as|is|un|stays|remains|bleibt|wie)|rest\W*$|(as|see) (before|above)\b"
-    r"|same\W*$|bleibt wie|everything else|(keep|leave) (the |all )*(other|rest|remaining|everything|as is)\b"
-    r"|(existing|remaining|previous|original|same|other|more) (code|lines?)"
-    r"|restlich|übrig|unveränder|wie (bisher|oben)|ausgelassen|reste\b|inchang|omis\b|resto\b|restante"
-    r"|sin cambios|igual|invariat|omess|inalterad|overige|ongewijzigd|bez zmian|остальн|без изменен|прежн)"
-    r"|其余|剩余|省略|不变|不變|同上|原有|残り|変更なし|そのまま|既存|나머지|생략|그대로|기존|باقي|बाकी)",
+    r"|same\W*$|same (loop|body|code|as|lines?)|stays?\W*$|as (it|they) (was|were)|everything else"
+    r"|(keep|leave) (the |all )*(other|rest|remaining|everything|as is)\b|(un)?touched|left (out|alone)"
+    r"|(existing|remaining|previous|original|same|other|more) (code|lines?|body|loop)"
+    r"|bleibt wie|wie gehabt|restlich|übrig|unveränder|wie (bisher|oben)|ausgelassen|reste\b|inchang|omis\b"
+    r"|resto\b|restante|sin cambios|lo mismo|igual|invariat|omess|inalterad|overige|ongewijzigd|bez zmian"
+    r"|остальн|без изменен|прежн|как раньше|aynı|giữ nguyên)"
+    r"|其余|剩余|省略|不变|不變|同上|保持|原有|残り|変更なし|そのまま|既存|나머지|생략|그대로|기존|باقي|बाकी",
     re.I,
 )
 UNCLEAR = (
@@ -319,7 +334,8 @@ def parse_reply(reply):
     if len(reply) > MAX_REPLY:
         raise Refused(f"The reply has {len(reply):,} characters: too many for an edit.")
     reply = without_thoughts(CONTROL.sub("", re.sub(r"\r\n?", "\n", reply)))
-    pieces = BLOCK.split(END_OF_TURN.split(reply)[0])  # text, search, replace, text, search, ...
+    reply = LAST_LINE.sub(r"\1\n", reply)
+    pieces = before_end(BLOCK.split(reply), 3)  # text, search, replace, text, search, ...
     prose, blocks = "".join(pieces[::3]), []
     if marker := MARKER.search(prose):
         raise Refused(
@@ -328,7 +344,9 @@ def parse_reply(reply):
         )
     for before, *parts in zip(pieces[::3], pieces[1::3], pieces[2::3], strict=False):
         # Without the blank lines at their edges, in which models are careless.
-        block = [re.sub(r"\A\s*\n", "", part).rstrip().splitlines() for part in parts]
+        texts = [re.sub(r"\A\s*\n", "", part).rstrip() for part in parts]
+        fenced = [re.fullmatch(r"```\w*\n((?s:.*?))\n?```", text) for text in texts]
+        block = [text.splitlines() for text in ([fence[1] for fence in fenced] if all(fenced) else texts)]
         if block not in blocks:  # some say it all again at the end
             if blocks and ANEW.search(before):
                 raise Refused(UNCLEAR)
@@ -348,13 +366,22 @@ def without_thoughts(reply):
     return "".join(THOUGHT.split(span)[-1] for span in (first, *ended))
 
 
+def before_end(pieces, step):
+    """A reply in pieces, text and what stands between, up to the end of a turn behind what came first."""
+    for number in range(step, len(pieces), step):
+        text, *rest = END_OF_TURN.split(pieces[number], 1)
+        if rest:
+            return [*pieces[:number], text]
+    return pieces
+
+
 def whole_file(prose, blocks):
     """The one fenced block that is a whole file: with an import, and no piece of one. Empty beside blocks."""
-    fences = FENCE.findall(prose)
-    files = {text for text in fences if re.search(r"(?m)^(import|from) ", text) and "prepare" in text}
+    texts = before_end(FENCE.split(prose), 2)
+    files = {text for text in texts[1::2] if re.search(r"(?m)^(import|from) ", text) and "prepare" in text}
     if blocks and files:
         raise Refused(UNCLEAR)
-    if not blocks and (len(files) != 1 or prose.count("```") % 2):
+    if not blocks and (len(files) != 1 or "".join(texts[::2]).count("```") % 2):
         raise Refused(
             "There is no edit in this reply: it holds no block, and what is fenced isn't one whole file, "
             "from its imports to its end; or it was cut off."
@@ -425,21 +452,20 @@ def apply_edit(source, edit):
 
 
 def stand_ins(old, new):
-    """The lines of a new file that stand for code left out: known by their words, or, whatever they say, as
-    comments with which a place ends where more code was, up to the place's end."""
-    yield from (line for line in new if ELISION.match(line[:200]))
+    """The lines of a new file that stand for code left out: an ellipsis; or a comment in the place of code
+    that is gone, known by its words, or, whatever it says, where it comes last and there was more code."""
+    yield from filter(ELLIPSIS.match, new)
     for _, *place in difflib.SequenceMatcher(None, old, new).get_opcodes():
-        gone, there = old[slice(*place[:2])], new[slice(*place[2:])]
-        (gone, ends), (there, stands) = map(code_and_end, (gone, there))
-        if stands and not ends and gone > there:
-            yield stands
-
-
-def code_and_end(lines):
-    """(how many of these lines are code, the last one if it is a comment)."""
-    lines = [line for line in map(str.strip, lines) if line]
-    code = [line for line in lines if not line.startswith("#")]
-    return len(code), "" if lines[-1:] == code[-1:] else lines[-1]
+        texts = old[slice(*place[:2])], new[slice(*place[2:])]
+        gone, there = ([line for line in map(str.strip, lines) if line] for lines in texts)
+        was, now = ([n for n, line in enumerate(lines) if not COMMENT.match(line)] for lines in (gone, there))
+        code_ends, ends_in_code = max(now, default=-1), was[-1:] == [len(gone) - 1]
+        for number in sorted({*range(len(there))} - {*now} if was else ()):
+            line, last = there[number], number > code_ends
+            by_words = ELISION.search(line) and len(was) >= len(now) + (not last)
+            by_place = last and ends_in_code and len(was) > len(now)
+            if (by_words or by_place) and line.lstrip("# ") not in gone:  # else it is commented out
+                yield line
 
 
 def blocks_between(before, after):

@@ -1,6 +1,7 @@
-"""Nights over real engines: Slurm with two nodes on this machine, and ssh to it. Needs root on Debian; no part of pytest.
+"""Nights over real engines: Slurm with two nodes on this machine, ssh to it, containers on it. Needs root on Debian; no
+part of pytest.
 
-    python tests/check_clusters.py [slurm] [ssh]     installs slurm-wlm, munge and openssh-server; about five minutes
+    python tests/check_clusters.py [slurm] [ssh] [docker]     installs what it lacks of PACKAGES; five minutes for each
 
 Each night has 40 stand-in experiments on 16 devices. A node is killed, drained and brought back meanwhile, the loop is
 killed and started again, and every row is checked by git. Prints what became of it, and how long an engine takes.
@@ -27,7 +28,11 @@ from faults import TRAIN
 sys.path.insert(0, str(ROOT))
 import loop  # noqa: E402
 
-PACKAGES = {"slurm": ["slurm-wlm", "munge"], "ssh": ["openssh-server"]}
+PACKAGES = {
+    "slurm": ["slurm-wlm", "munge"],
+    "ssh": ["openssh-server"],
+    "docker": ["podman", "podman-docker", "runc"],  # a docker of one's own may talk to podman's server, too
+}
 NODES = "n1", "n2"
 EXPERIMENTS, AT_ONCE, SECONDS = 40, 16, 6
 SLURM = """\
@@ -216,6 +221,46 @@ class Ssh:
     inside = launches
 
 
+class Docker:
+    """Two containers that hold a copy of this machine, served by podman, which speaks docker's protocol."""
+
+    def __init__(self, folder):
+        folder.mkdir()
+        self.server = subprocess.Popen(self.podman("system", "service", "--time=0", f"unix://{folder}/socket"))
+        os.environ["DOCKER_HOST"] = f"unix://{folder}/socket"
+        for node in NODES:
+            most = "--ulimit=nofile=1024:4096", "--ulimit=nproc=4096:4096"
+            how = ["--detach", f"--name={node}", f"--hostname={node}", "--network=none", *most]
+            waits = "while :; do sleep 1; done"  # a shell takes the end of whatever was left to it
+            run(*self.podman("run", *how, "--rootfs", "/:O", "sh", "-c", waits))
+
+    def podman(self, *words):
+        return ["podman", "--runtime=runc", *words]
+
+    def kill(self, node):
+        run("docker", "kill", node)
+
+    def back(self, node):
+        run("docker", "start", node)
+
+    def drain(self, node):
+        """It stands still, with all that runs on it."""
+        run("docker", "pause", node)
+
+    def undrain(self, node):
+        run("docker", "unpause", node)
+
+    def stop(self):
+        run(*self.podman("rm", "--force", "--time=0", *NODES))
+        self.server.kill()
+
+    def launches(self, home):
+        told = f"-e HOME={home} -e AUTORESEARCH_DATA={home}/data"
+        return [(f"docker exec -i {told} {node}", AT_ONCE // 2) for node in NODES]
+
+    inside = launches
+
+
 class Night:
     """A night that is killed and started again, with its output in a file."""
 
@@ -246,6 +291,7 @@ class Night:
             words += ["--launch", prefix, "--at-once", str(many)]
         env = self.project.environment | {
             "SLURM_CONF": os.environ.get("SLURM_CONF", ""),
+            "DOCKER_HOST": os.environ.get("DOCKER_HOST", ""),
             "OPENAI_API_KEY": "sk-secret",
         }
         how = dict(cwd=self.project.folder, env=env, stdin=subprocess.DEVNULL, stderr=subprocess.STDOUT)
@@ -420,7 +466,7 @@ def latency(name, words, folder, env):
 
 def main():
     wanted = sys.argv[1:] or [*PACKAGES]
-    missing = {"slurm": "slurmctld", "ssh": "sshd"}
+    missing = {"slurm": "slurmctld", "ssh": "sshd", "docker": "podman"}
     if packages := [
         package for name in wanted if not shutil.which(missing[name]) for package in PACKAGES[name]
     ]:
@@ -438,7 +484,7 @@ def main():
         folder = Path(name)
         for kind in wanted:
             print(kind, flush=True)
-            engine = {"slurm": Slurm, "ssh": Ssh}[kind](folder / kind)
+            engine = {"slurm": Slurm, "ssh": Ssh, "docker": Docker}[kind](folder / kind)
             try:
                 found += trouble(engine, folder / f"{kind}-trouble")
                 cut_off(engine, folder / f"{kind}-cut-off")

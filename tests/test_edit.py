@@ -95,7 +95,7 @@ REPLIES = {
     "a fence in the REPLACE part": (block("WIDTH = 64", "```python\nWIDTH = 128\n```"), "```python"),
     "a fence in both parts": (
         block("```python\nWIDTH = 64\n```", "```python\nWIDTH = 128\n```"),
-        "not in the file",
+        changed(WIDE),
     ),
     "a docstring with a fence": (
         block("def main():", "def main():\n" + ABOUT[:-1]),
@@ -143,7 +143,7 @@ REPLIES = {
     ),
     "small letters and colons after a block": (
         DEEPER + TWO % ("search:", "replace:"),
-        "in this order",
+        changed(WIDE, DEEP),
     ),
     "minus and plus after a block": (
         DEEPER + "------- SEARCH\nWIDTH = 64\n=======\nW = 1\n+++++++ REPLACE",
@@ -511,6 +511,69 @@ def test_a_comment_in_its_place_is_no_placeholder(search, replace):
         SOURCE.replace(BODY, f"    # the loop\n{BODY}\n    # the end") if "# the end" in search else SOURCE
     )
     assert applied(block(search, replace), source) == source.replace(search, replace)
+
+
+HONEST = [
+    "WIDTH = 128  # Muon for matrices, AdamW for the rest", "# everything else stays in float32\nWIDTH = 128",
+    "# scaled as above\nWIDTH = 128", "# both windows are the same\nWIDTH = 128", "# 既存の重み\nWIDTH = 128",
+    "# lr unchanged during warmup\nWIDTH = 128", "# residual: ... + x\nWIDTH = 128", "WIDTH = 128\nNAME = '# rest'",
+    "# WIDTH = 64\n# DEPTH = 3\nWIDTH = 128", "WIDTH = 128  # bias omitted", "# keep the other heads at 64\nWIDTH = 128",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("new", HONEST)
+def test_what_a_comment_says_of_code_that_is_there_refuses_nothing(new):
+    assert applied(block("WIDTH = 64", new)) == changed((WIDE[0], new))
+
+
+def test_code_that_is_commented_out_is_not_left_out():
+    new = "        x = layer\n        # if x:\n        #     print(x)"
+    assert applied(block(BODY, new)) == changed((BODY, new))
+
+
+@pytest.mark.parametrize(
+    "words", ["same loop body", "not shown", "etc.", "loop as it was", "the loop stays", "wie gehabt", "保持原样", "lo mismo"]
+)  # fmt: skip
+def test_a_comment_in_the_place_of_code_before_other_code_is_known_by_its_words(words):
+    loop_of = f"    for layer in range(DEPTH):\n{BODY}\n    run.finish(x)"
+    assert "abbreviated" in refused(block(loop_of, f"    # {words}\n    run.finish(2)"))
+
+
+TOKENS = [
+    f"IDEA: a mask at <|endoftext|>\nIt is one.\n\n{BARE}", f"The row ends in </s>\n{BARE}", f"</s>\n{WIDER}",
+    f"<|im_end|>\n{WIDER}", f"{WIDER}<|im_end|>\n<|im_start|>user\n{DEEPER}", f"{WIDER.rstrip()}<|eot_id|>assistant\n{DEEPER}",
+    f"{WIDER.rstrip()}<|im_end|><|im_start|>user\nThanks", f"{WIDER.rstrip()} [end of text]\n{DEEPER}",
+    f"{WIDER}Good luck!<|endoftext|>Human: thanks\n{DEEPER}", f"{WIDER.rstrip()} ###\n", f"{WIDER.rstrip()}.\n",
+    f"{whole(changed(WIDE)).rstrip()}<|im_end|>user\n{whole(changed(DEEP))}", f"The `<think>` token costs.\n{WIDER}",
+    f"A list<reason> of them, where T = '<think>'.\n{WIDER}", f"[REASON] it is narrow\n{WIDER}",
+    f"--- Original idea: wider\n{WIDER}", f"\n---\nSearch for width.\n{WIDER}", f"=== Updated plan\n{WIDER}",
+    f"<|think_start|>\n{DEEPER}<|think_end|>\n{WIDER}", f"<|thinking|>\n{DEEPER}</|thinking|>\n{WIDER}",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("reply", TOKENS)
+def test_what_a_reply_says_of_tokens_and_tags_is_no_end_of_it_and_what_follows_an_end_is_none_of_it(reply):
+    assert applied(reply) == changed(WIDE)
+
+
+def test_a_token_within_code_ends_nothing():
+    new = "# documents are divided by <|endoftext|>\nWIDTH = 128"
+    assert applied(block("WIDTH = 64", new) + BARE_DEEPER) == changed((WIDE[0], new), DEEP)
+
+
+@pytest.mark.parametrize(
+    "between",
+    ["Hmm, no. That's too slow.", "Instead:", "Wait, this is better:", "User: thanks\nAssistant: so"],
+)
+def test_a_draft_that_is_taken_back_is_not_applied_with_the_answer(between):
+    assert "isn't clear" in refused(f"{WIDER}\n{between}\n\n{BARE_DEEPER}")
+
+
+@pytest.mark.parametrize(
+    "between", ["The mask is [T] now:", "After <bos>:", "<br>", "</edit>\n<edit>", "<file>train.py</file>"]
+)
+def test_a_tag_that_begins_no_answer_may_stand_between_two_blocks(between):
+    assert applied(f"{WIDER}\n{between}\n{BARE_DEEPER}") == changed(WIDE, DEEP)
 
 
 COMMENTS = [
