@@ -100,14 +100,19 @@ FIRST_TRIES = 8  # of a server that loads its model or asks to wait at the first
 DENIED = 401, 402, 403  # asking in another form, or later, won't help
 NOT_NOW = 408, 425, 429, 502, 503, 504, 529
 # What servers call the end of a whole reply, and of one that isn't: anything else is a fault of theirs.
-WHOLE = "stop", "eos", "eos_token", "stop_sequence", "end_turn", "complete", "completed"
-CUT_OFF = "length", "max_tokens", "model_length"
-NO_ANSWER = "content_filter", "safety", "refusal", "sensitive", "tool_calls", "function_call", "tool_use"
+WHOLE = "stop", "eos", "eos_token", "stop_token", "stop_sequence", "end", "end_turn", "end_of_turn"
+WHOLE += "complete", "completed"
+CUT_OFF = "length", "max_tokens", "max_output_tokens", "model_length"
+NO_ANSWER = "content_filter", "safety", "recitation", "refusal", "sensitive"
+NO_ANSWER += "tool_calls", "function_call", "tool_use"
+TEXT_PARTS = "text", "output_text"  # of a message in parts: the others are thoughts, or no text
 CHARS_A_TOKEN = 5.5  # more than any tokenizer takes together in English and code: fewer tokens tell of a cut
 MUCH_TEXT = 1000  # characters by which two prompts differ that can't have as many tokens
+MIN_KEY = 8  # characters of a key that is one
 REPLY_SECONDS = 900  # for one reply of the model: reasoning models think for minutes
 REPLY_TOKENS = 8_192  # asked for after a reply was cut off with fewer: some servers stop at 512 unless told
 REFUSALS = 2  # times that a reply which can't be applied goes back to the model, before it becomes a row
+MIN_WHOLE = 0.3  # of the file's characters, below which a whole new file is more likely a piece of it
 MAX_REPLY = 200_000  # characters: what is longer isn't an edit
 
 RULER = "prepare.py"  # beside this file
@@ -444,6 +449,9 @@ def apply_edit(source, edit):
     """The new text of the file: all of the edit applied, or Refused."""
     known = {line.strip() for line in source.split("\n")}
     new = edit.whole or apply_blocks(source, edit.blocks)
+    if edit.whole and len(new) < len(source) * MIN_WHOLE:
+        sizes = f"{len(new):,} characters where the file has {len(source):,}"
+        raise Refused(f"The fence holds {sizes}: send all of it, or take out by blocks what is to go.")
     for line in stand_ins(source.split("\n"), new.split("\n")):
         if line.strip() not in known:
             advice = "write it out, or leave no comment there if it is to go; what isn't quoted stays."
@@ -630,7 +638,8 @@ class Row:
         """The change with its standard error, as in -0.0012+-0.0003; empty where there is none."""
         digits = 6 if round(self.error, 6) < 0.0001 else 4
         change = round(self.change, digits) + 0.0  # never -0.0000
-        return "" if math.isnan(change) else f"{change:+.{digits}f}+-{self.error:.{digits}f}"
+        sure = "" if math.isnan(self.error) else f"+-{self.error:.{digits}f}"
+        return "" if math.isnan(change) else f"{change:+.{digits}f}{sure}"
 
     @property
     def came_to(self):
@@ -644,7 +653,13 @@ def header(metric):
 
 # What the community's logs call `keep` and `crash`; the rest wasn't kept.
 STATUSES = re.compile(
-    r"(?P<keep>keep|kept|base|best|accept|improve|success|ok)|(?P<crash>crash|fail|err|timeout|oom|invalid)",
+    r"(?P<keep>keep|kept|base|(new.)?best|accept|improve|success|ok|win|won|pass|advance|merge)"
+    r"|(?P<crash>crash|fail(?!ed to)|err|timeout|oom|invalid|kill|diverge|nan)",
+    re.I,
+)
+# Columns that a log may have between, which no metric is called.
+NO_METRIC = re.compile(
+    r"date|time|hour|minute|#|(?<![a-z])(id|run|seed|step|iter|epoch|number|hash|branch|tag|model)s?(?![a-z])",
     re.I,
 )
 
@@ -669,17 +684,19 @@ def read_rows(text, name):
     differences to the last kept row before, as sure as the noise of a run allows, where that is known. So
     are those that can't be read, as after a spreadsheet.
     """
-    head, *lines = text.removeprefix("\ufeff").split("\n")
-    names, rows, unread = [column.strip() for column in head.split("\t")], [], []
-    metric = METRIC if METRIC in names else names[1] if names[1:] else ""
+    lines = re.sub(r"\r\n?", "\n", text.removeprefix("\ufeff")).split("\n")
+    above = next((number for number, line in enumerate(lines) if "\t" in line), 0)  # blank, or a remark
+    head, names = lines[above], [column.strip() for column in lines[above].split("\t")]
+    others = [name for name in names if name not in COLUMNS.split() and not NO_METRIC.search(name)]
+    metric, rows, unread = METRIC if METRIC in names else (others or names[1:2] or [""])[0], [], []
     if not {metric, "status"} <= {*names}:
         raise Stop(
             f"{name} begins with no header line that names {COLUMNS[:42]} (tabs between): {one_line(head)!r}"
         )
-    for number, line in enumerate(lines, 2):
+    for number, line in enumerate(lines[above + 1 :], above + 2):
         written = map(str.strip, line.split("\t", len(names) - 1))
         cells = dict.fromkeys((metric, *COLUMNS.split()), "") | dict(zip(names, written, strict=False))
-        said = STATUSES.match(cells["status"])
+        said = STATUSES.match(re.sub(r"^\W+", "", cells["status"]))
         status = said.lastgroup if said else "discard"
         values = numbers_in("nan" if status == "crash" else cells[metric], ",")  # some write 0 there
         if not cells["status"] or len(values) != 1:
@@ -688,7 +705,8 @@ def read_rows(text, name):
         row = Row(cells["commit"], values[0], 0.0, status, cells["description"], finished=cells["finished"])
         row.memory_gb = (numbers_in(cells["memory_gb"], ",") or [0.0])[0]
         row.change, row.error = (numbers_in(cells["change"], "+-") + [math.nan] * 2)[:2]
-        row.runs = numbers_in(cells["runs"], ",") or values * (0 < values[0] < math.inf)
+        known = math.isfinite(values[0]) and (values[0] > 0 or metric != METRIC)  # 0 bits: it failed
+        row.runs = numbers_in(cells["runs"], ",") or values * known
         row.llm_tokens = count_in(cells["llm_tokens"])
         rows.append(row)
     for row, parent in zip(rows, kept_before(rows), strict=False):
@@ -822,7 +840,8 @@ def outcome(rows, sign=1):
     won = f"baseline {kept[0].value:.4f}" if kept else "no baseline yet"
     if kept[1:]:
         gain, error = night_gain(rows, sign)
-        won = f"best {kept[-1].value:.4f}, {won}: gain {gain:.4f} +- {error:.4f}, luck taken off"
+        sure = "(its error isn't known)" if math.isnan(error) else f"+- {error:.4f}, luck taken off"
+        won = f"best {kept[-1].value:.4f}, {won}: gain {gain:.4f} {sure}"
     return won, "noise not known" if math.isnan(noise) else f"noise of a difference {noise:.4f}"
 
 
@@ -915,8 +934,9 @@ class Git:
 
     COMMAND = """git -c core.hooksPath=/dev/null -c core.fsmonitor=false -c core.quotePath=false
         -c core.safecrlf=false -c core.fileMode=false -c gc.auto=0 -c color.ui=false
-        -c log.showSignature=false -c diff.autoRefreshIndex=true -c i18n.logOutputEncoding=UTF-8
-        -c user.name=autoresearch -c user.email=autoresearch@localhost --no-optional-locks""".split()
+        -c log.showSignature=false -c diff.autoRefreshIndex=true -c diff.orderFile=/dev/null
+        -c i18n.logOutputEncoding=UTF-8 -c user.name=autoresearch -c user.email=autoresearch@localhost
+        --no-optional-locks""".split()
     START = "git init && git add -A && git commit -m start"
 
     def __init__(self, folder):
@@ -1964,8 +1984,9 @@ def backoff(failed):
 def text_of(content):
     """The text of a message: a string, or parts, of which only those of type text are the answer."""
     if isinstance(content, list):
-        return "".join(part["text"] for part in content if part["type"] == "text")
-    return content or ""
+        parts = [part if isinstance(part, dict) else {"text": part} for part in content]
+        content = "".join(part.get("text") or "" for part in parts if part.get("type", "text") in TEXT_PARTS)
+    return f"{content or ''}"
 
 
 class Model:
@@ -1986,13 +2007,19 @@ class Model:
         self.key, url = key or "none", url or OPENAI  # local servers want no key, the client does
         self.limit = None  # of a reply's tokens, once one was cut off; empty where the server takes none
         self.last_prompt = 0, 0  # tokens that the server read of it, and its characters
-        hint = "" if re.search(r"/v\d", url) else f"try export OPENAI_BASE_URL={url.rstrip('/')}/v1; or "
+        end = re.search(r"(?i)(/v\d\w*)?(/(api|chat|completions|models))*/*$", url)
+        right = url[: end.start()] + (end[1] or "/v1").lower()
+        right = right if "://" in right else f"http://{right}"
+        has_version = re.search(r"/v\d(?!.*/(completions|models)/*$)", url)
+        hint = "" if has_version else f"try export OPENAI_BASE_URL={right}; or "
         for failed in range(FIRST_TRIES):
             try:
                 # Else a server that drops the connection after an error fails the next request, too:
                 how = dict(max_retries=0, timeout=REPLY_SECONDS, default_headers={"Connection": "close"})
                 self.client = openai.OpenAI(api_key=self.key, base_url=url, **how)
-                self.agree([name] if name else [DEFAULT_MODEL] if url == OPENAI else self.listed())
+                self.agree(
+                    [name] if name else [DEFAULT_MODEL] if url.rstrip("/") == OPENAI else self.listed()
+                )
                 break
             except Exception as error:  # the server isn't ready, or something is wrong in the settings
                 unpaid = getattr(error, "code", None) == "insufficient_quota"  # a 429 that no waiting changes
@@ -2016,7 +2043,8 @@ class Model:
         """What a fault says, in a line, with the server's own words and without the key."""
         text, body = f"{error.__cause__ or error}", getattr(error, "body", None)
         text += f" - {body}" if body and " - " not in text else ""
-        return one_line(text.replace(self.key, "***"), 400)
+        # What is shorter is no secret, but what a server of one's own takes, and may stand in any word.
+        return one_line(text.replace(self.key, "***") if len(self.key) >= MIN_KEY else text, 400)
 
     def agree(self, names):
         """Takes the first of these models that can chat (embeddings are listed, too), by short requests: so a
@@ -2044,13 +2072,17 @@ class Model:
         count)."""
         sent = [message | {"content": as_unicode(message["content"])} for message in chat]
         said = self.client.chat.completions.create(model=self.name, messages=sent, **(self.limit or {}))
-        answer = {} if isinstance(said, str) else said.to_dict(warnings=False)  # a string: a page of HTML
-        choice, usage = (answer.get("choices") or [{}])[0], answer.get("usage") or {}
-        message, ended = choice.get("message") or {}, f"{choice.get('finish_reason')}".lower()
-        if ended not in (*WHOLE, *CUT_OFF, *NO_ANSWER):
-            reason = choice.get("error") or answer.get("error") or said
-            raise ValueError(f"no whole reply in its answer (finish_reason {ended}): {reason}")
-        text = text_of(message.get("content"))
+        try:
+            answer = said.to_dict(warnings=False)
+            (choice, *_), usage = answer.get("choices") or [{}], answer.get("usage")
+            message, usage = choice.get("message"), usage if isinstance(usage, dict) else {}
+            ended = f"{choice.get('finish_reason')}".lower().strip().removeprefix("finish_reason_")
+            if message is None or ended not in (*WHOLE, *CUT_OFF, *NO_ANSWER):
+                reason = choice.get("error") or answer.get("error") or said
+                raise ValueError(f"no whole reply in its answer (finish_reason {ended}): {reason}")
+            text = text_of(message.get("content"))
+        except (AttributeError, TypeError, RecursionError):  # a page of HTML, a list, a number
+            raise ValueError(f"its answer isn't one of a chat: {said}") from None
         thought = message.get("reasoning_content") or message.get("reasoning")
         kinds = ("prompt_tokens", "completion_tokens", "total_tokens")
         read, own, used = (count_in(f"{usage.get(kind)}") for kind in kinds)
@@ -2589,7 +2621,7 @@ class Session:
             (self.folder / f".{name}.new").unlink(missing_ok=True)  # of a loop that was killed
         ledger.sync_checkout()
         texts = (self.git.text(commit, "program.md") for commit in (ledger.ref, start))
-        self.program = next(filter(None, texts))  # a user may have taken the branch's away
+        self.program = next(filter(None, texts), "")  # a user may have taken the branch's away
 
     def prepare(self):
         """Every precondition, before anything is changed; then the branch."""

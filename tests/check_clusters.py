@@ -226,7 +226,9 @@ class Docker:
 
     def __init__(self, folder):
         folder.mkdir()
-        self.server = subprocess.Popen(self.podman("system", "service", "--time=0", f"unix://{folder}/socket"))
+        self.server = subprocess.Popen(
+            self.podman("system", "service", "--time=0", f"unix://{folder}/socket")
+        )
         os.environ["DOCKER_HOST"] = f"unix://{folder}/socket"
         for node in NODES:
             most = "--ulimit=nofile=1024:4096", "--ulimit=nproc=4096:4096"

@@ -246,7 +246,7 @@ REPLIES = {
     "a whole file with an indented fence inside": (whole(ABOUT[4:] + SOURCE), ABOUT[4:] + SOURCE),
     "a whole file with a fence inside": (
         whole(changed(("WIDTH", '"""\n```\nWIDTH\n```\n"""\nWIDTH'))),
-        "doesn't compile",
+        "send all of it",
     ),
     "two whole files": (whole(SOURCE) + "or\n" + whole(changed(WIDE)), "isn't one whole file"),
     "a piece of the file": (whole("WIDTH = 128\n"), "isn't one whole file"),

@@ -340,6 +340,66 @@ def test_a_url_that_does_not_end_as_it_should_is_named_with_the_one_that_does(
         assert f"try export OPENAI_BASE_URL={url}/v1;" in stopped(name)
 
 
+@pytest.mark.parametrize(
+    "url, right",
+    [
+        ("http://localhost:1/api", "http://localhost:1/v1"),
+        ("http://localhost:1/api/chat/", "http://localhost:1/v1"),
+        ("http://localhost:1/chat/completions", "http://localhost:1/v1"),
+        ("http://localhost:1/v1/chat/completions", "http://localhost:1/v1"),
+        ("http://localhost:1/api/v3/chat/completions", "http://localhost:1/api/v3"),
+        ("http://localhost:1/V1/", "http://localhost:1/v1"),
+        ("localhost:1", "http://localhost:1/v1"),
+    ],
+)
+def test_of_a_url_that_says_too_much_or_too_little_the_right_one_is_named(model, monkeypatch, url, right):
+    monkeypatch.setenv("OPENAI_BASE_URL", url)
+    assert f"try export OPENAI_BASE_URL={right};" in stopped("mine")
+
+
+@pytest.mark.parametrize("key", ["none", "x", "ollama"])
+def test_a_key_that_is_none_makes_no_word_unreadable(model, server, monkeypatch, key):
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    server.ready = (400, {"error": {"message": "none of the models exists: ollama pull llama3"}})
+    assert "none of the models exists: ollama pull llama3" in stopped("mine")
+
+
+PARTS = [
+    [{"text": "an edit"}], ["an", " edit"], [{"type": "text", "text": None}, {"type": "text", "text": "an edit"}],
+    [{"type": "output_text", "text": "an edit"}], [{"type": "thinking", "text": "a draft"}, {"type": "text", "text": "an edit"}],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("content", PARTS)
+def test_a_reply_in_parts_is_their_text(model, server, content):
+    server.replies += [{"message": {"role": "assistant", "content": content}}]
+    assert model.ask([*TEXT], Event())[0] == "an edit"
+
+
+@pytest.mark.parametrize(
+    "body",
+    ["null", "[1, 2]", "5", '{"choices": [null]}', '{"choices": "good"}', "<html>", '{"choices": [{"message": "good", "finish_reason": "stop"}]}',
+     '{"choices": [{"text": "good", "finish_reason": "stop"}]}'],
+)  # fmt: skip
+def test_an_answer_of_another_shape_is_a_fault_and_asked_again(model, server, body):
+    server.replies += [(200, body), "an edit"]
+    assert model.ask([*TEXT], Event())[0] == "an edit"
+    assert "asking again" in model.said()
+
+
+@pytest.mark.parametrize("usage", ["100", 7, [], {"prompt_tokens": {}}])
+def test_a_usage_of_another_shape_is_none(model, server, usage):
+    choice = {"index": 0, "message": {"role": "assistant", "content": "an edit"}, "finish_reason": "stop"}
+    server.replies += [(200, {"choices": [choice], "usage": usage})]
+    assert model.ask([*TEXT], Event()) == ("an edit", 0)
+
+
+@pytest.mark.parametrize("name", ["FINISH_REASON_STOP", "end_of_turn", "stop_token", " Stop"])
+def test_a_good_end_is_known_however_it_is_written(model, server, name):
+    server.replies += [{"finish_reason": name, "message": {"role": "assistant", "content": "an edit"}}]
+    assert model.ask([*TEXT], Event())[0] == "an edit"
+
+
 @pytest.mark.every(3)
 @pytest.mark.parametrize("end", ["/v1", "/api/v3", "/v1beta/openai", "/api/paas/v4/", "/openai/v1"])
 def test_a_url_with_a_version_is_left_as_it_is(model, server, monkeypatch, end):

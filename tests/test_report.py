@@ -154,6 +154,34 @@ def test_the_metric_is_the_second_column_whatever_its_name():
     assert "best 0.7500, baseline 0.5000: gain 0.2500" in screen(report)
 
 
+@pytest.mark.parametrize("between", ["date", "timestamp", "run_id", "step", "Elapsed hours", "model"])
+def test_a_column_between_that_no_metric_is_called_is_none(between):
+    head = f"commit\t{between}\tacc\tstatus\n"
+    report = read(f"{head}a\t20260101\t0.5\tkeep\nb\t20260102\t0.6\tkeep\n")
+    assert report.metric == "acc" and [row.value for row in report.rows] == [0.5, 0.6]
+    assert "gain 0.1000 (its error isn't known)" in screen(report)
+    assert "nan" not in screen(report)
+
+
+def test_a_metric_may_be_called_like_a_time():
+    text = loop.header("seconds_time") + "a\t0.5\t1\tkeep\tbaseline\t\t0.5\t0\t\n"
+    assert read(text).metric == "seconds_time" and len(read(text).rows) == 1
+
+
+@pytest.mark.parametrize("first, second", [(-3.0, -2.5), (0.0, 0.5), (-1.0, 0.0)])
+def test_a_metric_may_be_0_or_less(first, second):
+    report = read(f"commit\treward\tstatus\na\t{first}\tkeep\nb\t{second}\tkeep\n")
+    assert f"best {second:.4f}, baseline {first:.4f}: gain" in screen(report)
+
+
+@pytest.mark.parametrize("above", ["\n", "# my log\n\n", "My night of May\n"])
+@pytest.mark.parametrize("end", ["\n", "\r", "\r\n"])
+def test_what_stands_above_the_header_and_how_lines_end_does_not_matter(above, end):
+    report = read((above + FIVE + "half a row\n").replace("\n", end))
+    assert len(report.rows) == 6
+    assert report.unread[0].startswith(f"line {above.count(chr(10)) + 8} is")
+
+
 def test_the_report_speaks_in_the_changes_of_the_rows():
     lines = (
         "a\t1.5\t1\tkeep\tbaseline\t\t1.5,1.6\t0\t",
@@ -211,9 +239,21 @@ def test_lines_that_are_no_rows_are_counted_and_the_first_is_named(line):
 
 
 STATUSES = {
-    "keep": ["baseline", "best", "KEEP", "kept", " keep ", "accepted", "improved"],
-    "crash": ["CRASH", "crashed", "failed", "error", "timeout", "OOM"],
-    "discard": ["Discard", "reverted", "rejected", "worse", "no gain", "?"],
+    "keep": [
+        "baseline",
+        "best",
+        "KEEP",
+        "kept",
+        " keep ",
+        "accepted",
+        "improved",
+        "✅ keep",
+        "**keep**",
+        "`keep`",
+    ]
+    + ["new best", "NEW_BEST", "win", "pass", "advance", "merged"],
+    "crash": ["CRASH", "crashed", "failed", "error", "timeout", "OOM", "killed", "diverged", "❌ crash"],
+    "discard": ["Discard", "reverted", "rejected", "worse", "no gain", "?", "failed to improve", "not kept"],
 }
 
 
