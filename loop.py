@@ -23,7 +23,6 @@ if __name__ == "__main__":
 
 import argparse
 import ast
-import contextlib
 import ctypes
 import difflib
 import fcntl
@@ -53,11 +52,13 @@ import time
 import traceback
 import warnings
 from collections import Counter, deque
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from stat import S_ISDIR, S_ISREG
 from statistics import NormalDist, fmean, median, median_low, stdev
+from subprocess import DEVNULL, PIPE, STDOUT, CalledProcessError, TimeoutExpired
 
 try:
     import psutil
@@ -448,7 +449,7 @@ def blocks_between(before, after):
     for around in itertools.count():
         groups = difflib.SequenceMatcher(None, old, new, autojunk=False).get_grouped_opcodes(around)
         blocks = [(old[one[0][1] : one[-1][2]], new[one[0][3] : one[-1][4]]) for one in groups]
-        with contextlib.suppress(Refused):
+        with suppress(Refused):
             if apply_blocks(before, blocks) == after:
                 return blocks
 
@@ -630,7 +631,7 @@ def count_in(text):
 
 def numbers_in(text, between):
     """The numbers that a cell holds; none where something else is in it."""
-    with contextlib.suppress(ValueError):
+    with suppress(ValueError):
         return [float(part) for part in text.split(between)]
     return []
 
@@ -900,7 +901,7 @@ class Git:
         self.environment = {**theirs, "LC_ALL": "C"}
         try:
             places = self("rev-parse", "--show-prefix", "--absolute-git-dir", "--show-toplevel")
-        except subprocess.CalledProcessError as error:
+        except CalledProcessError as error:
             raise Stop(f"{explain(error)}; to make {folder} a repository: {self.START}") from None
         self.prefix, self.dir, self.top = places.splitlines()  # prefix: where it is in a larger repository
         # Not another one, while a disk is away:
@@ -920,11 +921,11 @@ class Git:
             try:
                 done = subprocess.run(command, input=stdin.encode("utf-8", "surrogateescape"), **how)
                 return done.stdout.decode("utf-8", "surrogateescape")
-            except subprocess.CalledProcessError as error:
+            except CalledProcessError as error:
                 lock = re.search(rb"Unable to create '(.+(?<!/index)\.lock)': File exists", error.stderr)
                 if not lock:
                     raise
-                with contextlib.suppress(FileNotFoundError):  # of a git that was killed, if it stays
+                with suppress(FileNotFoundError):  # of a git that was killed, if it stays
                     if time.time() - os.stat(lock[1]).st_mtime > LOCK_SECONDS:
                         os.unlink(lock[1])
                 time.sleep(0.1)
@@ -933,7 +934,7 @@ class Git:
         """The answer to a question that may have none: empty then, and an error where git itself fails."""
         try:
             return self(*args).strip()
-        except subprocess.CalledProcessError as error:
+        except CalledProcessError as error:
             if error.returncode != 1:
                 raise
             return ""
@@ -1002,14 +1003,14 @@ def replace_file(path, text):
     """Writes a file by rename: whoever reads it sees the old one or the new one."""
     new = path.with_name(f".{path.name}.new")
     new.write_bytes(text.encode("utf-8", "surrogateescape"))
-    with contextlib.suppress(FileNotFoundError):
+    with suppress(FileNotFoundError):
         shutil.copymode(path, new)
     new.replace(path)
 
 
 def read_text(path):
     """A user's file as it stands, line ends apart; empty when it can't be read."""
-    with contextlib.suppress(OSError):
+    with suppress(OSError):
         return path.read_bytes().decode("utf-8", "surrogateescape").replace("\r\n", "\n")
     return ""
 
@@ -1091,7 +1092,7 @@ class Ledger:
                 result = {"value": value, "work": work[seed] if seed < len(work) else "", "cause": ""}
                 self.results[experiment.commit, seed, "val"] = result
         for line in read_text(self.file).splitlines():
-            with contextlib.suppress(ValueError, LookupError, TypeError):  # half a line, of a loss of power
+            with suppress(ValueError, LookupError, TypeError):  # half a line, of a loss of power
                 self.count(json.loads(line))
 
     def count(self, event):
@@ -1285,7 +1286,7 @@ class Ledger:
             follows = self.edits in behind and any(same)
             for name in [self.edits] * follows + ["results.tsv"]:
                 replace_file(folder / name, git("cat-file", "--filters", f"{self.ref}:{git.prefix}{name}"))
-        with contextlib.suppress(subprocess.CalledProcessError):  # the index is held: the next row's turn
+        with suppress(CalledProcessError):  # the index is held: the next row's turn
             git("reset", "--quiet", "--", "results.tsv", self.edits, "program.md")
         return True
 
@@ -1410,7 +1411,7 @@ def files_below(*paths):
     found, left = {}, [*map(str, paths)]
     while left:
         path = left.pop()
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             stat = os.lstat(path)
             if S_ISDIR(stat.st_mode):
                 left += [entry.path for entry in os.scandir(path)]
@@ -1439,7 +1440,7 @@ def descendants():
     """The live processes of this worker's run; its orphans become the worker's children (on Linux)."""
     found = []
     for process in psutil.Process().children(recursive=True):
-        with contextlib.suppress(psutil.NoSuchProcess):
+        with suppress(psutil.NoSuchProcess):
             if process.status() != psutil.STATUS_ZOMBIE:
                 found.append(process)
     return found
@@ -1447,13 +1448,13 @@ def descendants():
 
 def kill_descendants():
     for _ in range(200):  # more than once: a process may fork between being found and being killed
-        with contextlib.suppress(ChildProcessError):
+        with suppress(ChildProcessError):
             while os.waitpid(-1, os.WNOHANG)[0]:
                 pass
         if not (found := descendants()):
             return
         for process in found:
-            with contextlib.suppress(psutil.Error):
+            with suppress(psutil.Error):
                 process.kill()
         time.sleep(0.01)
 
@@ -1480,7 +1481,7 @@ def over_limit(log, most_memory):
     for look in ("memory_info", "memory_full_info"):
         taken = 0
         for process in found:
-            with contextlib.suppress(psutil.Error):
+            with suppress(psutil.Error):
                 memory = getattr(process, look)()
                 taken += getattr(memory, "pss", memory.rss)
         if taken <= most_memory:
@@ -1534,14 +1535,14 @@ def read_result(text, secret, job):
     return result
 
 
-def ask_facts(command, folder, env, stderr=subprocess.PIPE):
+def ask_facts(command, folder, env, stderr=PIPE):
     """What the ruler says of this machine: a dictionary, or the sentence with which it fails."""
-    how = dict(cwd=folder, env=env, text=True, errors="replace", stdin=subprocess.DEVNULL, stderr=stderr)
-    process, errors = subprocess.Popen([*command, "--facts"], stdout=subprocess.PIPE, **how), ""
+    how = dict(cwd=folder, env=env, text=True, errors="replace", stdin=DEVNULL, stderr=stderr)
+    process, errors = subprocess.Popen([*command, "--facts"], stdout=PIPE, **how), ""
     try:
         answer, errors = process.communicate(timeout=FACTS_SECONDS)
         return dict(json.loads(answer.splitlines()[-1]))
-    except subprocess.TimeoutExpired:
+    except TimeoutExpired:
         process.kill()  # and no wait for its end: in a driver that hangs it has none
         return f"the ruler gave no facts within {FACTS_SECONDS} s"
     except (ValueError, IndexError, TypeError):
@@ -1603,15 +1604,15 @@ def start_run(job, command, env, log):
     """Starts the ruler with what is held out for it, on its core; its output goes to the log."""
     core = re.fullmatch(r"cpu:(\d+)", job["device"])
     held_out = job["facts"]["held_out"].get(job["told"]["SPLIT"])
-    how = dict(cwd=job["folder"], start_new_session=True, stdin=subprocess.DEVNULL, stderr=subprocess.STDOUT)
-    with open(held_out or os.devnull, "rb") as file, contextlib.ExitStack() as stack:
+    how = dict(cwd=job["folder"], start_new_session=True, stdin=DEVNULL, stderr=STDOUT)
+    with open(held_out or os.devnull, "rb") as file, ExitStack() as stack:
         if core:  # a child inherits it
             stack.callback(os.sched_setaffinity, 0, os.sched_getaffinity(0))
             os.sched_setaffinity(0, {int(core[1])})
         if held_out:
             env = env | as_environment({"HELD_OUT": file.fileno()})
         process = subprocess.Popen([*command, "--run"], env=env, stdout=log, pass_fds=[file.fileno()], **how)
-    with contextlib.suppress(OSError):  # where memory ends, the kernel should choose the run
+    with suppress(OSError):  # where memory ends, the kernel should choose the run
         Path(f"/proc/{process.pid}/oom_score_adj").write_text("1000")
     return process
 
@@ -1622,7 +1623,7 @@ def watch(process, log, deadline, job, tell):
     looked, paused = time.monotonic(), 0
     while (left := deadline - time.monotonic()) > 0:
         paused, looked = max(paused, time.monotonic() - looked), time.monotonic()
-        with contextlib.suppress(subprocess.TimeoutExpired):
+        with suppress(TimeoutExpired):
             process.wait(min(1, left))
             break
         tell(line=one_line(end_of(log).rstrip().rpartition("\n")[2]))
@@ -1670,7 +1671,7 @@ def run_for_another(job, tell):
     job |= {"folder": str(runs / experiment / f"{run}-{os.getpid()}"), "project": str(runs)}
     kill_leftovers(runs, job["name"])
     old = time.time() - 3600 - 2 * float(job["told"]["BUDGET"])  # what still runs is younger
-    with contextlib.suppress(OSError):  # another worker may do the same
+    with suppress(OSError):  # another worker may do the same
         merge_cache(runs / job["kept"] / "cache", runs / "cache")
         remove(*(path for path in runs.glob("[0-9]*-*") if path.stat().st_mtime < old))
     try:
@@ -1712,7 +1713,7 @@ def ask_here(job, tell):
 def attend(jobs, silence):
     """Hears the loop, in a thread of the worker: jobs, and on another machine a word now and then. Tells the
     main thread when the loop is gone."""
-    with contextlib.suppress(OSError, ValueError):
+    with suppress(OSError, ValueError):
         for line in sys.stdin.buffer:
             signal.setitimer(signal.ITIMER_REAL, silence)
             if job := json.loads(line):
@@ -1742,7 +1743,7 @@ def worker(silence=0):
     jobs, ended, cores = queue.SimpleQueue(), False, getattr(os, "sched_getaffinity", int)(0)
 
     def tell(**message):
-        with contextlib.suppress(BrokenPipeError):  # the loop is gone, as attend() hears
+        with suppress(BrokenPipeError):  # the loop is gone, as attend() hears
             sys.stdout.buffer.write(json.dumps(message).encode() + b"\n")
             sys.stdout.buffer.flush()
 
@@ -1751,7 +1752,7 @@ def worker(silence=0):
             time.sleep(BEAT)
             tell()
 
-    with contextlib.suppress(Orphaned):
+    with suppress(Orphaned):
         signal.setitimer(signal.ITIMER_REAL, silence)
         threading.Thread(target=attend, args=(jobs, silence), daemon=True).start()
         threading.Thread(target=beat, daemon=True).start()
@@ -1792,7 +1793,7 @@ class Device:
         python, boot = shlex.quote(sys.executable), shlex.quote(self.BOOT)
         if self.launch:
             python = f'"$AUTORESEARCH_PYTHON" {python} python3'
-        pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        pipes = dict(stdin=PIPE, stdout=PIPE, stderr=STDOUT)
         self.process = subprocess.Popen([*self.launch, "sh"], env=env, start_new_session=True, **pipes)
         become = f'exec "$p" -c {boot} {"node" if self.launch else "run"}'
         become = f'for p in {python}; do command -v "$p" >/dev/null && cd / && {become}; done'
@@ -1801,7 +1802,7 @@ class Device:
     def send(self, line):
         """Writes a line, in pieces that a pipe takes at once: who reads nothing is given up."""
         pipe, data = self.process.stdin.fileno(), line.encode() + b"\n"
-        with contextlib.suppress(BrokenPipeError):  # why is in what is still to be read
+        with suppress(BrokenPipeError):  # why is in what is still to be read
             while data:
                 if not select.select([], [pipe], [], SILENCE)[1]:
                     raise OSError(110, f"nothing was read for {SILENCE} s", self.name)
@@ -1817,7 +1818,7 @@ class Device:
             *lines, rest = (rest + part).split(b"\n")
             for line in lines:
                 message = {"said": one_line(line.decode("utf-8", "replace"))}
-                with contextlib.suppress(ValueError, TypeError):
+                with suppress(ValueError, TypeError):
                     message = dict(json.loads(line))
                 if self.launch and "wants" in message:
                     patience = SILENCE if message["wants"] == "job" else FACTS_SECONDS
@@ -1871,15 +1872,15 @@ class Device:
 
     def close(self):
         """Ends the worker, and with it the run."""
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             self.process.stdin.close()
 
     def wait(self, seconds=KILL_GRACE):
         """Waits until a worker that was closed has ended, and what started it; in the end by force."""
         for number in (signal.SIGTERM, signal.SIGKILL):
-            with contextlib.suppress(subprocess.TimeoutExpired):
+            with suppress(TimeoutExpired):
                 return self.process.wait(seconds)
-            with contextlib.suppress(ProcessLookupError):
+            with suppress(ProcessLookupError):
                 os.killpg(self.process.pid, number)
 
 
@@ -1887,13 +1888,13 @@ def kill_leftovers(runs, device=None):
     """Ends what a killed loop of this checkout, or a device's killed worker, left running."""
     found = []
     for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error):
+        with suppress(psutil.Error):
             env = process.environ() if process.pid != os.getpid() else {}
             if env.get("AUTORESEARCH_RUNS") == str(runs) and device in (None, env.get("AUTORESEARCH_DEVICE")):
                 found.append(process)
     # A worker whose loop is gone ends its run by itself, also what has cleared its environment.
     for process in psutil.wait_procs(found, timeout=ORPHAN_SECONDS)[1]:
-        with contextlib.suppress(psutil.Error):
+        with suppress(psutil.Error):
             process.kill()
 
 
@@ -1915,7 +1916,7 @@ def explain(error):
     """An error for the screen, in a line; with its traceback if nobody expected it."""
     if isinstance(error, OSError):
         return f"{error.strerror}: {error.filename}"
-    if isinstance(error, subprocess.CalledProcessError):
+    if isinstance(error, CalledProcessError):
         advice = (error.stderr or b"").decode("utf-8", "replace")  # whole: a command to copy may be in it
         return f"git failed: {one_line(advice, 5000) or error}"
     return "".join(traceback.format_exception(error))
@@ -2008,7 +2009,7 @@ class Model:
         """Says what failed and waits: as long as the server says, or longer each time."""
         seconds = backoff(failed)
         # no response, no header, a date in it
-        with contextlib.suppress(AttributeError, TypeError, ValueError):
+        with suppress(AttributeError, TypeError, ValueError):
             seconds = min(max(1, float(error.response.headers.get("retry-after"))), WAITS[1])  # nan is 1
         self.say(f"the model's server failed ({self.words(error)}); asking again in {seconds:.0f} s")
         wait(seconds)
@@ -2155,7 +2156,7 @@ class View:
         model's text may hold brackets."""
         text = f"{datetime.now():%H:%M:%S}  {text}"
         if not self.live:
-            with contextlib.suppress(OSError, SystemExit):  # the terminal, or nohup.out's disk, may be gone
+            with suppress(OSError, SystemExit):  # the terminal, or nohup.out's disk, may be gone
                 self.console.print(Text(text), soft_wrap=True)
         if not seen:
             self.said.append(text)
@@ -2201,7 +2202,7 @@ class View:
         left = max(min(self.budget - seconds, seconds * (100 / percent - 1) if percent else math.inf), 0)
         return f"{name}  {bar} {percent:3.0f} %  {left:3.0f} s left  {run.what}  ·  {run.line}"
 
-    @contextlib.contextmanager
+    @contextmanager
     def on_screen(self):
         """Live, where there is a terminal. All of a screen of its own is drawn each time: no flicker."""
         if not self.console.is_interactive:
@@ -2211,13 +2212,13 @@ class View:
         try:
             # The terminal may be gone when it ends.
             with (
-                contextlib.suppress(OSError),
+                suppress(OSError),
                 Live(get_renderable=self.draw, console=self.console, screen=True, refresh_per_second=2),
             ):
                 yield
         finally:
             self.live = False
-            with contextlib.suppress(OSError):
+            with suppress(OSError):
                 said = [*map(Text, [*self.said][before:])]
                 self.said.clear()  # it stands above
                 self.console.print(*said, self.draw(spare=3), sep="\n", soft_wrap=True)
@@ -2280,7 +2281,7 @@ class Report:
         if self.unread:
             lines.append(f"lines left out: {len(self.unread)}; {self.unread[0]}")
         # Where there are two times, and in our form:
-        with contextlib.suppress(ValueError, IndexError, ZeroDivisionError):
+        with suppress(ValueError, IndexError, ZeroDivisionError):
             times = (row.finished for row in rows if row.finished)
             ends = sorted(datetime.strptime(text, "%Y-%m-%dT%H:%M:%SZ") for text in times)
             hours = (ends[-1] - ends[0]).total_seconds() / 3600
@@ -2353,7 +2354,7 @@ def read_report(folder, tag, file):
     try:
         ledger.load()
         return Report(name, ledger.table.split("\t")[1], ledger.rows, nodes=ledger.odd_nodes())
-    except (Stop, KeyError, subprocess.CalledProcessError):  # a branch of another version
+    except (Stop, KeyError, CalledProcessError):  # a branch of another version
         return Report(name, *read_rows(git.text(ledger.ref, "results.tsv") or header(METRIC), name))
 
 
@@ -2739,7 +2740,7 @@ class Session:
         with tempfile.TemporaryDirectory() as name:
             folder, command = Path(name), [sys.executable, self.script, "--check", self.ledger.edits]
             write_files(folder, {**self.ruler, self.ledger.edits: source})
-            how = dict(cwd=folder, env=environment(folder, folder), stdout=subprocess.PIPE, text=True)
+            how = dict(cwd=folder, env=environment(folder, folder), stdout=PIPE, text=True)
             answer = subprocess.run(command, **how).stdout.strip()
         if not answer:
             raise OSError(5, "the ruler's check failed", self.script)
@@ -2945,7 +2946,7 @@ class Session:
         for experiment in [*self.ledger.unfinished]:
             try:
                 self.settle(experiment)
-            except (Stop, OSError, subprocess.CalledProcessError):
+            except (Stop, OSError, CalledProcessError):
                 raise
             except Exception as error:
                 self.machine_failures[experiment.commit] += 1
@@ -2992,7 +2993,7 @@ class Session:
         if len(ledger.rows) % PACK_ROWS == 0:
             self.git("repack", "-d", "-q")
         if status == "keep":
-            with contextlib.suppress(OSError):
+            with suppress(OSError):
                 merge_cache(self.runs_folder / experiment.folder / "cache", self.runs_folder / "cache")
 
     # ---- the cycle
@@ -3035,7 +3036,7 @@ class Session:
             if not self.compared:  # an audit leaves the branch as it is
                 self.ledger.close()
             return False
-        with contextlib.suppress(queue.Empty):
+        with suppress(queue.Empty):
             self.events.get(timeout=1)
         return not self.stopping.is_set()
 
@@ -3074,7 +3075,7 @@ class Session:
         self.interrupted = self.stopping.is_set()
         self.stopping.set()
         self.drop_proposals()
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             self.collect()
         started = [device for device in self.devices.values() if device.process]
         for device in started:
@@ -3082,7 +3083,7 @@ class Session:
         for device in started:
             device.wait()
         self.view.runs, self.view.now = dict.fromkeys(self.devices), ""
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             for key in self.in_flight:
                 self.ledger.note(*key, {"stopped": True})
             self.tidy()
@@ -3156,7 +3157,7 @@ def main():
     except Stop as stop:
         print(f"loop.py: {stop}", file=sys.stderr)
         return stop.code
-    except (OSError, subprocess.CalledProcessError) as error:
+    except (OSError, CalledProcessError) as error:
         print(f"loop.py: {explain(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
