@@ -32,7 +32,6 @@ import hashlib
 import hmac
 import itertools
 import json
-import math
 import os
 import queue
 import re
@@ -55,6 +54,7 @@ from collections import Counter, deque
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta, timezone
+from math import copysign, exp, hypot, inf, isfinite, isnan, nan, sqrt
 from pathlib import Path
 from stat import S_ISDIR, S_ISREG
 from statistics import NormalDist, fmean, median, median_low, stdev
@@ -515,7 +515,7 @@ def moved(value, direction, step):
         return max(value + direction * max(1, round(abs(value) * step)), min(value, 1))
     if value == 0:
         return 0.05 if direction > 0 else 0.005
-    factor = math.exp(direction * step)
+    factor = exp(direction * step)
     if 0.5 < value < 1:  # 0.95 is 0.05 from 1: that is what moves
         return round(1 - float(f"{(1 - value) / factor:.3g}"), 9)
     return float(f"{value * factor:.3g}")
@@ -590,8 +590,8 @@ class Row:
     memory_gb: float
     status: str  # keep, discard or crash
     description: str
-    change: float = math.nan
-    error: float = math.nan
+    change: float = nan
+    error: float = nan
     runs: list = field(default_factory=list)  # the metric on seed 0, 1, ...
     llm_tokens: int = 0
     finished: str = ""  # UTC, ISO 8601
@@ -605,7 +605,7 @@ class Row:
         """The change with its standard error, as in -0.0012+-0.0003; empty where there is none."""
         digits = 6 if round(self.error, 6) < 0.0001 else 4
         change = round(self.change, digits) + 0.0  # never -0.0000
-        return "" if math.isnan(change) else f"{change:+.{digits}f}+-{self.error:.{digits}f}"
+        return "" if isnan(change) else f"{change:+.{digits}f}+-{self.error:.{digits}f}"
 
     @property
     def came_to(self):
@@ -662,14 +662,14 @@ def read_rows(text, name):
             continue
         row = Row(cells["commit"], values[0], 0.0, status, cells["description"], finished=cells["finished"])
         row.memory_gb = (numbers_in(cells["memory_gb"], ",") or [0.0])[0]
-        row.change, row.error = (numbers_in(cells["change"], "+-") + [math.nan] * 2)[:2]
-        row.runs = numbers_in(cells["runs"], ",") or values * (0 < values[0] < math.inf)
+        row.change, row.error = (numbers_in(cells["change"], "+-") + [nan] * 2)[:2]
+        row.runs = numbers_in(cells["runs"], ",") or values * (0 < values[0] < inf)
         row.llm_tokens = count_in(cells["llm_tokens"])
         rows.append(row)
     for row, parent in zip(rows, kept_before(rows), strict=False):
-        if parent and row.runs and math.isnan(row.change):
+        if parent and row.runs and isnan(row.change):
             row.change = row.value - parent.value
-            row.error = PRIOR_NOISE * math.sqrt(2) if metric == METRIC else math.nan
+            row.error = PRIOR_NOISE * sqrt(2) if metric == METRIC else nan
     return metric, rows, unread
 
 
@@ -706,7 +706,7 @@ def noise_of(groups, prior):
     variances = [square / free / MEDIAN_SQUARE for free, square in squares]
     typical = median_low([prior**2] * PRIOR_RUNS + variances)
     capped = sum(min(square, 9 * typical * free) for free, square in squares)
-    return math.sqrt((PRIOR_RUNS * prior**2 + capped) / (PRIOR_RUNS + sum(free for free, _ in squares)))
+    return sqrt((PRIOR_RUNS * prior**2 + capped) / (PRIOR_RUNS + sum(free for free, _ in squares)))
 
 
 def effect_of(differences, noise):
@@ -724,13 +724,13 @@ def luck_of(shared, parent, noise, runs_noise):
     """
     own = min(noise**2 / (2 * runs_noise**2), 1)
     above = fmean(shared) - fmean(parent)
-    return own * math.copysign(min(abs(above), 2 * runs_noise), above)
+    return own * copysign(min(abs(above), 2 * runs_noise), above)
 
 
 def spread_of(changes, noise):
     """How far apart the changes of a night lie: their median distance from their median, so that neither a
     few wild ones count nor the luck of the file that all edited."""
-    changes = [change for change in changes if math.isfinite(change)]
+    changes = [change for change in changes if isfinite(change)]
     middle = median(changes) if changes else 0
     return median([PRIOR_SPREAD * noise, *(abs(change - middle) for change in changes)])
 
@@ -760,7 +760,7 @@ def gain_of(changes):
     normal = NormalDist()
     above = [(error, max(gain / error, 0) - LIMIT) for gain, error in changes if error > 0]
     luck = sum(error * normal.pdf(over) / normal.cdf(over) for error, over in above)
-    return sum(gain for gain, _ in changes) - luck, math.hypot(*(error for _, error in changes))
+    return sum(gain for gain, _ in changes) - luck, hypot(*(error for _, error in changes))
 
 
 def night_gain(rows, sign):
@@ -779,16 +779,16 @@ def night_gain(rows, sign):
     if at and gains[1:]:
         added, (corrected, _) = sum(change for change, _ in changes[:at]), gain_of(changes[:at])
         gain += fmean(gains) - corrected - (added - corrected) / len(gains)
-        error = max(error, stdev(gains) / math.sqrt(len(gains)))
+        error = max(error, stdev(gains) / sqrt(len(gains)))
     if at < len(kept) - 1 and kept[at].runs[1:]:
-        error = math.hypot(error, stdev(kept[at].runs))
+        error = hypot(error, stdev(kept[at].runs))
     return gain, error
 
 
 def noise_in(rows):
     """The deviation of one difference, as the latest discarded row's error tells it; nan without one."""
     last = (row for row in reversed(rows) if row.error > 0 and row.status == "discard")
-    return next((row.error * math.sqrt(len(row.runs)) for row in last), math.nan)
+    return next((row.error * sqrt(len(row.runs)) for row in last), nan)
 
 
 def outcome(rows, sign=1):
@@ -798,7 +798,7 @@ def outcome(rows, sign=1):
     if kept[1:]:
         gain, error = night_gain(rows, sign)
         won = f"best {kept[-1].value:.4f}, {won}: gain {gain:.4f} +- {error:.4f}, luck taken off"
-    return won, "noise not known" if math.isnan(noise) else f"noise of a difference {noise:.4f}"
+    return won, "noise not known" if isnan(noise) else f"noise of a difference {noise:.4f}"
 
 
 def counts(rows):
@@ -821,7 +821,7 @@ def odd_nodes(groups, noise):
             for node, better in ((after, more), (before, -more)) if before != after else ():
                 off.setdefault(node, []).append(better)
     for node, gains in sorted(off.items()):
-        mean, error = fmean(gains), noise / math.sqrt(len(gains))
+        mean, error = fmean(gains), noise / sqrt(len(gains))
         if len(gains) >= ODD and abs(mean) > ODD * error:
             were = f"{len(gains)} runs were {'better' if mean > 0 else 'worse'}"
             yield f"{node}: {were} than elsewhere by {abs(mean):.4f} +- {error:.4f}"
@@ -830,10 +830,10 @@ def odd_nodes(groups, noise):
 def audit_report(pairs, first, best, rows, sign):
     """Lines for the morning, from (baseline, best) on each fresh seed; first, best: their rows."""
     gains = [sign * (baseline - after) for baseline, after in pairs]
-    half = STUDENT[len(gains) - 2] * stdev(gains) / math.sqrt(len(gains))
+    half = STUDENT[len(gains) - 2] * stdev(gains) / sqrt(len(gains))
     middle, (gain, error) = fmean(gains), night_gain(rows, sign)
     verdict = "" if middle > half else ": it is worse" if middle < -half else ": it may be no gain at all"
-    if not verdict and abs(middle - gain) > math.hypot(half, CLEAR_ERRORS * error):
+    if not verdict and abs(middle - gain) > hypot(half, CLEAR_ERRORS * error):
         verdict = f": real, but {'less' if middle < gain else 'more'} than the night's own figure"
     return (
         f"baseline {first.commit}, best {best.commit} ({counts(rows)}), {len(gains)} new seeds, unseen data:",
@@ -1530,7 +1530,7 @@ def read_result(text, secret, job):
     for name in ("metric", "data", "told"):
         if result.get(name) != expected[name]:
             raise ValueError(f"the result is of another {name}: {result.get(name)}, not {expected[name]}")
-    if not math.isfinite(float(result["value"])):
+    if not isfinite(float(result["value"])):
         raise ValueError(f"the result {result['value']} is no number")
     return result
 
@@ -2199,7 +2199,7 @@ class View:
         size = min(self.console.width // 8, 30)
         bar = ("━" * round(size * percent / 100)).ljust(size, "─")
         seconds = time.monotonic() - run.began
-        left = max(min(self.budget - seconds, seconds * (100 / percent - 1) if percent else math.inf), 0)
+        left = max(min(self.budget - seconds, seconds * (100 / percent - 1) if percent else inf), 0)
         return f"{name}  {bar} {percent:3.0f} %  {left:3.0f} s left  {run.what}  ·  {run.line}"
 
     @contextmanager
@@ -2248,14 +2248,14 @@ class Report:
     def __post_init__(self):
         self.kept = [number for number, row in enumerate(self.rows) if row.status == "keep" and row.runs]
         # Where what was kept rose, or what was not fell, higher is better.
-        known = [row for row in self.rows if not math.isnan(row.change)]
+        known = [row for row in self.rows if not isnan(row.change)]
         changes = [row.change if row.status == "keep" else -row.change for row in known]
         self.sign = -1 if sum(changes) > 0 else 1
 
     def gain(self, number):
         """How much an experiment won over the file that it edited; the baseline comes first."""
         change = self.rows[number].change
-        return math.inf if math.isnan(change) else -self.sign * change
+        return inf if isnan(change) else -self.sign * change
 
     def table(self, numbers):
         """Lines of these rows, green where a change is clear of the noise."""
@@ -2314,7 +2314,7 @@ class Report:
             numbers = [n for n, row in enumerate(rows) if row.status == status]
             how = dict(marker=marker, label=f"{status} ({len(numbers)})", zorder=3)
             axes.scatter(numbers, [at[n] for n in numbers], 25, colour, **how)
-        best = [row.value if row else math.nan for row in kept_before(rows)[1:]]
+        best = [row.value if row else nan for row in kept_before(rows)[1:]]
         axes.step(range(len(rows)), best, green, where="post", label="best so far")
         sure = [n for n, row in enumerate(rows) if row.error > 0 and at[n] == row.value]
         how = dict(fmt="none", ecolor=grey, elinewidth=0.8, label="standard error of the change")
@@ -2612,7 +2612,7 @@ class Session:
         baseline."""
         begun = max(len(self.ledger.experiments), 1) + more - self.view.before
         hours = (time.monotonic() - self.view.began) / 3600
-        enough = begun >= (self.args.experiments or math.inf) or hours >= (self.args.hours or math.inf)
+        enough = begun >= (self.args.experiments or inf) or hours >= (self.args.hours or inf)
         return (self.ledger.best or more) and enough
 
     def wanted(self):
@@ -2777,7 +2777,7 @@ class Session:
 
     def asking(self):
         """Whether there is a model, and tokens are left of those that --tokens allows."""
-        return self.model and self.view.tokens < (self.args.tokens or math.inf)
+        return self.model and self.view.tokens < (self.args.tokens or inf)
 
     def heard(self, proposal, tokens):
         """Counts a reply, and says why it was refused."""
@@ -2971,7 +2971,7 @@ class Session:
         last = runs[-1] if runs else {}
         runs = [run for run in runs if status != "crash" and not run["cause"]]
         description = one_line(experiment.description, 120) + (f" [{one_line(remark)}]" if remark else "")
-        row = Row("", math.nan, 0.0, status, description, runs=[run["value"] for run in runs])
+        row = Row("", nan, 0.0, status, description, runs=[run["value"] for run in runs])
         row.llm_tokens = count_in(experiment.trailers.get("Tokens", ""))
         row.finished = f"{datetime.now(timezone.utc):%Y-%m-%dT%H:%M:%SZ}"
         if runs:
@@ -2979,7 +2979,7 @@ class Session:
             row.memory_gb = max(run.get("memory_mb", 0) for run in runs) / 1024
         gains, noise = ledger.gains_of(experiment, self.sign, self.noted["noise"])
         if runs and gains:
-            row.change, row.error = -self.sign * effect_of(gains, noise), noise / math.sqrt(len(gains))
+            row.change, row.error = -self.sign * effect_of(gains, noise), noise / sqrt(len(gains))
             row.value = ledger.experiments[experiment.parent].row.value + row.change
         body = f"{self.facts['metric']} {row.value:.6f}, {last.get('info', '')}"
         if status == "crash":
@@ -3101,7 +3101,7 @@ class Session:
 def positive(text):
     """An argument's type: a number above 0."""
     value = float(text)
-    if not 0 < value < math.inf:
+    if not 0 < value < inf:
         raise ValueError
     return value
 
