@@ -1710,6 +1710,11 @@ def ask_here(job, tell):
     return {"facts": facts, "why": why_no_cage(job, facts) if job["sandbox"] != "off" else ""}
 
 
+def in_background(function, *args):
+    """Calls a function in a thread of its own, a daemon: the process can end while a request is in flight."""
+    threading.Thread(target=function, args=args, daemon=True).start()
+
+
 def attend(jobs, silence):
     """Hears the loop, in a thread of the worker: jobs, and on another machine a word now and then. Tells the
     main thread when the loop is gone."""
@@ -1754,8 +1759,8 @@ def worker(silence=0):
 
     with suppress(Orphaned):
         signal.setitimer(signal.ITIMER_REAL, silence)
-        threading.Thread(target=attend, args=(jobs, silence), daemon=True).start()
-        threading.Thread(target=beat, daemon=True).start()
+        in_background(attend, jobs, silence)
+        in_background(beat)
         tell(wants="job", place=f"{os.uname().nodename} {os.environ.get('CUDA_VISIBLE_DEVICES')} {cores}")
         while not ended:
             try:
@@ -2772,8 +2777,7 @@ class Session:
             if self.over(len(self.proposals)):
                 return
             self.proposals.append(Proposal(self.ledger.source, self.prompt()))
-            # A daemon: the loop can end while a request is in flight.
-            threading.Thread(target=run, args=self.proposals[-1:], daemon=True).start()
+            in_background(run, self.proposals[-1])
 
     def asking(self):
         """Whether there is a model, and tokens are left of those that --tokens allows."""
@@ -2864,7 +2868,7 @@ class Session:
         self.in_flight.add(key)
         self.view.runs[device] = run
         self.say(f"{device}: {what}", seen=True)
-        threading.Thread(target=self.wait_for, args=(device, key, job, run), daemon=True).start()
+        in_background(self.wait_for, device, key, job, run)
 
     def wait_for(self, device, key, job, run):
         """Makes a run on its device. Where the machine failed, the run goes back, for any device to make, and
