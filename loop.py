@@ -111,6 +111,7 @@ REPLY_TOKENS = 8_192  # asked for after a reply was cut off with fewer: some ser
 REFUSALS = 2  # times that a reply which can't be applied goes back to the model, before it becomes a row
 MAX_REPLY = 200_000  # characters: what is longer isn't an edit
 
+HOST = os.uname().nodename  # this machine
 RULER = "prepare.py"  # beside this file
 OWN_RULER = "ruler.py"  # of a project in another folder; it imports from the other one
 METRIC = "val_bpb"  # of a results.tsv that has such a column; else its second column is the metric's
@@ -948,11 +949,6 @@ class Git:
         head, _, text = self("cat-file", "--batch", stdin=f"{commit}:{self.prefix}{name}\n").partition("\n")
         return text[:-1] if " blob " in head else None
 
-    def blobs(self, name, *commits):
-        """What stands for a file's text in each of these commits: equal for equal texts."""
-        asked = "".join(f"{commit}:{self.prefix}{name}\n" for commit in commits)
-        return self("cat-file", "--batch-check=%(objectname)", stdin=asked).splitlines()
-
     def differs(self, commit, *names):
         """Which of these files in the checkout aren't as in a commit, as git sees it: line ends, filters and
         modes are no change."""
@@ -1162,9 +1158,9 @@ class Ledger:
 
     def odd_nodes(self):
         """Sentences on the machines whose runs are off, as far as the file of runs says where they were."""
-        groups, here, ruler = [], os.uname().nodename, self.noted_ruler()
+        groups, ruler = [], self.noted_ruler()
         for pairs in map(self.pairs_of, self.ended):
-            nodes = [[run.get("node", here) for run in pair] for pair in pairs]
+            nodes = [[run.get("node", HOST) for run in pair] for pair in pairs]
             gains = [direction(ruler) * (before["value"] - after["value"]) for before, after in pairs]
             groups.append([(gain, *where) for gain, where in zip(gains, nodes, strict=True)])
         return [*odd_nodes(groups, self.noise(ruler["noise"]))] if groups else []
@@ -1242,14 +1238,12 @@ class Ledger:
         where the checkout doesn't follow."""
         git, commit, tip = self.git, experiment.commit, self.tip()
         row.commit = git("rev-parse", "--short=7", commit).strip()
-        if experiment.parent:
-            table = self.with_runs(self.experiments[experiment.parent])
-        else:
-            table, row.runs = self.table, self.values_of(commit)
-        table += row.line()
+        parent = self.experiments.get(experiment.parent)  # none of the baseline
+        table = (self.with_runs(parent) if parent else self.table) + row.line()
         source = self.source_of(commit) if row.status == "keep" else self.source
         files = {"results.tsv": table, self.edits: source}
-        ran, before, now = git.blobs("program.md", commit, f"{commit}^", tip)
+        asked = "".join(f"{one}:{git.prefix}program.md\n" for one in (commit, f"{commit}^", tip))
+        ran, before, now = git("cat-file", "--batch-check=%(objectname)", stdin=asked).splitlines()
         if now == before != ran:  # else the user took it away, or committed another one meanwhile
             files["program.md"] = git.text(commit, "program.md")
         experiment.row_message = write_message(f"{row.status}: {row.description}", body, trailers)
@@ -1666,8 +1660,8 @@ def run_for_another(job, tell):
 
     What was found out of it `here` goes with the result to the loop, which says it with its next jobs.
     """
-    host, (*_, experiment, run) = os.uname().nodename, Path(job["folder"]).parts
-    runs = Path.home() / ".cache" / "autoresearch" / "nodes" / f"{host}-{job['branch']}"
+    *_, experiment, run = Path(job["folder"]).parts
+    runs = Path.home() / ".cache" / "autoresearch" / "nodes" / f"{HOST}-{job['branch']}"
     job |= {"folder": str(runs / experiment / f"{run}-{os.getpid()}"), "project": str(runs)}
     kill_leftovers(runs, job["name"])
     old = time.time() - 3600 - 2 * float(job["told"]["BUDGET"])  # what still runs is younger
@@ -1686,14 +1680,14 @@ def run_for_another(job, tell):
         job["memory"] = psutil.virtual_memory().total * MEMORY_SHARE / min(job["at_once"], cards)
         job |= {"facts": facts, "watched": packages_and_data(facts), "caged": caged}
         job["device"] = devices[job["index"] % len(devices)]
-        where = {"node": host, "caged": caged, "why": why, "here": here}
+        where = {"node": HOST, "caged": caged, "why": why, "here": here}
         if job["probe"]:
             return where | {"cause": "", "facts": facts}
         result = run_job(job, tell)
         with open(result["log"], "rb") as log:
             return result | where | {"text": end_of(log)}
     except Stop as reason:
-        return {"cause": f"{host} is left out: {reason}", "machine": True, "blame": 0}
+        return {"cause": f"{HOST} is left out: {reason}", "machine": True, "blame": 0}
     finally:
         remove(job["folder"])
 
@@ -1761,7 +1755,7 @@ def worker(silence=0):
         signal.setitimer(signal.ITIMER_REAL, silence)
         in_background(attend, jobs, silence)
         in_background(beat)
-        tell(wants="job", place=f"{os.uname().nodename} {os.environ.get('CUDA_VISIBLE_DEVICES')} {cores}")
+        tell(wants="job", place=f"{HOST} {os.environ.get('CUDA_VISIBLE_DEVICES')} {cores}")
         while not ended:
             try:
                 result = (run_for_another if silence else run_job)(jobs.get(), tell)
@@ -2470,7 +2464,7 @@ class Session:
         launch, at_once = self.args.launch, self.args.at_once or [1] * len(self.args.launch)
         if [] in launch or len(launch) != len(at_once):
             raise Stop("--launch needs a command; give each an --at-once of its own, or none at all")
-        branch = hashlib.sha256(f"{os.uname().nodename} {self.ledger.file}".encode()).hexdigest()[:12]
+        branch = hashlib.sha256(f"{HOST} {self.ledger.file}".encode()).hexdigest()[:12]
         for words, many in zip(launch, at_once, strict=True):
             for index in range(int(many)):
                 name = f"{Path(words[0]).name}:{len(self.devices)}"
@@ -2586,7 +2580,7 @@ class Session:
             self.compared = ledger.first, ledger.best
         else:
             self.check_out()
-            if not self.model and not constants(ledger.source, self.facts.get("fixed", ())):
+            if not self.model and not constants(ledger.source, self.facts["fixed"]):
                 none = f"{ledger.edits} has no top-level constants (NAME = 1.0) that --offline could search"
                 raise Stop(none)
         self.announce()
@@ -2602,7 +2596,7 @@ class Session:
         self.say(self.view.title, seen=True)
         plan = f"{3600 / self.budget * used:.0f} or more experiments an hour"
         if not self.compared:
-            searched = len(constants(ledger.source, self.facts.get("fixed", ())))
+            searched = len(constants(ledger.source, self.facts["fixed"]))
             plan += f"; the search moves {searched} constants"
         self.say(f"{2 * len(AUDIT_SEEDS)} runs on new seeds and unseen data" if self.compared else plan)
         self.say(f"a run takes at most {self.budget:g} s, on {', '.join(self.devices)}; --devices chooses")
@@ -2687,7 +2681,7 @@ class Session:
         begun = [*ledger.ended, *ledger.unfinished]
         begun = [one for one in begun if one.trailers.get("Model") == "search"]  # a model may copy the form
         moves = [(one.description, one.row.came_to if one.row else "running") for one in begun]
-        step = search_step(ledger.source, moves, ledger.tried(), self.facts.get("fixed", ()))
+        step = search_step(ledger.source, moves, ledger.tried(), self.facts["fixed"])
         return step and ledger.begin(step[1], self.program, step[0], "", {"Model": "search"})
 
     def begin_proposal(self, proposal):
@@ -2820,14 +2814,13 @@ class Session:
         """What a worker must know to make a run; without a key, to ask the ruler for its facts."""
         commit, seed, split = key or ("", 0, "val")
         told = {"SEED": f"{seed}", "SPLIT": "val" if split == "warm" else split, "BUDGET": f"{self.budget:g}"}
-        told |= {"WORK": ""} | self.noted["settings"]
+        told |= self.noted["settings"]
+        told["WORK"] = f"{self.work_for(commit, seed)}" if key and split == "val" else ""
         files, folder = dict(self.ruler), self.runs_folder / "probe" / device
         if key:
             files[self.ledger.edits] = self.ledger.source_of(commit)
             place = f"{seed}" if split == "val" else f"{split}-{seed}"
             folder = self.runs_folder / self.ledger.experiments[commit].folder / place
-        if key and split == "val":
-            told["WORK"] = f"{self.work_for(commit, seed)}"
         # What an uncaged run mustn't change: packages, data, git's settings, the loop and the ruler.
         watched = packages_and_data(self.facts) + [f"{self.git.dir}/config", f"{self.git.dir}/hooks"]
         watched += [__file__, str(Path(__file__).with_name(RULER)), str(self.folder / self.script)]
