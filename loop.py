@@ -792,7 +792,7 @@ def noise_in(rows):
     return next((row.error * sqrt(len(row.runs)) for row in last), nan)
 
 
-def outcome(rows, sign=1):
+def outcome(rows, sign):
     """(what was won, the noise), in words. sign: 1 where lower is better, -1 where higher is."""
     kept, noise = [row for row in rows if row.status == "keep" and row.runs], noise_in(rows)
     won = f"baseline {kept[0].value:.4f}" if kept else "no baseline yet"
@@ -1634,7 +1634,7 @@ def watch(process, log, deadline, job, tell):
     return ""
 
 
-def changed_facts(was, now, names):
+def changed_facts(was, now, names=SAME):
     """Which of these facts have changed, in words; empty where none has."""
     changed = (name for name in names if was.get(name, now[name]) != now[name])
     return "; ".join(f"{name} was {was[name]} and is {now[name]}" for name in changed)
@@ -1645,7 +1645,7 @@ def why_no_cage(job, facts):
     if not shutil.which("bwrap"):
         return "bwrap (bubblewrap) is not installed"
     inside = run_job(job | {"facts": facts, "caged": True, "probe": True}, print)["facts"]
-    changed = inside if isinstance(inside, str) else changed_facts(facts, inside, SAME)
+    changed = inside if isinstance(inside, str) else changed_facts(facts, inside)
     return changed and f"behind bwrap {changed}"
 
 
@@ -1671,7 +1671,7 @@ def run_for_another(job, tell):
     try:
         here = job.get("here") or ask_here(job, tell)
         facts, why = here["facts"], here["why"]
-        if differ := changed_facts(job["facts"], facts, SAME):
+        if differ := changed_facts(job["facts"], facts):
             raise Stop(differ)
         if why and job["sandbox"] == "require":
             raise Stop(f"no sandbox: {why}")
@@ -2182,11 +2182,9 @@ class View:
         room = max(height - len(below) - 1, 0)
         most = max(min(room // 4, 6), room - len(self.rows))
         told = textwrap.TextWrapper(max(width, 20), subsequent_indent=" " * 10)
-        latest = [*self.said][max(len(self.said) - most, 0) :]  # each has a line or more
-        said = [(part, "") for text in latest for part in told.wrap(text.splitlines()[-1])]
-        said = said[max(len(said) - most, 0) :]
-        rows = [(shown(row), STYLES[row.status]) for row in self.rows[-room:]]
-        rows = rows[max(len(rows) + len(said) - room, 0) :]
+        latest = deque(self.said, most)  # each has a line or more
+        said = deque([(part, "") for text in latest for part in told.wrap(text.splitlines()[-1])], most)
+        rows = [(shown(row), STYLES[row.status]) for row in deque(self.rows, room - len(said))]
         lines = [(self.title, "bold"), *rows, *said, *below][-height:]
         return Group(*(Text(text[:width], style, no_wrap=True, overflow="crop") for text, style in lines))
 
@@ -2888,7 +2886,7 @@ class Session:
     def machine_failed(self, result):
         """Whether a run failed by the machine and not by its code: are the ruler's facts still the same?"""
         facts = result.get("facts", self.facts)
-        return result.get("machine") or isinstance(facts, str) or changed_facts(facts, self.facts, SAME)
+        return result.get("machine") or isinstance(facts, str) or changed_facts(facts, self.facts)
 
     def take(self, key, result):
         """A finished run: noted, or to be made again where the machine failed."""
