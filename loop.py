@@ -56,6 +56,7 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta, timezone
 from math import copysign, exp, hypot, inf, isfinite, isnan, nan, sqrt
 from pathlib import Path
+from signal import SIG_IGN, SIGALRM, SIGHUP, SIGINT, SIGKILL, SIGTERM
 from stat import S_ISDIR, S_ISREG
 from statistics import NormalDist, fmean, median, median_low, stdev
 from subprocess import DEVNULL, PIPE, STDOUT, CalledProcessError, TimeoutExpired
@@ -92,6 +93,7 @@ STANDSTILL = 20  # seconds without a look at a run, after which its time was not
 MIN_TRAINED = 0.98  # share of its training below which a result says nothing about the edit
 WAITS = 5, 600  # seconds after a failure of the provider or the machine: doubled from the first to the last
 PACK_ROWS = 500  # after so many rows git packs its objects: each row holds all of results.tsv
+STOP_SIGNALS = SIGINT, SIGTERM, SIGHUP  # Ctrl-C, a shutdown, a closed terminal
 LOCK_SECONDS = 10  # after which git's lock was left by a git that was killed: it needs milliseconds
 
 DEFAULT_MODEL = "gpt-5"  # where --model says nothing; a server of your own is asked for its first model
@@ -477,10 +479,11 @@ def constants(source, fixed=()):
     kind of device."""
     found = []
     for statement in ast.parse(source).body:
-        if not isinstance(statement, (ast.Assign, ast.AnnAssign)):
-            continue
-        value, targets = statement.value, getattr(statement, "targets", None) or [statement.target]
-        name = getattr(targets[0], "id", "")
+        match statement:
+            case ast.Assign([ast.Name(name), *_], value) | ast.AnnAssign(ast.Name(name), _, value):
+                pass
+            case _:
+                continue
         if not re.fullmatch("[A-Z][A-Z0-9_]*", name) or name in fixed:
             continue
         parts = [(f"{name}.{part.arg}", part.value) for part in getattr(value, "keywords", ())]
@@ -1294,7 +1297,7 @@ class Orphaned(BaseException):
     """The loop is gone, and with it whoever would read a result: raised wherever the worker is."""
 
 
-def as_environment(told):
+def as_environment(**told):
     """Settings for the ruler, as variables of its environment."""
     return {f"AUTORESEARCH_{name}": str(value) for name, value in told.items()}
 
@@ -1309,14 +1312,14 @@ def environment(folder, cache, **told):
         "PYTHONUNBUFFERED": "1",
         "PYTHONDONTWRITEBYTECODE": "1",
         "PYTHONUSERBASE": site.getuserbase(),  # packages of pip --user are found by HOME otherwise
-        **as_environment({"CACHE": cache, **told}),
+        **as_environment(**{"CACHE": cache} | told),
     }
 
 
 def environment_to_ask(data, told):
     """The environment in which the ruler is asked for its facts: of this data set, on this machine."""
     asked = os.environ | ONE_THREAD | {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
-    return asked | as_environment({"FINGERPRINT": data} | told)
+    return asked | as_environment(**{"FINGERPRINT": data} | told)
 
 
 def only_device(name):
@@ -1504,7 +1507,7 @@ def cause_of(text, code):
     last = ([line for line in text.splitlines() if line.strip()] or ["no output"])[-1]
     number = -code if code < 0 else code - 128  # a cage reports 128 + the signal
     if number in set(signal.Signals):
-        why = " (out of memory?)" if number == signal.SIGKILL else f": {last}"
+        why = " (out of memory?)" if number == SIGKILL else f": {last}"
         return f"killed by {signal.Signals(number).name}{why}"
     _, raised, below = text.rpartition("Traceback (most recent call last):\n")
     if raised and "refused by the ruler" not in last:  # libraries print advice after the error
@@ -1604,7 +1607,7 @@ def start_run(job, command, env, log):
             stack.callback(os.sched_setaffinity, 0, os.sched_getaffinity(0))
             os.sched_setaffinity(0, {int(core[1])})
         if held_out:
-            env = env | as_environment({"HELD_OUT": file.fileno()})
+            env = env | as_environment(HELD_OUT=file.fileno())
         process = subprocess.Popen([*command, "--run"], env=env, stdout=log, pass_fds=[file.fileno()], **how)
     with suppress(OSError):  # where memory ends, the kernel should choose the run
         Path(f"/proc/{process.pid}/oom_score_adj").write_text("1000")
@@ -1717,7 +1720,7 @@ def attend(jobs, silence):
             signal.setitimer(signal.ITIMER_REAL, silence)
             if job := json.loads(line):
                 jobs.put(job)
-    signal.pthread_kill(threading.main_thread().ident, signal.SIGALRM)
+    signal.pthread_kill(threading.main_thread().ident, SIGALRM)
 
 
 def worker(silence=0):
@@ -1727,11 +1730,11 @@ def worker(silence=0):
 
     silence: on another machine, seconds after which the loop is taken for gone; there it makes one run.
     """
-    ends = signal.SIGALRM, signal.SIGINT, signal.SIGTERM, signal.SIGHUP
+    ends = SIGALRM, *STOP_SIGNALS
 
     def gone(*_):
         for number in ends:
-            signal.signal(number, signal.SIG_IGN)  # nothing is to come between while it cleans up
+            signal.signal(number, SIG_IGN)  # nothing is to come between while it cleans up
         raise Orphaned
 
     for number in ends:
@@ -1788,7 +1791,7 @@ class Device:
     def start(self):
         """Starts a shell, and has it become a worker by a line of its input: so nothing need be quoted."""
         env = {name: value for name, value in os.environ.items() if not SECRET.fullmatch(name)}
-        env |= as_environment({"RUNS": self.runs, "DEVICE": self.name})
+        env |= as_environment(RUNS=self.runs, DEVICE=self.name)
         python, boot = shlex.quote(sys.executable), shlex.quote(self.BOOT)
         if self.launch:
             python = f'"$AUTORESEARCH_PYTHON" {python} python3'
@@ -1876,7 +1879,7 @@ class Device:
 
     def wait(self, seconds=KILL_GRACE):
         """Waits until a worker that was closed has ended, and what started it; in the end by force."""
-        for number in (signal.SIGTERM, signal.SIGKILL):
+        for number in (SIGTERM, SIGKILL):
             with suppress(TimeoutExpired):
                 return self.process.wait(seconds)
             with suppress(ProcessLookupError):
@@ -2392,7 +2395,6 @@ class Session:
         # What is asked, and started for each run.
         self.script = OWN_RULER if (folder / OWN_RULER).is_file() else RULER
         self.model, self.caged = None, False
-        self.begun = ""  # the branch's last commit at the start, if there is a branch
         self.devices = {}  # {name: Device}
         self.launched = {}  # {name: what a job says of its device}, of those on other machines
         self.in_flight = set()  # (commit, seed, split) of the runs that devices make
@@ -2440,7 +2442,7 @@ class Session:
         """Ruler and loop must be as they are committed, and results.tsv hold nothing of the user's."""
         ledger, names = self.ledger, [self.script]
         names += ["loop.py"] if self.script == RULER else []
-        self.begun = self.git.find(ledger.ref)
+        self.begun = self.git.find(ledger.ref)  # the branch's last commit now, if there is a branch
         looked_at = names if self.begun else [*names, "results.tsv"]
         status = self.git("status", "--porcelain", "--ignored", "--", *looked_at).splitlines()
         if changed := ", ".join(line[3:] for line in status):
@@ -2592,11 +2594,11 @@ class Session:
         who += "  ·  caged" if self.caged else "" if self.args.sandbox == "off" else "  ·  NO SANDBOX"
         self.view.title = f"{ledger.name}  ·  {who}  ·  {used} x {self.facts['device']}"
         self.say(self.view.title, seen=True)
-        plan = f"{3600 / self.budget * used:.0f} or more experiments an hour"
+        plan = f"{2 * len(AUDIT_SEEDS)} runs on new seeds and unseen data"
         if not self.compared:
-            searched = len(constants(ledger.source, self.facts["fixed"]))
-            plan += f"; the search moves {searched} constants"
-        self.say(f"{2 * len(AUDIT_SEEDS)} runs on new seeds and unseen data" if self.compared else plan)
+            searched = f"the search moves {len(constants(ledger.source, self.facts['fixed']))} constants"
+            plan = f"{3600 / self.budget * used:.0f} or more experiments an hour; {searched}"
+        self.say(plan)
         self.say(f"a run takes at most {self.budget:g} s, on {', '.join(self.devices)}; --devices chooses")
         if self.model:
             self.say("the model is asked for an edit a run; --tokens N limits what that costs")
@@ -2765,9 +2767,9 @@ class Session:
             proposal.think(self.model, self.check, self.heard)
             self.events.put(None)
 
-        while self.asking() and len(self.proposals) < len(self.devices):
-            if self.over(len(self.proposals)):
-                return
+        while (
+            self.asking() and len(self.proposals) < len(self.devices) and not self.over(len(self.proposals))
+        ):
             self.proposals.append(Proposal(self.ledger.source, self.prompt()))
             in_background(run, self.proposals[-1])
 
@@ -2925,7 +2927,7 @@ class Session:
             if not parent:
                 return self.finish(experiment, "keep")
             gains, noise = ledger.gains_of(experiment, self.sign, self.noted["noise"])
-            growth = size_of(ledger.source_of(commit)) / max(size_of(ledger.source_of(parent)), 1) - 1
+            growth = size_of(ledger.source_of(commit)) / size_of(ledger.source_of(parent)) - 1
             spread = spread_of([row.change for row in ledger.rows], noise)
             verdict = judge(gains, noise, growth, spread)
             if verdict == "keep" and parent != ledger.best.commit:
@@ -3039,8 +3041,8 @@ class Session:
         """Turns until the night is over. What fails in between, git, a disk, a mistake of ours, is waited out
         here."""
         self.view.began, self.view.before, failed = time.monotonic(), max(len(self.ledger.rows), 1), 0
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP: leave it so
+        for number in STOP_SIGNALS:
+            if signal.getsignal(number) != SIG_IGN:  # nohup ignores SIGHUP: leave it so
                 signal.signal(number, self.interrupt)
         with self.view.on_screen():
             while not self.stopping.is_set():
