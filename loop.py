@@ -228,11 +228,15 @@ not. Exit status: 2 for what you have to fix first, 1 for what failed, else 0.
 
 
 class Stop(Exception):
-    """Ends the loop with a sentence and an exit code: 2 for what the user must fix, 1 for what failed."""
+    """Ends the loop with a sentence and an exit code, for what the user must fix."""
 
-    def __init__(self, message, code=2):
-        super().__init__(message)
-        self.code = code
+    code = 2
+
+
+class Failed(Stop):
+    """Ends it as well, for what failed."""
+
+    code = 1
 
 
 class Refused(Exception):
@@ -2442,7 +2446,7 @@ class Session:
         """Ruler and loop must be as they are committed, and results.tsv hold nothing of the user's."""
         ledger, names = self.ledger, [self.script]
         names += ["loop.py"] if self.script == RULER else []
-        self.begun = self.git.find(ledger.ref)  # the branch's last commit now, if there is a branch
+        self.begun = self.git.find(ledger.ref)  # the branch's last commit at the start, if there is a branch
         looked_at = names if self.begun else [*names, "results.tsv"]
         status = self.git("status", "--porcelain", "--ignored", "--", *looked_at).splitlines()
         if changed := ", ".join(line[3:] for line in status):
@@ -2515,7 +2519,8 @@ class Session:
             raise Stop(f"{other}; go back to that, or begin anew: --tag")
         self.sign = self.view.sign = direction(facts)
         ledger.edits = facts["edits"]
-        ledger.table = ledger.table if ledger.rows else header(facts["metric"])
+        if not ledger.rows:
+            ledger.table = header(facts["metric"])
         self.check_committed(ledger.edits)
         try:
             code_hash(self.git.text("HEAD", ledger.edits))
@@ -2562,8 +2567,8 @@ class Session:
         for name in ("results.tsv", ledger.edits):
             (self.folder / f".{name}.new").unlink(missing_ok=True)  # of a loop that was killed
         ledger.sync_checkout()
-        texts = (self.git.text(commit, "program.md") for commit in (ledger.ref, start))
-        self.program = next(filter(None, texts))  # a user may have taken the branch's away
+        # A user may have taken the branch's away.
+        self.program = self.git.text(ledger.ref, "program.md") or self.git.text(start, "program.md")
 
     def prepare(self):
         """Every precondition, before anything is changed; then the branch."""
@@ -2767,9 +2772,9 @@ class Session:
             proposal.think(self.model, self.check, self.heard)
             self.events.put(None)
 
-        while (
-            self.asking() and len(self.proposals) < len(self.devices) and not self.over(len(self.proposals))
-        ):
+        while self.asking() and len(self.proposals) < len(self.devices):
+            if self.over(len(self.proposals)):
+                return
             self.proposals.append(Proposal(self.ledger.source, self.prompt()))
             in_background(run, self.proposals[-1])
 
@@ -2915,7 +2920,7 @@ class Session:
         if failed and not parent:
             self.git.move(f"delete {ledger.refs}{experiment.number} {commit}")
             advice = f"fix that and commit it\n\nthe end of {failed.get('log')}:\n{failed.get('tail')}"
-            raise Stop(f"the baseline failed: {failed['cause']}; {advice}", 1)
+            raise Failed(f"the baseline failed: {failed['cause']}; {advice}")
         crash = failed and failed["cause"]
         if "Refused" in experiment.trailers:
             crash = f"refused: {experiment.trailers['Refused']}"
@@ -3091,7 +3096,7 @@ class Session:
         runs = ([made.get((one.commit, seed, "test"), {}) for one in compared] for seed in AUDIT_SEEDS)
         pairs = [[run["value"] for run in pair] for pair in runs if all("value" in run for run in pair)]
         if len(pairs) < 2:
-            raise Stop("too many runs of the audit failed, see above", 1)
+            raise Failed("too many runs of the audit failed, see above")
         return audit_report(pairs, *(one.row for one in self.compared), self.ledger.rows, self.sign)
 
 
