@@ -1642,17 +1642,20 @@ def watch(process, log, deadline, job, tell):
 
 
 def changed_facts(was, now, names=SAME):
-    """Which of these facts have changed, in words; empty where none has."""
-    changed = (name for name in names if was.get(name, now[name]) != now[name])
-    return "; ".join(f"{name} was {was[name]} and is {now[name]}" for name in changed)
+    """Which of these facts have changed, in words; empty where none has. Where the ruler gave a sentence in
+    place of facts, it is that."""
+    if isinstance(now, str):
+        return now
+    changed = (name for name in names if was.get(name) not in (None, now.get(name)))
+    return "; ".join(f"{name} was {was[name]} and is {now.get(name)}" for name in changed)
 
 
 def why_no_cage(job, facts):
     """Why runs can't be caged here: without bwrap, or where the ruler finds another machine behind it."""
     if not shutil.which("bwrap"):
         return "bwrap (bubblewrap) is not installed"
-    inside = run_job(job | {"facts": facts, "caged": True, "probe": True}, print)["facts"]
-    changed = inside if isinstance(inside, str) else changed_facts(facts, inside)
+    inside = run_job(job | {"facts": facts, "caged": True, "probe": True}, print)
+    changed = changed_facts(facts, inside["facts"])
     return changed and f"behind bwrap {changed}"
 
 
@@ -2892,8 +2895,7 @@ class Session:
 
     def machine_failed(self, result):
         """Whether a run failed by the machine and not by its code: are the ruler's facts still the same?"""
-        facts = result.get("facts", self.facts)
-        return result.get("machine") or isinstance(facts, str) or changed_facts(facts, self.facts)
+        return result.get("machine") or changed_facts(self.facts, result.get("facts", self.facts))
 
     def take(self, key, result):
         """A finished run: noted, or to be made again where the machine failed."""
