@@ -668,12 +668,11 @@ def read_rows(text, name):
         if not cells["status"] or len(values) != 1:
             unread += [f"line {number} is not a row: {one_line(line)!r}"] if line.strip() else []
             continue
-        row = Row(cells["commit"], values[0], 0.0, status, cells["description"], finished=cells["finished"])
-        row.memory_gb = (numbers_in(cells["memory_gb"], ",") or [0.0])[0]
-        row.change, row.error = (numbers_in(cells["change"], "+-") + [nan] * 2)[:2]
-        row.runs = numbers_in(cells["runs"], ",") or values * (0 < values[0] < inf)
-        row.llm_tokens = count_in(cells["llm_tokens"])
-        rows.append(row)
+        memory = numbers_in(cells["memory_gb"], ",") or [0.0]
+        change, error = (numbers_in(cells["change"], "+-") + [nan] * 2)[:2]
+        runs = numbers_in(cells["runs"], ",") or values * (0 < values[0] < inf)
+        told = status, cells["description"], change, error, runs, count_in(cells["llm_tokens"])
+        rows.append(Row(cells["commit"], values[0], memory[0], *told, cells["finished"]))
     for row, parent in zip(rows, kept_before(rows), strict=False):
         if parent and row.runs and isnan(row.change):
             row.change = row.value - parent.value
@@ -970,9 +969,9 @@ class Git:
         listed = self("ls-tree", "-z", "--full-tree", parents[0], "--", *files).split("\0")
         modes = {line.partition("\t")[2]: line[:6] for line in listed}
         ref = f"refs/autoresearch/new-{os.getpid()}"  # fast-import wants one; it is never written
-        who = "autoresearch <autoresearch@localhost>"
-        lines = [f"commit {ref}", "mark :1", f"committer {who} now", as_data(message)]
-        lines += [f"{word} {parent}" for word, parent in zip(("from", "merge"), parents, strict=False)]
+        who = "committer autoresearch <autoresearch@localhost> now"
+        lines = [f"commit {ref}", "mark :1", who, as_data(message), f"from {parents[0]}"]
+        lines += [f"merge {parent}" for parent in parents[1:]]
         for path, text in files.items():
             name = json.dumps(path, ensure_ascii=False)
             lines += [f"M {modes.get(path, '100644')} inline {name}", as_data(text)]
@@ -1749,7 +1748,7 @@ def worker(silence=0):
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a crash's memory image can be as large as the model
-    jobs, ended, cores = queue.SimpleQueue(), False, getattr(os, "sched_getaffinity", int)(0)
+    jobs, cores = queue.SimpleQueue(), getattr(os, "sched_getaffinity", int)(0)
 
     def tell(**message):
         with suppress(BrokenPipeError):  # the loop is gone, as attend() hears
@@ -1766,14 +1765,15 @@ def worker(silence=0):
         in_background(attend, jobs, silence)
         in_background(beat)
         tell(wants="job", place=f"{HOST} {os.environ.get('CUDA_VISIBLE_DEVICES')} {cores}")
-        while not ended:
+        while True:
             try:
                 result = (run_for_another if silence else run_job)(jobs.get(), tell)
             except Exception as error:  # a full disk, a missing file, a mistake of ours: nothing was measured
                 blame = LOST if silence else 1
                 result = {"cause": one_line(explain(error)), "machine": True, "blame": blame}
             tell(result=result)
-            ended = silence
+            if silence:
+                break
     kill_descendants()
     os._exit(0)  # whatever the thread is at
 
@@ -1838,7 +1838,7 @@ class Device:
         """Makes a run, and waits for the worker's result. tell(line) hears the run's last lines."""
         reason, place, blame = "it ended", "", 0 if self.launch else 1
         try:
-            if self.process is None or self.process.poll() is not None:
+            if not self.process or self.process.poll() is not None:
                 self.start()
             else:
                 self.send(json.dumps(job))
