@@ -28,7 +28,6 @@ import difflib
 import fcntl
 import functools
 import glob
-import hashlib
 import hmac
 import itertools
 import json
@@ -54,6 +53,7 @@ from collections import Counter, deque
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta, timezone
+from hashlib import sha256
 from math import copysign, exp, hypot, inf, isfinite, isnan, nan, sqrt
 from pathlib import Path
 from signal import SIG_IGN, SIGALRM, SIGHUP, SIGINT, SIGKILL, SIGTERM
@@ -468,7 +468,7 @@ def code_hash(source):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             compile(source, "<edit>", "exec", dont_inherit=True)
-            return hashlib.sha256(ast.dump(ast.parse(source)).encode()).hexdigest()[:16]
+            return sha256(ast.dump(ast.parse(source)).encode()).hexdigest()[:16]
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         said = one_line("".join(traceback.format_exception_only(error)), 400)
         raise Refused(f"After this edit the file doesn't compile: {said}") from None
@@ -1121,8 +1121,8 @@ class Ledger:
 
     def tried(self):
         """{hash of the code: Experiment} of all that were begun."""
-        begun = [*self.experiments.values()]  # at once: threads that ask the model ask here, too
-        return {experiment.trailers.get("Code"): experiment for experiment in begun}
+        # A list at once: threads that ask the model ask here, too.
+        return {one.trailers.get("Code"): one for one in [*self.experiments.values()]}
 
     def noted_ruler(self):
         """What the branch's first experiment says of its ruler; empty on a new branch."""
@@ -2471,7 +2471,7 @@ class Session:
         launch, at_once = self.args.launch, self.args.at_once or [1] * len(self.args.launch)
         if [] in launch or len(launch) != len(at_once):
             raise Stop("--launch needs a command; give each an --at-once of its own, or none at all")
-        branch = hashlib.sha256(f"{HOST} {self.ledger.file}".encode()).hexdigest()[:12]
+        branch = sha256(f"{HOST} {self.ledger.file}".encode()).hexdigest()[:12]
         for words, many in zip(launch, at_once, strict=True):
             for index in range(int(many)):
                 name = f"{Path(words[0]).name}:{len(self.devices)}"
@@ -2514,7 +2514,7 @@ class Session:
         facts = self.facts = answer["facts"]
         self.budget = self.view.budget = self.budget or facts["budget"]
         code = "".join(self.ruler.values()).encode("utf-8", "surrogateescape")
-        now = {"code": hashlib.sha256(code).hexdigest()[:12], "budget": self.budget}
+        now = {"code": sha256(code).hexdigest()[:12], "budget": self.budget}
         now |= {name: facts[name] for name in SAME}
         self.noted = now | {name: began.get(name, facts[name]) for name in ("noise", "settings")}
         if differ := changed_facts(began, now, now):
