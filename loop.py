@@ -1165,10 +1165,11 @@ class Ledger:
     def odd_nodes(self):
         """Sentences on the machines whose runs are off, as far as the file of runs says where they were."""
         groups, ruler = [], self.noted_ruler()
-        for pairs in map(self.pairs_of, self.ended):
-            nodes = [[run.get("node", HOST) for run in pair] for pair in pairs]
-            gains = [direction(ruler) * (before["value"] - after["value"]) for before, after in pairs]
-            groups.append([(gain, *where) for gain, where in zip(gains, nodes, strict=True)])
+        for one in self.ended:
+            groups.append([])
+            for before, after in self.pairs_of(one):
+                gain = direction(ruler) * (before["value"] - after["value"])
+                groups[-1].append((gain, before.get("node", HOST), after.get("node", HOST)))
         return [*odd_nodes(groups, self.noise(ruler["noise"]))] if groups else []
 
     def checked_out(self):
