@@ -423,9 +423,9 @@ def apply_blocks(source, blocks):
 
 def apply_edit(source, edit):
     """The new text of the file: all of the edit applied, or Refused."""
-    known = {line.strip() for line in source.split("\n")}
-    new = edit.whole or apply_blocks(source, edit.blocks)
-    for line in stand_ins(source.split("\n"), new.split("\n")):
+    old, new = source.split("\n"), edit.whole or apply_blocks(source, edit.blocks)
+    known = {line.strip() for line in old}
+    for line in stand_ins(old, new.split("\n")):
         if line.strip() not in known:
             advice = "write it out, or leave no comment there if it is to go; what isn't quoted stays."
             raise Refused(f"The code is abbreviated ('{one_line(line)}'): {advice}")
@@ -1337,8 +1337,8 @@ def only_device(name):
     cards = enumerate(sorted(glob.glob("/proc/driver/nvidia/gpus/*/information")))
     card = "".join(read_text(Path(path)) for place, path in cards if f"{place}" == number)
     if told := re.search(r"(?s)UUID:\s*(\S+).*Minor:\s*(\d+)", card):
-        others = re.compile(rf"/dev/nvidia(?!{told[2]}$)\d+")
-        return {"CUDA_VISIBLE_DEVICES": told[1]}, [path for path in files if not others.fullmatch(path)]
+        others = rf"/dev/nvidia(?!{told[2]}$)\d+"
+        return {"CUDA_VISIBLE_DEVICES": told[1]}, [path for path in files if not re.fullmatch(others, path)]
     return {"CUDA_VISIBLE_DEVICES": number}, files
 
 
