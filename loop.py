@@ -23,17 +23,14 @@ if __name__ == "__main__":
 
 import argparse
 import ast
-import contextlib
 import ctypes
 import difflib
 import fcntl
 import functools
 import glob
-import hashlib
 import hmac
 import itertools
 import json
-import math
 import os
 import queue
 import re
@@ -53,11 +50,16 @@ import time
 import traceback
 import warnings
 from collections import Counter, deque
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta, timezone
+from hashlib import sha256
+from math import copysign, exp, hypot, inf, isfinite, isnan, nan, sqrt
 from pathlib import Path
+from signal import SIG_IGN, SIGALRM, SIGHUP, SIGINT, SIGKILL, SIGTERM
 from stat import S_ISDIR, S_ISREG
 from statistics import NormalDist, fmean, median, median_low, stdev
+from subprocess import DEVNULL, PIPE, STDOUT, CalledProcessError, TimeoutExpired
 
 try:
     import psutil
@@ -91,6 +93,7 @@ STANDSTILL = 20  # seconds without a look at a run, after which its time was not
 MIN_TRAINED = 0.98  # share of its training below which a result says nothing about the edit
 WAITS = 5, 600  # seconds after a failure of the provider or the machine: doubled from the first to the last
 PACK_ROWS = 500  # after so many rows git packs its objects: each row holds all of results.tsv
+STOP_SIGNALS = SIGINT, SIGTERM, SIGHUP  # Ctrl-C, a shutdown, a closed terminal
 LOCK_SECONDS = 10  # after which git's lock was left by a git that was killed: it needs milliseconds
 
 DEFAULT_MODEL = "gpt-5"  # where --model says nothing; a server of your own is asked for its first model
@@ -115,6 +118,7 @@ REFUSALS = 2  # times that a reply which can't be applied goes back to the model
 MIN_WHOLE = 0.3  # of the file's characters, below which a whole new file is more likely a piece of it
 MAX_REPLY = 200_000  # characters: what is longer isn't an edit
 
+HOST = os.uname().nodename  # this machine
 RULER = "prepare.py"  # beside this file
 OWN_RULER = "ruler.py"  # of a project in another folder; it imports from the other one
 METRIC = "val_bpb"  # of a results.tsv that has such a column; else its second column is the metric's
@@ -229,11 +233,15 @@ not. Exit status: 2 for what you have to fix first, 1 for what failed, else 0.
 
 
 class Stop(Exception):
-    """Ends the loop with a sentence and an exit code: 2 for what the user must fix, 1 for what failed."""
+    """Ends the loop with a sentence and an exit code, for what the user must fix."""
 
-    def __init__(self, message, code=2):
-        super().__init__(message)
-        self.code = code
+    code = 2
+
+
+class Failed(Stop):
+    """Ends it as well, for what failed."""
+
+    code = 1
 
 
 class Refused(Exception):
@@ -447,12 +455,12 @@ def apply_blocks(source, blocks):
 
 def apply_edit(source, edit):
     """The new text of the file: all of the edit applied, or Refused."""
-    known = {line.strip() for line in source.split("\n")}
-    new = edit.whole or apply_blocks(source, edit.blocks)
+    old, new = source.split("\n"), edit.whole or apply_blocks(source, edit.blocks)
     if edit.whole and len(new) < len(source) * MIN_WHOLE:
         sizes = f"{len(new):,} characters where the file has {len(source):,}"
         raise Refused(f"The fence holds {sizes}: send all of it, or take out by blocks what is to go.")
-    for line in stand_ins(source.split("\n"), new.split("\n")):
+    known = {line.strip() for line in old}
+    for line in stand_ins(old, new.split("\n")):
         if line.strip() not in known:
             advice = "write it out, or leave no comment there if it is to go; what isn't quoted stays."
             raise Refused(f"The code is abbreviated ('{one_line(line)}'): {advice}")
@@ -482,7 +490,7 @@ def blocks_between(before, after):
     for around in itertools.count():
         groups = difflib.SequenceMatcher(None, old, new, autojunk=False).get_grouped_opcodes(around)
         blocks = [(old[one[0][1] : one[-1][2]], new[one[0][3] : one[-1][4]]) for one in groups]
-        with contextlib.suppress(Refused):
+        with suppress(Refused):
             if apply_blocks(before, blocks) == after:
                 return blocks
 
@@ -494,7 +502,7 @@ def code_hash(source):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             compile(source, "<edit>", "exec", dont_inherit=True)
-            return hashlib.sha256(ast.dump(ast.parse(source)).encode()).hexdigest()[:16]
+            return sha256(ast.dump(ast.parse(source)).encode()).hexdigest()[:16]
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         said = one_line("".join(traceback.format_exception_only(error)), 400)
         raise Refused(f"After this edit the file doesn't compile: {said}") from None
@@ -509,10 +517,11 @@ def constants(source, fixed=()):
     kind of device."""
     found = []
     for statement in ast.parse(source).body:
-        if not isinstance(statement, (ast.Assign, ast.AnnAssign)):
-            continue
-        value, targets = statement.value, getattr(statement, "targets", None) or [statement.target]
-        name = getattr(targets[0], "id", "")
+        match statement:
+            case ast.Assign([ast.Name(name), *_], value) | ast.AnnAssign(ast.Name(name), _, value):
+                pass
+            case _:
+                continue
         if not re.fullmatch("[A-Z][A-Z0-9_]*", name) or name in fixed:
             continue
         parts = [(f"{name}.{part.arg}", part.value) for part in getattr(value, "keywords", ())]
@@ -548,7 +557,7 @@ def moved(value, direction, step):
         return max(value + direction * max(1, round(abs(value) * step)), min(value, 1))
     if value == 0:
         return 0.05 if direction > 0 else 0.005
-    factor = math.exp(direction * step)
+    factor = exp(direction * step)
     if 0.5 < value < 1:  # 0.95 is 0.05 from 1: that is what moves
         return round(1 - float(f"{(1 - value) / factor:.3g}"), 9)
     return float(f"{value * factor:.3g}")
@@ -623,8 +632,8 @@ class Row:
     memory_gb: float
     status: str  # keep, discard or crash
     description: str
-    change: float = math.nan
-    error: float = math.nan
+    change: float = nan
+    error: float = nan
     runs: list = field(default_factory=list)  # the metric on seed 0, 1, ...
     llm_tokens: int = 0
     finished: str = ""  # UTC, ISO 8601
@@ -638,8 +647,8 @@ class Row:
         """The change with its standard error, as in -0.0012+-0.0003; empty where there is none."""
         digits = 6 if round(self.error, 6) < 0.0001 else 4
         change = round(self.change, digits) + 0.0  # never -0.0000
-        sure = "" if math.isnan(self.error) else f"+-{self.error:.{digits}f}"
-        return "" if math.isnan(change) else f"{change:+.{digits}f}{sure}"
+        sure = "" if isnan(self.error) else f"+-{self.error:.{digits}f}"
+        return "" if isnan(change) else f"{change:+.{digits}f}{sure}"
 
     @property
     def came_to(self):
@@ -671,7 +680,7 @@ def count_in(text):
 
 def numbers_in(text, between):
     """The numbers that a cell holds; none where something else is in it."""
-    with contextlib.suppress(ValueError):
+    with suppress(ValueError):
         return [float(part) for part in text.split(between)]
     return []
 
@@ -702,17 +711,16 @@ def read_rows(text, name):
         if not cells["status"] or len(values) != 1:
             unread += [f"line {number} is not a row: {one_line(line)!r}"] if line.strip() else []
             continue
-        row = Row(cells["commit"], values[0], 0.0, status, cells["description"], finished=cells["finished"])
-        row.memory_gb = (numbers_in(cells["memory_gb"], ",") or [0.0])[0]
-        row.change, row.error = (numbers_in(cells["change"], "+-") + [math.nan] * 2)[:2]
-        known = math.isfinite(values[0]) and (values[0] > 0 or metric != METRIC)  # 0 bits: it failed
-        row.runs = numbers_in(cells["runs"], ",") or values * known
-        row.llm_tokens = count_in(cells["llm_tokens"])
-        rows.append(row)
+        memory = numbers_in(cells["memory_gb"], ",") or [0.0]
+        change, error = (numbers_in(cells["change"], "+-") + [nan] * 2)[:2]
+        measured = isfinite(values[0]) and (values[0] > 0 or metric != METRIC)  # 0 bits: it failed
+        runs = numbers_in(cells["runs"], ",") or values * measured
+        told = status, cells["description"], change, error, runs, count_in(cells["llm_tokens"])
+        rows.append(Row(cells["commit"], values[0], memory[0], *told, cells["finished"]))
     for row, parent in zip(rows, kept_before(rows), strict=False):
-        if parent and row.runs and math.isnan(row.change):
+        if parent and row.runs and isnan(row.change):
             row.change = row.value - parent.value
-            row.error = PRIOR_NOISE * math.sqrt(2) if metric == METRIC else math.nan
+            row.error = PRIOR_NOISE * sqrt(2) if metric == METRIC else nan
     return metric, rows, unread
 
 
@@ -749,7 +757,7 @@ def noise_of(groups, prior):
     variances = [square / free / MEDIAN_SQUARE for free, square in squares]
     typical = median_low([prior**2] * PRIOR_RUNS + variances)
     capped = sum(min(square, 9 * typical * free) for free, square in squares)
-    return math.sqrt((PRIOR_RUNS * prior**2 + capped) / (PRIOR_RUNS + sum(free for free, _ in squares)))
+    return sqrt((PRIOR_RUNS * prior**2 + capped) / (PRIOR_RUNS + sum(free for free, _ in squares)))
 
 
 def effect_of(differences, noise):
@@ -767,13 +775,13 @@ def luck_of(shared, parent, noise, runs_noise):
     """
     own = min(noise**2 / (2 * runs_noise**2), 1)
     above = fmean(shared) - fmean(parent)
-    return own * math.copysign(min(abs(above), 2 * runs_noise), above)
+    return own * copysign(min(abs(above), 2 * runs_noise), above)
 
 
 def spread_of(changes, noise):
     """How far apart the changes of a night lie: their median distance from their median, so that neither a
     few wild ones count nor the luck of the file that all edited."""
-    changes = [change for change in changes if math.isfinite(change)]
+    changes = [change for change in changes if isfinite(change)]
     middle = median(changes) if changes else 0
     return median([PRIOR_SPREAD * noise, *(abs(change - middle) for change in changes)])
 
@@ -803,7 +811,7 @@ def gain_of(changes):
     normal = NormalDist()
     above = [(error, max(gain / error, 0) - LIMIT) for gain, error in changes if error > 0]
     luck = sum(error * normal.pdf(over) / normal.cdf(over) for error, over in above)
-    return sum(gain for gain, _ in changes) - luck, math.hypot(*(error for _, error in changes))
+    return sum(gain for gain, _ in changes) - luck, hypot(*(error for _, error in changes))
 
 
 def night_gain(rows, sign):
@@ -822,27 +830,27 @@ def night_gain(rows, sign):
     if at and gains[1:]:
         added, (corrected, _) = sum(change for change, _ in changes[:at]), gain_of(changes[:at])
         gain += fmean(gains) - corrected - (added - corrected) / len(gains)
-        error = max(error, stdev(gains) / math.sqrt(len(gains)))
+        error = max(error, stdev(gains) / sqrt(len(gains)))
     if at < len(kept) - 1 and kept[at].runs[1:]:
-        error = math.hypot(error, stdev(kept[at].runs))
+        error = hypot(error, stdev(kept[at].runs))
     return gain, error
 
 
 def noise_in(rows):
     """The deviation of one difference, as the latest discarded row's error tells it; nan without one."""
     last = (row for row in reversed(rows) if row.error > 0 and row.status == "discard")
-    return next((row.error * math.sqrt(len(row.runs)) for row in last), math.nan)
+    return next((row.error * sqrt(len(row.runs)) for row in last), nan)
 
 
-def outcome(rows, sign=1):
+def outcome(rows, sign):
     """(what was won, the noise), in words. sign: 1 where lower is better, -1 where higher is."""
     kept, noise = [row for row in rows if row.status == "keep" and row.runs], noise_in(rows)
     won = f"baseline {kept[0].value:.4f}" if kept else "no baseline yet"
     if kept[1:]:
         gain, error = night_gain(rows, sign)
-        sure = "(its error isn't known)" if math.isnan(error) else f"+- {error:.4f}, luck taken off"
+        sure = "(its error isn't known)" if isnan(error) else f"+- {error:.4f}, luck taken off"
         won = f"best {kept[-1].value:.4f}, {won}: gain {gain:.4f} {sure}"
-    return won, "noise not known" if math.isnan(noise) else f"noise of a difference {noise:.4f}"
+    return won, "noise not known" if isnan(noise) else f"noise of a difference {noise:.4f}"
 
 
 def counts(rows):
@@ -865,7 +873,7 @@ def odd_nodes(groups, noise):
             for node, better in ((after, more), (before, -more)) if before != after else ():
                 off.setdefault(node, []).append(better)
     for node, gains in sorted(off.items()):
-        mean, error = fmean(gains), noise / math.sqrt(len(gains))
+        mean, error = fmean(gains), noise / sqrt(len(gains))
         if len(gains) >= ODD and abs(mean) > ODD * error:
             were = f"{len(gains)} runs were {'better' if mean > 0 else 'worse'}"
             yield f"{node}: {were} than elsewhere by {abs(mean):.4f} +- {error:.4f}"
@@ -874,10 +882,10 @@ def odd_nodes(groups, noise):
 def audit_report(pairs, first, best, rows, sign):
     """Lines for the morning, from (baseline, best) on each fresh seed; first, best: their rows."""
     gains = [sign * (baseline - after) for baseline, after in pairs]
-    half = STUDENT[len(gains) - 2] * stdev(gains) / math.sqrt(len(gains))
+    half = STUDENT[len(gains) - 2] * stdev(gains) / sqrt(len(gains))
     middle, (gain, error) = fmean(gains), night_gain(rows, sign)
     verdict = "" if middle > half else ": it is worse" if middle < -half else ": it may be no gain at all"
-    if not verdict and abs(middle - gain) > math.hypot(half, CLEAR_ERRORS * error):
+    if not verdict and abs(middle - gain) > hypot(half, CLEAR_ERRORS * error):
         verdict = f": real, but {'less' if middle < gain else 'more'} than the night's own figure"
     return (
         f"baseline {first.commit}, best {best.commit} ({counts(rows)}), {len(gains)} new seeds, unseen data:",
@@ -946,7 +954,7 @@ class Git:
         self.environment = {**theirs, "LC_ALL": "C"}
         try:
             places = self("rev-parse", "--show-prefix", "--absolute-git-dir", "--show-toplevel")
-        except subprocess.CalledProcessError as error:
+        except CalledProcessError as error:
             raise Stop(f"{explain(error)}; to make {folder} a repository: {self.START}") from None
         self.prefix, self.dir, self.top = places.splitlines()  # prefix: where it is in a larger repository
         # Not another one, while a disk is away:
@@ -966,11 +974,11 @@ class Git:
             try:
                 done = subprocess.run(command, input=stdin.encode("utf-8", "surrogateescape"), **how)
                 return done.stdout.decode("utf-8", "surrogateescape")
-            except subprocess.CalledProcessError as error:
+            except CalledProcessError as error:
                 lock = re.search(rb"Unable to create '(.+(?<!/index)\.lock)': File exists", error.stderr)
                 if not lock:
                     raise
-                with contextlib.suppress(FileNotFoundError):  # of a git that was killed, if it stays
+                with suppress(FileNotFoundError):  # of a git that was killed, if it stays
                     if time.time() - os.stat(lock[1]).st_mtime > LOCK_SECONDS:
                         os.unlink(lock[1])
                 time.sleep(0.1)
@@ -979,7 +987,7 @@ class Git:
         """The answer to a question that may have none: empty then, and an error where git itself fails."""
         try:
             return self(*args).strip()
-        except subprocess.CalledProcessError as error:
+        except CalledProcessError as error:
             if error.returncode != 1:
                 raise
             return ""
@@ -992,11 +1000,6 @@ class Git:
         """The text of a file in a commit, or None."""
         head, _, text = self("cat-file", "--batch", stdin=f"{commit}:{self.prefix}{name}\n").partition("\n")
         return text[:-1] if " blob " in head else None
-
-    def blobs(self, name, *commits):
-        """What stands for a file's text in each of these commits: equal for equal texts."""
-        asked = "".join(f"{commit}:{self.prefix}{name}\n" for commit in commits)
-        return self("cat-file", "--batch-check=%(objectname)", stdin=asked).splitlines()
 
     def differs(self, commit, *names):
         """Which of these files in the checkout aren't as in a commit, as git sees it: line ends, filters and
@@ -1012,9 +1015,9 @@ class Git:
         listed = self("ls-tree", "-z", "--full-tree", parents[0], "--", *files).split("\0")
         modes = {line.partition("\t")[2]: line[:6] for line in listed}
         ref = f"refs/autoresearch/new-{os.getpid()}"  # fast-import wants one; it is never written
-        who = "autoresearch <autoresearch@localhost>"
-        lines = [f"commit {ref}", "mark :1", f"committer {who} now", as_data(message)]
-        lines += [f"{word} {parent}" for word, parent in zip(("from", "merge"), parents, strict=False)]
+        who = "committer autoresearch <autoresearch@localhost> now"
+        lines = [f"commit {ref}", "mark :1", who, as_data(message), f"from {parents[0]}"]
+        lines += [f"merge {parent}" for parent in parents[1:]]
         for path, text in files.items():
             name = json.dumps(path, ensure_ascii=False)
             lines += [f"M {modes.get(path, '100644')} inline {name}", as_data(text)]
@@ -1048,14 +1051,14 @@ def replace_file(path, text):
     """Writes a file by rename: whoever reads it sees the old one or the new one."""
     new = path.with_name(f".{path.name}.new")
     new.write_bytes(text.encode("utf-8", "surrogateescape"))
-    with contextlib.suppress(FileNotFoundError):
+    with suppress(FileNotFoundError):
         shutil.copymode(path, new)
     new.replace(path)
 
 
 def read_text(path):
     """A user's file as it stands, line ends apart; empty when it can't be read."""
-    with contextlib.suppress(OSError):
+    with suppress(OSError):
         return path.read_bytes().decode("utf-8", "surrogateescape").replace("\r\n", "\n")
     return ""
 
@@ -1137,7 +1140,7 @@ class Ledger:
                 result = {"value": value, "work": work[seed] if seed < len(work) else "", "cause": ""}
                 self.results[experiment.commit, seed, "val"] = result
         for line in read_text(self.file).splitlines():
-            with contextlib.suppress(ValueError, LookupError, TypeError):  # half a line, of a loss of power
+            with suppress(ValueError, LookupError, TypeError):  # half a line, of a loss of power
                 self.count(json.loads(line))
 
     def count(self, event):
@@ -1164,8 +1167,8 @@ class Ledger:
 
     def tried(self):
         """{hash of the code: Experiment} of all that were begun."""
-        begun = [*self.experiments.values()]  # at once: threads that ask the model ask here, too
-        return {experiment.trailers.get("Code"): experiment for experiment in begun}
+        # A list at once: threads that ask the model ask here, too.
+        return {one.trailers.get("Code"): one for one in [*self.experiments.values()]}
 
     def noted_ruler(self):
         """What the branch's first experiment says of its ruler; empty on a new branch."""
@@ -1207,11 +1210,12 @@ class Ledger:
 
     def odd_nodes(self):
         """Sentences on the machines whose runs are off, as far as the file of runs says where they were."""
-        groups, here, ruler = [], os.uname().nodename, self.noted_ruler()
-        for pairs in map(self.pairs_of, self.ended):
-            nodes = [[run.get("node", here) for run in pair] for pair in pairs]
-            gains = [direction(ruler) * (before["value"] - after["value"]) for before, after in pairs]
-            groups.append([(gain, *where) for gain, where in zip(gains, nodes, strict=True)])
+        groups, ruler = [], self.noted_ruler()
+        for one in self.ended:
+            groups.append([])
+            for before, after in self.pairs_of(one):
+                gain = direction(ruler) * (before["value"] - after["value"])
+                groups[-1].append((gain, before.get("node", HOST), after.get("node", HOST)))
         return [*odd_nodes(groups, self.noise(ruler["noise"]))] if groups else []
 
     def checked_out(self):
@@ -1287,14 +1291,12 @@ class Ledger:
         where the checkout doesn't follow."""
         git, commit, tip = self.git, experiment.commit, self.tip()
         row.commit = git("rev-parse", "--short=7", commit).strip()
-        if experiment.parent:
-            table = self.with_runs(self.experiments[experiment.parent])
-        else:
-            table, row.runs = self.table, self.values_of(commit)
-        table += row.line()
+        parent = self.experiments.get(experiment.parent)  # none of the baseline
+        table = (self.with_runs(parent) if parent else self.table) + row.line()
         source = self.source_of(commit) if row.status == "keep" else self.source
         files = {"results.tsv": table, self.edits: source}
-        ran, before, now = git.blobs("program.md", commit, f"{commit}^", tip)
+        asked = "".join(f"{one}:{git.prefix}program.md\n" for one in (commit, f"{commit}^", tip))
+        ran, before, now = git("cat-file", "--batch-check=%(objectname)", stdin=asked).splitlines()
         if now == before != ran:  # else the user took it away, or committed another one meanwhile
             files["program.md"] = git.text(commit, "program.md")
         experiment.row_message = write_message(f"{row.status}: {row.description}", body, trailers)
@@ -1331,7 +1333,7 @@ class Ledger:
             follows = self.edits in behind and any(same)
             for name in [self.edits] * follows + ["results.tsv"]:
                 replace_file(folder / name, git("cat-file", "--filters", f"{self.ref}:{git.prefix}{name}"))
-        with contextlib.suppress(subprocess.CalledProcessError):  # the index is held: the next row's turn
+        with suppress(CalledProcessError):  # the index is held: the next row's turn
             git("reset", "--quiet", "--", "results.tsv", self.edits, "program.md")
         return True
 
@@ -1345,7 +1347,7 @@ class Orphaned(BaseException):
     """The loop is gone, and with it whoever would read a result: raised wherever the worker is."""
 
 
-def as_environment(told):
+def as_environment(**told):
     """Settings for the ruler, as variables of its environment."""
     return {f"AUTORESEARCH_{name}": str(value) for name, value in told.items()}
 
@@ -1360,14 +1362,14 @@ def environment(folder, cache, **told):
         "PYTHONUNBUFFERED": "1",
         "PYTHONDONTWRITEBYTECODE": "1",
         "PYTHONUSERBASE": site.getuserbase(),  # packages of pip --user are found by HOME otherwise
-        **as_environment({"CACHE": cache, **told}),
+        **as_environment(**{"CACHE": cache} | told),
     }
 
 
 def environment_to_ask(data, told):
     """The environment in which the ruler is asked for its facts: of this data set, on this machine."""
     asked = os.environ | ONE_THREAD | {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
-    return asked | as_environment({"FINGERPRINT": data} | told)
+    return asked | as_environment(**{"FINGERPRINT": data} | told)
 
 
 def only_device(name):
@@ -1381,8 +1383,8 @@ def only_device(name):
     cards = enumerate(sorted(glob.glob("/proc/driver/nvidia/gpus/*/information")))
     card = "".join(read_text(Path(path)) for place, path in cards if f"{place}" == number)
     if told := re.search(r"(?s)UUID:\s*(\S+).*Minor:\s*(\d+)", card):
-        others = re.compile(rf"/dev/nvidia(?!{told[2]}$)\d+")
-        return {"CUDA_VISIBLE_DEVICES": told[1]}, [path for path in files if not others.fullmatch(path)]
+        others = rf"/dev/nvidia(?!{told[2]}$)\d+"
+        return {"CUDA_VISIBLE_DEVICES": told[1]}, [path for path in files if not re.fullmatch(others, path)]
     return {"CUDA_VISIBLE_DEVICES": number}, files
 
 
@@ -1456,7 +1458,7 @@ def files_below(*paths):
     found, left = {}, [*map(str, paths)]
     while left:
         path = left.pop()
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             stat = os.lstat(path)
             if S_ISDIR(stat.st_mode):
                 left += [entry.path for entry in os.scandir(path)]
@@ -1485,7 +1487,7 @@ def descendants():
     """The live processes of this worker's run; its orphans become the worker's children (on Linux)."""
     found = []
     for process in psutil.Process().children(recursive=True):
-        with contextlib.suppress(psutil.NoSuchProcess):
+        with suppress(psutil.NoSuchProcess):
             if process.status() != psutil.STATUS_ZOMBIE:
                 found.append(process)
     return found
@@ -1493,13 +1495,13 @@ def descendants():
 
 def kill_descendants():
     for _ in range(200):  # more than once: a process may fork between being found and being killed
-        with contextlib.suppress(ChildProcessError):
+        with suppress(ChildProcessError):
             while os.waitpid(-1, os.WNOHANG)[0]:
                 pass
         if not (found := descendants()):
             return
         for process in found:
-            with contextlib.suppress(psutil.Error):
+            with suppress(psutil.Error):
                 process.kill()
         time.sleep(0.01)
 
@@ -1526,7 +1528,7 @@ def over_limit(log, most_memory):
     for look in ("memory_info", "memory_full_info"):
         taken = 0
         for process in found:
-            with contextlib.suppress(psutil.Error):
+            with suppress(psutil.Error):
                 memory = getattr(process, look)()
                 taken += getattr(memory, "pss", memory.rss)
         if taken <= most_memory:
@@ -1555,7 +1557,7 @@ def cause_of(text, code):
     last = ([line for line in text.splitlines() if line.strip()] or ["no output"])[-1]
     number = -code if code < 0 else code - 128  # a cage reports 128 + the signal
     if number in set(signal.Signals):
-        why = " (out of memory?)" if number == signal.SIGKILL else f": {last}"
+        why = " (out of memory?)" if number == SIGKILL else f": {last}"
         return f"killed by {signal.Signals(number).name}{why}"
     _, raised, below = text.rpartition("Traceback (most recent call last):\n")
     if raised and "refused by the ruler" not in last:  # libraries print advice after the error
@@ -1575,19 +1577,19 @@ def read_result(text, secret, job):
     for name in ("metric", "data", "told"):
         if result.get(name) != expected[name]:
             raise ValueError(f"the result is of another {name}: {result.get(name)}, not {expected[name]}")
-    if not math.isfinite(float(result["value"])):
+    if not isfinite(float(result["value"])):
         raise ValueError(f"the result {result['value']} is no number")
     return result
 
 
-def ask_facts(command, folder, env, stderr=subprocess.PIPE):
+def ask_facts(command, folder, env, stderr=PIPE):
     """What the ruler says of this machine: a dictionary, or the sentence with which it fails."""
-    how = dict(cwd=folder, env=env, text=True, errors="replace", stdin=subprocess.DEVNULL, stderr=stderr)
-    process, errors = subprocess.Popen([*command, "--facts"], stdout=subprocess.PIPE, **how), ""
+    how = dict(cwd=folder, env=env, text=True, errors="replace", stdin=DEVNULL, stderr=stderr)
+    process, errors = subprocess.Popen([*command, "--facts"], stdout=PIPE, **how), ""
     try:
         answer, errors = process.communicate(timeout=FACTS_SECONDS)
         return dict(json.loads(answer.splitlines()[-1]))
-    except subprocess.TimeoutExpired:
+    except TimeoutExpired:
         process.kill()  # and no wait for its end: in a driver that hangs it has none
         return f"the ruler gave no facts within {FACTS_SECONDS} s"
     except (ValueError, IndexError, TypeError):
@@ -1649,15 +1651,15 @@ def start_run(job, command, env, log):
     """Starts the ruler with what is held out for it, on its core; its output goes to the log."""
     core = re.fullmatch(r"cpu:(\d+)", job["device"])
     held_out = job["facts"]["held_out"].get(job["told"]["SPLIT"])
-    how = dict(cwd=job["folder"], start_new_session=True, stdin=subprocess.DEVNULL, stderr=subprocess.STDOUT)
-    with open(held_out or os.devnull, "rb") as file, contextlib.ExitStack() as stack:
+    how = dict(cwd=job["folder"], start_new_session=True, stdin=DEVNULL, stderr=STDOUT)
+    with open(held_out or os.devnull, "rb") as file, ExitStack() as stack:
         if core:  # a child inherits it
             stack.callback(os.sched_setaffinity, 0, os.sched_getaffinity(0))
             os.sched_setaffinity(0, {int(core[1])})
         if held_out:
-            env = env | as_environment({"HELD_OUT": file.fileno()})
+            env = env | as_environment(HELD_OUT=file.fileno())
         process = subprocess.Popen([*command, "--run"], env=env, stdout=log, pass_fds=[file.fileno()], **how)
-    with contextlib.suppress(OSError):  # where memory ends, the kernel should choose the run
+    with suppress(OSError):  # where memory ends, the kernel should choose the run
         Path(f"/proc/{process.pid}/oom_score_adj").write_text("1000")
     return process
 
@@ -1668,7 +1670,7 @@ def watch(process, log, deadline, job, tell):
     looked, paused = time.monotonic(), 0
     while (left := deadline - time.monotonic()) > 0:
         paused, looked = max(paused, time.monotonic() - looked), time.monotonic()
-        with contextlib.suppress(subprocess.TimeoutExpired):
+        with suppress(TimeoutExpired):
             process.wait(min(1, left))
             break
         tell(line=one_line(end_of(log).rstrip().rpartition("\n")[2]))
@@ -1685,18 +1687,21 @@ def watch(process, log, deadline, job, tell):
     return ""
 
 
-def changed_facts(was, now, names):
-    """Which of these facts have changed, in words; empty where none has."""
-    changed = (name for name in names if was.get(name, now[name]) != now[name])
-    return "; ".join(f"{name} was {was[name]} and is {now[name]}" for name in changed)
+def changed_facts(was, now, names=SAME):
+    """Which of these facts have changed, in words; empty where none has. Where the ruler gave a sentence in
+    place of facts, it is that."""
+    if isinstance(now, str):
+        return now
+    changed = (name for name in names if was.get(name) not in (None, now.get(name)))
+    return "; ".join(f"{name} was {was[name]} and is {now.get(name)}" for name in changed)
 
 
 def why_no_cage(job, facts):
     """Why runs can't be caged here: without bwrap, or where the ruler finds another machine behind it."""
     if not shutil.which("bwrap"):
         return "bwrap (bubblewrap) is not installed"
-    inside = run_job(job | {"facts": facts, "caged": True, "probe": True}, print)["facts"]
-    changed = inside if isinstance(inside, str) else changed_facts(facts, inside, SAME)
+    inside = run_job(job | {"facts": facts, "caged": True, "probe": True}, print)
+    changed = changed_facts(facts, inside["facts"])
     return changed and f"behind bwrap {changed}"
 
 
@@ -1711,18 +1716,18 @@ def run_for_another(job, tell):
 
     What was found out of it `here` goes with the result to the loop, which says it with its next jobs.
     """
-    host, (*_, experiment, run) = os.uname().nodename, Path(job["folder"]).parts
-    runs = Path.home() / ".cache" / "autoresearch" / "nodes" / f"{host}-{job['branch']}"
+    *_, experiment, run = Path(job["folder"]).parts
+    runs = Path.home() / ".cache" / "autoresearch" / "nodes" / f"{HOST}-{job['branch']}"
     job |= {"folder": str(runs / experiment / f"{run}-{os.getpid()}"), "project": str(runs)}
     kill_leftovers(runs, job["name"])
     old = time.time() - 3600 - 2 * float(job["told"]["BUDGET"])  # what still runs is younger
-    with contextlib.suppress(OSError):  # another worker may do the same
+    with suppress(OSError):  # another worker may do the same
         merge_cache(runs / job["kept"] / "cache", runs / "cache")
         remove(*(path for path in runs.glob("[0-9]*-*") if path.stat().st_mtime < old))
     try:
         here = job.get("here") or ask_here(job, tell)
         facts, why = here["facts"], here["why"]
-        if differ := changed_facts(job["facts"], facts, SAME):
+        if differ := changed_facts(job["facts"], facts):
             raise Stop(differ)
         if why and job["sandbox"] == "require":
             raise Stop(f"no sandbox: {why}")
@@ -1731,14 +1736,14 @@ def run_for_another(job, tell):
         job["memory"] = psutil.virtual_memory().total * MEMORY_SHARE / min(job["at_once"], cards)
         job |= {"facts": facts, "watched": packages_and_data(facts), "caged": caged}
         job["device"] = devices[job["index"] % len(devices)]
-        where = {"node": host, "caged": caged, "why": why, "here": here}
+        where = {"node": HOST, "caged": caged, "why": why, "here": here}
         if job["probe"]:
             return where | {"cause": "", "facts": facts}
         result = run_job(job, tell)
         with open(result["log"], "rb") as log:
             return result | where | {"text": end_of(log)}
     except Stop as reason:
-        return {"cause": f"{host} is left out: {reason}", "machine": True, "blame": 0}
+        return {"cause": f"{HOST} is left out: {reason}", "machine": True, "blame": 0}
     finally:
         remove(job["folder"])
 
@@ -1755,15 +1760,20 @@ def ask_here(job, tell):
     return {"facts": facts, "why": why_no_cage(job, facts) if job["sandbox"] != "off" else ""}
 
 
+def in_background(function, *args):
+    """Calls a function in a thread of its own, a daemon: the process can end while a request is in flight."""
+    threading.Thread(target=function, args=args, daemon=True).start()
+
+
 def attend(jobs, silence):
     """Hears the loop, in a thread of the worker: jobs, and on another machine a word now and then. Tells the
     main thread when the loop is gone."""
-    with contextlib.suppress(OSError, ValueError):
+    with suppress(OSError, ValueError):
         for line in sys.stdin.buffer:
             signal.setitimer(signal.ITIMER_REAL, silence)
             if job := json.loads(line):
                 jobs.put(job)
-    signal.pthread_kill(threading.main_thread().ident, signal.SIGALRM)
+    signal.pthread_kill(threading.main_thread().ident, SIGALRM)
 
 
 def worker(silence=0):
@@ -1773,11 +1783,11 @@ def worker(silence=0):
 
     silence: on another machine, seconds after which the loop is taken for gone; there it makes one run.
     """
-    ends = signal.SIGALRM, signal.SIGINT, signal.SIGTERM, signal.SIGHUP
+    ends = SIGALRM, *STOP_SIGNALS
 
     def gone(*_):
         for number in ends:
-            signal.signal(number, signal.SIG_IGN)  # nothing is to come between while it cleans up
+            signal.signal(number, SIG_IGN)  # nothing is to come between while it cleans up
         raise Orphaned
 
     for number in ends:
@@ -1785,10 +1795,10 @@ def worker(silence=0):
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a crash's memory image can be as large as the model
-    jobs, ended, cores = queue.SimpleQueue(), False, getattr(os, "sched_getaffinity", int)(0)
+    jobs, cores = queue.SimpleQueue(), getattr(os, "sched_getaffinity", int)(0)
 
     def tell(**message):
-        with contextlib.suppress(BrokenPipeError):  # the loop is gone, as attend() hears
+        with suppress(BrokenPipeError):  # the loop is gone, as attend() hears
             sys.stdout.buffer.write(json.dumps(message).encode() + b"\n")
             sys.stdout.buffer.flush()
 
@@ -1797,19 +1807,20 @@ def worker(silence=0):
             time.sleep(BEAT)
             tell()
 
-    with contextlib.suppress(Orphaned):
+    with suppress(Orphaned):
         signal.setitimer(signal.ITIMER_REAL, silence)
-        threading.Thread(target=attend, args=(jobs, silence), daemon=True).start()
-        threading.Thread(target=beat, daemon=True).start()
-        tell(wants="job", place=f"{os.uname().nodename} {os.environ.get('CUDA_VISIBLE_DEVICES')} {cores}")
-        while not ended:
+        in_background(attend, jobs, silence)
+        in_background(beat)
+        tell(wants="job", place=f"{HOST} {os.environ.get('CUDA_VISIBLE_DEVICES')} {cores}")
+        while True:
             try:
                 result = (run_for_another if silence else run_job)(jobs.get(), tell)
             except Exception as error:  # a full disk, a missing file, a mistake of ours: nothing was measured
                 blame = LOST if silence else 1
                 result = {"cause": one_line(explain(error)), "machine": True, "blame": blame}
             tell(result=result)
-            ended = silence
+            if silence:
+                break
     kill_descendants()
     os._exit(0)  # whatever the thread is at
 
@@ -1834,11 +1845,11 @@ class Device:
     def start(self):
         """Starts a shell, and has it become a worker by a line of its input: so nothing need be quoted."""
         env = {name: value for name, value in os.environ.items() if not SECRET.fullmatch(name)}
-        env |= as_environment({"RUNS": self.runs, "DEVICE": self.name})
+        env |= as_environment(RUNS=self.runs, DEVICE=self.name)
         python, boot = shlex.quote(sys.executable), shlex.quote(self.BOOT)
         if self.launch:
             python = f'"$AUTORESEARCH_PYTHON" {python} python3'
-        pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        pipes = dict(stdin=PIPE, stdout=PIPE, stderr=STDOUT)
         self.process = subprocess.Popen([*self.launch, "sh"], env=env, start_new_session=True, **pipes)
         become = f'exec "$p" -c {boot} {"node" if self.launch else "run"}'
         become = f'for p in {python}; do command -v "$p" >/dev/null && cd / && {become}; done'
@@ -1847,7 +1858,7 @@ class Device:
     def send(self, line):
         """Writes a line, in pieces that a pipe takes at once: who reads nothing is given up."""
         pipe, data = self.process.stdin.fileno(), line.encode() + b"\n"
-        with contextlib.suppress(BrokenPipeError):  # why is in what is still to be read
+        with suppress(BrokenPipeError):  # why is in what is still to be read
             while data:
                 if not select.select([], [pipe], [], SILENCE)[1]:
                     raise OSError(110, f"nothing was read for {SILENCE} s", self.name)
@@ -1863,7 +1874,7 @@ class Device:
             *lines, rest = (rest + part).split(b"\n")
             for line in lines:
                 message = {"said": one_line(line.decode("utf-8", "replace"))}
-                with contextlib.suppress(ValueError, TypeError):
+                with suppress(ValueError, TypeError):
                     message = dict(json.loads(line))
                 if self.launch and "wants" in message:
                     patience = SILENCE if message["wants"] == "job" else FACTS_SECONDS
@@ -1874,7 +1885,7 @@ class Device:
         """Makes a run, and waits for the worker's result. tell(line) hears the run's last lines."""
         reason, place, blame = "it ended", "", 0 if self.launch else 1
         try:
-            if self.process is None or self.process.poll() is not None:
+            if not self.process or self.process.poll() is not None:
                 self.start()
             else:
                 self.send(json.dumps(job))
@@ -1917,15 +1928,15 @@ class Device:
 
     def close(self):
         """Ends the worker, and with it the run."""
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             self.process.stdin.close()
 
     def wait(self, seconds=KILL_GRACE):
         """Waits until a worker that was closed has ended, and what started it; in the end by force."""
-        for number in (signal.SIGTERM, signal.SIGKILL):
-            with contextlib.suppress(subprocess.TimeoutExpired):
+        for number in (SIGTERM, SIGKILL):
+            with suppress(TimeoutExpired):
                 return self.process.wait(seconds)
-            with contextlib.suppress(ProcessLookupError):
+            with suppress(ProcessLookupError):
                 os.killpg(self.process.pid, number)
 
 
@@ -1933,13 +1944,13 @@ def kill_leftovers(runs, device=None):
     """Ends what a killed loop of this checkout, or a device's killed worker, left running."""
     found = []
     for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error):
+        with suppress(psutil.Error):
             env = process.environ() if process.pid != os.getpid() else {}
             if env.get("AUTORESEARCH_RUNS") == str(runs) and device in (None, env.get("AUTORESEARCH_DEVICE")):
                 found.append(process)
     # A worker whose loop is gone ends its run by itself, also what has cleared its environment.
     for process in psutil.wait_procs(found, timeout=ORPHAN_SECONDS)[1]:
-        with contextlib.suppress(psutil.Error):
+        with suppress(psutil.Error):
             process.kill()
 
 
@@ -1961,7 +1972,7 @@ def explain(error):
     """An error for the screen, in a line; with its traceback if nobody expected it."""
     if isinstance(error, OSError):
         return f"{error.strerror}: {error.filename}"
-    if isinstance(error, subprocess.CalledProcessError):
+    if isinstance(error, CalledProcessError):
         advice = (error.stderr or b"").decode("utf-8", "replace")  # whole: a command to copy may be in it
         return f"git failed: {one_line(advice, 5000) or error}"
     return "".join(traceback.format_exception(error))
@@ -2062,7 +2073,7 @@ class Model:
         """Says what failed and waits: as long as the server says, or longer each time."""
         seconds = backoff(failed)
         # no response, no header, a date in it
-        with contextlib.suppress(AttributeError, TypeError, ValueError):
+        with suppress(AttributeError, TypeError, ValueError):
             seconds = min(max(1, float(error.response.headers.get("retry-after"))), WAITS[1])  # nan is 1
         self.say(f"the model's server failed ({self.words(error)}); asking again in {seconds:.0f} s")
         wait(seconds)
@@ -2213,7 +2224,7 @@ class View:
         model's text may hold brackets."""
         text = f"{datetime.now():%H:%M:%S}  {text}"
         if not self.live:
-            with contextlib.suppress(OSError, SystemExit):  # the terminal, or nohup.out's disk, may be gone
+            with suppress(OSError, SystemExit):  # the terminal, or nohup.out's disk, may be gone
                 self.console.print(Text(text), soft_wrap=True)
         if not seen:
             self.said.append(text)
@@ -2240,11 +2251,9 @@ class View:
         room = max(height - len(below) - 1, 0)
         most = max(min(room // 4, 6), room - len(self.rows))
         told = textwrap.TextWrapper(max(width, 20), subsequent_indent=" " * 10)
-        latest = [*self.said][max(len(self.said) - most, 0) :]  # each has a line or more
-        said = [(part, "") for text in latest for part in told.wrap(text.splitlines()[-1])]
-        said = said[max(len(said) - most, 0) :]
-        rows = [(shown(row), STYLES[row.status]) for row in self.rows[-room:]]
-        rows = rows[max(len(rows) + len(said) - room, 0) :]
+        latest = deque(self.said, most)  # each has a line or more
+        said = deque([(part, "") for text in latest for part in told.wrap(text.splitlines()[-1])], most)
+        rows = [(shown(row), STYLES[row.status]) for row in deque(self.rows, room - len(said))]
         lines = [(self.title, "bold"), *rows, *said, *below][-height:]
         return Group(*(Text(text[:width], style, no_wrap=True, overflow="crop") for text, style in lines))
 
@@ -2256,10 +2265,10 @@ class View:
         size = min(self.console.width // 8, 30)
         bar = ("━" * round(size * percent / 100)).ljust(size, "─")
         seconds = time.monotonic() - run.began
-        left = max(min(self.budget - seconds, seconds * (100 / percent - 1) if percent else math.inf), 0)
+        left = max(min(self.budget - seconds, seconds * (100 / percent - 1) if percent else inf), 0)
         return f"{name}  {bar} {percent:3.0f} %  {left:3.0f} s left  {run.what}  ·  {run.line}"
 
-    @contextlib.contextmanager
+    @contextmanager
     def on_screen(self):
         """Live, where there is a terminal. All of a screen of its own is drawn each time: no flicker."""
         if not self.console.is_interactive:
@@ -2269,13 +2278,13 @@ class View:
         try:
             # The terminal may be gone when it ends.
             with (
-                contextlib.suppress(OSError),
+                suppress(OSError),
                 Live(get_renderable=self.draw, console=self.console, screen=True, refresh_per_second=2),
             ):
                 yield
         finally:
             self.live = False
-            with contextlib.suppress(OSError):
+            with suppress(OSError):
                 said = [*map(Text, [*self.said][before:])]
                 self.said.clear()  # it stands above
                 self.console.print(*said, self.draw(spare=3), sep="\n", soft_wrap=True)
@@ -2305,14 +2314,14 @@ class Report:
     def __post_init__(self):
         self.kept = [number for number, row in enumerate(self.rows) if row.status == "keep" and row.runs]
         # Where what was kept rose, or what was not fell, higher is better.
-        known = [row for row in self.rows if not math.isnan(row.change)]
+        known = [row for row in self.rows if not isnan(row.change)]
         changes = [row.change if row.status == "keep" else -row.change for row in known]
         self.sign = -1 if sum(changes) > 0 else 1
 
     def gain(self, number):
         """How much an experiment won over the file that it edited; the baseline comes first."""
         change = self.rows[number].change
-        return math.inf if math.isnan(change) else -self.sign * change
+        return inf if isnan(change) else -self.sign * change
 
     def table(self, numbers):
         """Lines of these rows, green where a change is clear of the noise."""
@@ -2338,7 +2347,7 @@ class Report:
         if self.unread:
             lines.append(f"lines left out: {len(self.unread)}; {self.unread[0]}")
         # Where there are two times, and in our form:
-        with contextlib.suppress(ValueError, IndexError, ZeroDivisionError):
+        with suppress(ValueError, IndexError, ZeroDivisionError):
             times = (row.finished for row in rows if row.finished)
             ends = sorted(datetime.strptime(text, "%Y-%m-%dT%H:%M:%SZ") for text in times)
             hours = (ends[-1] - ends[0]).total_seconds() / 3600
@@ -2371,7 +2380,7 @@ class Report:
             numbers = [n for n, row in enumerate(rows) if row.status == status]
             how = dict(marker=marker, label=f"{status} ({len(numbers)})", zorder=3)
             axes.scatter(numbers, [at[n] for n in numbers], 25, colour, **how)
-        best = [row.value if row else math.nan for row in kept_before(rows)[1:]]
+        best = [row.value if row else nan for row in kept_before(rows)[1:]]
         axes.step(range(len(rows)), best, green, where="post", label="best so far")
         sure = [n for n, row in enumerate(rows) if row.error > 0 and at[n] == row.value]
         how = dict(fmt="none", ecolor=grey, elinewidth=0.8, label="standard error of the change")
@@ -2411,7 +2420,7 @@ def read_report(folder, tag, file):
     try:
         ledger.load()
         return Report(name, ledger.table.split("\t")[1], ledger.rows, nodes=ledger.odd_nodes())
-    except (Stop, KeyError, subprocess.CalledProcessError):  # a branch of another version
+    except (Stop, KeyError, CalledProcessError):  # a branch of another version
         return Report(name, *read_rows(git.text(ledger.ref, "results.tsv") or header(METRIC), name))
 
 
@@ -2452,7 +2461,6 @@ class Session:
         # What is asked, and started for each run.
         self.script = OWN_RULER if (folder / OWN_RULER).is_file() else RULER
         self.model, self.caged = None, False
-        self.begun = ""  # the branch's last commit at the start, if there is a branch
         self.devices = {}  # {name: Device}
         self.launched = {}  # {name: what a job says of its device}, of those on other machines
         self.in_flight = set()  # (commit, seed, split) of the runs that devices make
@@ -2500,7 +2508,7 @@ class Session:
         """Ruler and loop must be as they are committed, and results.tsv hold nothing of the user's."""
         ledger, names = self.ledger, [self.script]
         names += ["loop.py"] if self.script == RULER else []
-        self.begun = self.git.find(ledger.ref)
+        self.begun = self.git.find(ledger.ref)  # the branch's last commit at the start, if there is a branch
         looked_at = names if self.begun else [*names, "results.tsv"]
         status = self.git("status", "--porcelain", "--ignored", "--", *looked_at).splitlines()
         if changed := ", ".join(line[3:] for line in status):
@@ -2522,7 +2530,7 @@ class Session:
         launch, at_once = self.args.launch, self.args.at_once or [1] * len(self.args.launch)
         if [] in launch or len(launch) != len(at_once):
             raise Stop("--launch needs a command; give each an --at-once of its own, or none at all")
-        branch = hashlib.sha256(f"{os.uname().nodename} {self.ledger.file}".encode()).hexdigest()[:12]
+        branch = sha256(f"{HOST} {self.ledger.file}".encode()).hexdigest()[:12]
         for words, many in zip(launch, at_once, strict=True):
             for index in range(int(many)):
                 name = f"{Path(words[0]).name}:{len(self.devices)}"
@@ -2562,10 +2570,10 @@ class Session:
                 advice = f"fix {self.script}, or install what it lacks (pip install -e .)"
                 raise Stop(f"the ruler doesn't start, see above: {advice}")
             answer = {"facts": facts, "why": ""}
-        facts = self.facts = answer["facts"]
+        facts = self.facts = {"fixed": ()} | answer["facts"]
         self.budget = self.view.budget = self.budget or facts["budget"]
         code = "".join(self.ruler.values()).encode("utf-8", "surrogateescape")
-        now = {"code": hashlib.sha256(code).hexdigest()[:12], "budget": self.budget}
+        now = {"code": sha256(code).hexdigest()[:12], "budget": self.budget}
         now |= {name: facts[name] for name in SAME}
         self.noted = now | {name: began.get(name, facts[name]) for name in ("noise", "settings")}
         if differ := changed_facts(began, now, now):
@@ -2573,7 +2581,8 @@ class Session:
             raise Stop(f"{other}; go back to that, or begin anew: --tag")
         self.sign = self.view.sign = direction(facts)
         ledger.edits = facts["edits"]
-        ledger.table = ledger.table if ledger.rows else header(facts["metric"])
+        if not ledger.rows:
+            ledger.table = header(facts["metric"])
         self.check_committed(ledger.edits)
         try:
             code_hash(self.git.text("HEAD", ledger.edits))
@@ -2620,8 +2629,9 @@ class Session:
         for name in ("results.tsv", ledger.edits):
             (self.folder / f".{name}.new").unlink(missing_ok=True)  # of a loop that was killed
         ledger.sync_checkout()
+        # A user may have taken the branch's away, or emptied all.
         texts = (self.git.text(commit, "program.md") for commit in (ledger.ref, start))
-        self.program = next(filter(None, texts), "")  # a user may have taken the branch's away
+        self.program = next(filter(None, texts), "")
 
     def prepare(self):
         """Every precondition, before anything is changed; then the branch."""
@@ -2638,7 +2648,7 @@ class Session:
             self.compared = ledger.first, ledger.best
         else:
             self.check_out()
-            if not self.model and not constants(ledger.source, self.facts.get("fixed", ())):
+            if not self.model and not constants(ledger.source, self.facts["fixed"]):
                 none = f"{ledger.edits} has no top-level constants (NAME = 1.0) that --offline could search"
                 raise Stop(none)
         self.announce()
@@ -2652,11 +2662,11 @@ class Session:
         who += "  ·  caged" if self.caged else "" if self.args.sandbox == "off" else "  ·  NO SANDBOX"
         self.view.title = f"{ledger.name}  ·  {who}  ·  {used} x {self.facts['device']}"
         self.say(self.view.title, seen=True)
-        plan = f"{3600 / self.budget * used:.0f} or more experiments an hour"
+        plan = f"{2 * len(AUDIT_SEEDS)} runs on new seeds and unseen data"
         if not self.compared:
-            searched = len(constants(ledger.source, self.facts.get("fixed", ())))
-            plan += f"; the search moves {searched} constants"
-        self.say(f"{2 * len(AUDIT_SEEDS)} runs on new seeds and unseen data" if self.compared else plan)
+            searched = f"the search moves {len(constants(ledger.source, self.facts['fixed']))} constants"
+            plan = f"{3600 / self.budget * used:.0f} or more experiments an hour; {searched}"
+        self.say(plan)
         self.say(f"a run takes at most {self.budget:g} s, on {', '.join(self.devices)}; --devices chooses")
         if self.model:
             self.say("the model is asked for an edit a run; --tokens N limits what that costs")
@@ -2669,7 +2679,7 @@ class Session:
         baseline."""
         begun = max(len(self.ledger.experiments), 1) + more - self.view.before
         hours = (time.monotonic() - self.view.began) / 3600
-        enough = begun >= (self.args.experiments or math.inf) or hours >= (self.args.hours or math.inf)
+        enough = begun >= (self.args.experiments or inf) or hours >= (self.args.hours or inf)
         return (self.ledger.best or more) and enough
 
     def wanted(self):
@@ -2739,7 +2749,7 @@ class Session:
         begun = [*ledger.ended, *ledger.unfinished]
         begun = [one for one in begun if one.trailers.get("Model") == "search"]  # a model may copy the form
         moves = [(one.description, one.row.came_to if one.row else "running") for one in begun]
-        step = search_step(ledger.source, moves, ledger.tried(), self.facts.get("fixed", ()))
+        step = search_step(ledger.source, moves, ledger.tried(), self.facts["fixed"])
         return step and ledger.begin(step[1], self.program, step[0], "", {"Model": "search"})
 
     def begin_proposal(self, proposal):
@@ -2797,7 +2807,7 @@ class Session:
         with tempfile.TemporaryDirectory() as name:
             folder, command = Path(name), [sys.executable, self.script, "--check", self.ledger.edits]
             write_files(folder, {**self.ruler, self.ledger.edits: source})
-            how = dict(cwd=folder, env=environment(folder, folder), stdout=subprocess.PIPE, text=True)
+            how = dict(cwd=folder, env=environment(folder, folder), stdout=PIPE, text=True)
             answer = subprocess.run(command, **how).stdout.strip()
         if not answer:
             raise OSError(5, "the ruler's check failed", self.script)
@@ -2829,12 +2839,11 @@ class Session:
             if self.over(len(self.proposals)):
                 return
             self.proposals.append(Proposal(self.ledger.source, self.prompt()))
-            # A daemon: the loop can end while a request is in flight.
-            threading.Thread(target=run, args=self.proposals[-1:], daemon=True).start()
+            in_background(run, self.proposals[-1])
 
     def asking(self):
         """Whether there is a model, and tokens are left of those that --tokens allows."""
-        return self.model and self.view.tokens < (self.args.tokens or math.inf)
+        return self.model and self.view.tokens < (self.args.tokens or inf)
 
     def heard(self, proposal, tokens):
         """Counts a reply, and says why it was refused."""
@@ -2873,14 +2882,13 @@ class Session:
         """What a worker must know to make a run; without a key, to ask the ruler for its facts."""
         commit, seed, split = key or ("", 0, "val")
         told = {"SEED": f"{seed}", "SPLIT": "val" if split == "warm" else split, "BUDGET": f"{self.budget:g}"}
-        told |= {"WORK": ""} | self.noted["settings"]
+        told |= self.noted["settings"]
+        told["WORK"] = f"{self.work_for(commit, seed)}" if key and split == "val" else ""
         files, folder = dict(self.ruler), self.runs_folder / "probe" / device
         if key:
             files[self.ledger.edits] = self.ledger.source_of(commit)
             place = f"{seed}" if split == "val" else f"{split}-{seed}"
             folder = self.runs_folder / self.ledger.experiments[commit].folder / place
-        if key and split == "val":
-            told["WORK"] = f"{self.work_for(commit, seed)}"
         # What an uncaged run mustn't change: packages, data, git's settings, the loop and the ruler.
         watched = packages_and_data(self.facts) + [f"{self.git.dir}/config", f"{self.git.dir}/hooks"]
         watched += [__file__, str(Path(__file__).with_name(RULER)), str(self.folder / self.script)]
@@ -2921,7 +2929,7 @@ class Session:
         self.in_flight.add(key)
         self.view.runs[device] = run
         self.say(f"{device}: {what}", seen=True)
-        threading.Thread(target=self.wait_for, args=(device, key, job, run), daemon=True).start()
+        in_background(self.wait_for, device, key, job, run)
 
     def wait_for(self, device, key, job, run):
         """Makes a run on its device. Where the machine failed, the run goes back, for any device to make, and
@@ -2947,8 +2955,7 @@ class Session:
 
     def machine_failed(self, result):
         """Whether a run failed by the machine and not by its code: are the ruler's facts still the same?"""
-        facts = result.get("facts", self.facts)
-        return result.get("machine") or isinstance(facts, str) or changed_facts(facts, self.facts, SAME)
+        return result.get("machine") or changed_facts(self.facts, result.get("facts", self.facts))
 
     def take(self, key, result):
         """A finished run: noted, or to be made again where the machine failed."""
@@ -2975,7 +2982,7 @@ class Session:
         if failed and not parent:
             self.git.move(f"delete {ledger.refs}{experiment.number} {commit}")
             advice = f"fix that and commit it\n\nthe end of {failed.get('log')}:\n{failed.get('tail')}"
-            raise Stop(f"the baseline failed: {failed['cause']}; {advice}", 1)
+            raise Failed(f"the baseline failed: {failed['cause']}; {advice}")
         crash = failed and failed["cause"]
         if "Refused" in experiment.trailers:
             crash = f"refused: {experiment.trailers['Refused']}"
@@ -2987,7 +2994,7 @@ class Session:
             if not parent:
                 return self.finish(experiment, "keep")
             gains, noise = ledger.gains_of(experiment, self.sign, self.noted["noise"])
-            growth = size_of(ledger.source_of(commit)) / max(size_of(ledger.source_of(parent)), 1) - 1
+            growth = size_of(ledger.source_of(commit)) / size_of(ledger.source_of(parent)) - 1
             spread = spread_of([row.change for row in ledger.rows], noise)
             verdict = judge(gains, noise, growth, spread)
             if verdict == "keep" and parent != ledger.best.commit:
@@ -3003,7 +3010,7 @@ class Session:
         for experiment in [*self.ledger.unfinished]:
             try:
                 self.settle(experiment)
-            except (Stop, OSError, subprocess.CalledProcessError):
+            except (Stop, OSError, CalledProcessError):
                 raise
             except Exception as error:
                 self.machine_failures[experiment.commit] += 1
@@ -3028,7 +3035,7 @@ class Session:
         last = runs[-1] if runs else {}
         runs = [run for run in runs if status != "crash" and not run["cause"]]
         description = one_line(experiment.description, 120) + (f" [{one_line(remark)}]" if remark else "")
-        row = Row("", math.nan, 0.0, status, description, runs=[run["value"] for run in runs])
+        row = Row("", nan, 0.0, status, description, runs=[run["value"] for run in runs])
         row.llm_tokens = count_in(experiment.trailers.get("Tokens", ""))
         row.finished = f"{datetime.now(timezone.utc):%Y-%m-%dT%H:%M:%SZ}"
         if runs:
@@ -3036,7 +3043,7 @@ class Session:
             row.memory_gb = max(run.get("memory_mb", 0) for run in runs) / 1024
         gains, noise = ledger.gains_of(experiment, self.sign, self.noted["noise"])
         if runs and gains:
-            row.change, row.error = -self.sign * effect_of(gains, noise), noise / math.sqrt(len(gains))
+            row.change, row.error = -self.sign * effect_of(gains, noise), noise / sqrt(len(gains))
             row.value = ledger.experiments[experiment.parent].row.value + row.change
         body = f"{self.facts['metric']} {row.value:.6f}, {last.get('info', '')}"
         if status == "crash":
@@ -3050,7 +3057,7 @@ class Session:
         if len(ledger.rows) % PACK_ROWS == 0:
             self.git("repack", "-d", "-q")
         if status == "keep":
-            with contextlib.suppress(OSError):
+            with suppress(OSError):
                 merge_cache(self.runs_folder / experiment.folder / "cache", self.runs_folder / "cache")
 
     # ---- the cycle
@@ -3093,7 +3100,7 @@ class Session:
             if not self.compared:  # an audit leaves the branch as it is
                 self.ledger.close()
             return False
-        with contextlib.suppress(queue.Empty):
+        with suppress(queue.Empty):
             self.events.get(timeout=1)
         return not self.stopping.is_set()
 
@@ -3101,8 +3108,8 @@ class Session:
         """Turns until the night is over. What fails in between, git, a disk, a mistake of ours, is waited out
         here."""
         self.view.began, self.view.before, failed = time.monotonic(), max(len(self.ledger.rows), 1), 0
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP: leave it so
+        for number in STOP_SIGNALS:
+            if signal.getsignal(number) != SIG_IGN:  # nohup ignores SIGHUP: leave it so
                 signal.signal(number, self.interrupt)
         with self.view.on_screen():
             while not self.stopping.is_set():
@@ -3132,7 +3139,7 @@ class Session:
         self.interrupted = self.stopping.is_set()
         self.stopping.set()
         self.drop_proposals()
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             self.collect()
         started = [device for device in self.devices.values() if device.process]
         for device in started:
@@ -3140,7 +3147,7 @@ class Session:
         for device in started:
             device.wait()
         self.view.runs, self.view.now = dict.fromkeys(self.devices), ""
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             for key in self.in_flight:
                 self.ledger.note(*key, {"stopped": True})
             self.tidy()
@@ -3151,14 +3158,14 @@ class Session:
         runs = ([made.get((one.commit, seed, "test"), {}) for one in compared] for seed in AUDIT_SEEDS)
         pairs = [[run["value"] for run in pair] for pair in runs if all("value" in run for run in pair)]
         if len(pairs) < 2:
-            raise Stop("too many runs of the audit failed, see above", 1)
+            raise Failed("too many runs of the audit failed, see above")
         return audit_report(pairs, *(one.row for one in self.compared), self.ledger.rows, self.sign)
 
 
 def positive(text):
     """An argument's type: a number above 0."""
     value = float(text)
-    if not 0 < value < math.inf:
+    if not 0 < value < inf:
         raise ValueError
     return value
 
@@ -3214,7 +3221,7 @@ def main():
     except Stop as stop:
         print(f"loop.py: {stop}", file=sys.stderr)
         return stop.code
-    except (OSError, subprocess.CalledProcessError) as error:
+    except (OSError, CalledProcessError) as error:
         print(f"loop.py: {explain(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -1,6 +1,7 @@
 """The numeric search: which constant moves next, how far, and when nothing is left; and how an edit is
 carried from one file to another. Pure functions of text and rows."""
 
+import math
 import random
 from types import SimpleNamespace
 
@@ -187,10 +188,10 @@ def test_in_a_night_of_noise_no_step_is_smaller_than_what_can_be_seen():
     for _ in range(60):
         description, new = loop.search_step(source, history, tried)
         tried.add(loop.code_hash(new))
-        worse = loop.math.log(names_of(new).RATE / 1.3) ** 2 / 10 + rng.gauss(0, noise)
+        worse = math.log(names_of(new).RATE / 1.3) ** 2 / 10 + rng.gauss(0, noise)
         history.append((description, "even" if worse < noise else "discard"))
     values = [names_of(f"RATE = {move.split()[-1]}").RATE for move in moves(history)]
-    far = [abs(loop.math.log(value / 1.3)) for value in values]
+    far = [abs(math.log(value / 1.3)) for value in values]
     assert min(far) > 0.02 and len({*values}) == 60 and sum(step > 0.3 for step in far) > 10
 
 
@@ -199,7 +200,7 @@ def test_what_is_even_the_row_says():
         return loop.Row("1234567", 1.0, 1.0, status, "an idea", change, error).came_to
 
     assert came(0.001, 0.002) == came(-0.001, 0.001) == "even" and came(0.003, 0.002) == "discard"
-    assert came(-0.001, 0.002, "keep") == "keep" and came(loop.math.nan, loop.math.nan, "crash") == "crash"
+    assert came(-0.001, 0.002, "keep") == "keep" and came(math.nan, math.nan, "crash") == "crash"
 
 
 def test_one_constant_walks_to_where_it_is_best():
@@ -223,11 +224,11 @@ def test_a_search_of_several_constants_of_every_kind_comes_near_the_best_of_each
 
     def value(names):
         far = [
-            abs(loop.math.log(names.RATE / 0.07)),
+            abs(math.log(names.RATE / 0.07)),
             abs(names.DEPTH - 7) / 4,
-            abs(loop.math.log2(names.WIDTH / 256)),
+            abs(math.log2(names.WIDTH / 256)),
         ]
-        far += [abs(loop.math.log((1 - names.BETAS[0]) / 0.2)), not names.WIDE, abs(names.DECAY - 0.1)]
+        far += [abs(math.log((1 - names.BETAS[0]) / 0.2)), not names.WIDE, abs(names.DECAY - 0.1)]
         return sum(far)
 
     assert value(names_of(source)) > 5
