@@ -2006,7 +2006,8 @@ class Model:
 
     def __init__(self, name, say):
         settings = (os.environ.get(f"OPENAI_{what}", "") for what in ("BASE_URL", "API_KEY"))
-        url, key = (text.strip(" \t\r\n\"'") for text in settings)  # docker's env files leave quotes around
+        # Docker's env files leave quotes around, web pages make others of them.
+        url, key = (text.strip(" \t\r\n\"'“”‘’\u200b\ufeff") for text in settings)
         if not key and not url:
             raise Stop(
                 "no model to ask: set a key (export OPENAI_API_KEY=...), point at a local server (export "
@@ -2045,10 +2046,14 @@ class Model:
 
     def listed(self):
         """The names of the server's models, or of the first few."""
-        page = self.client.models.list()
-        if not (models := getattr(page, "data", None)):
+        try:
+            page = self.client.models.list()
+            names = [model.id for model in page.data if model.id]
+        except (AttributeError, TypeError) as error:  # a page of HTML, a list of another shape
+            names, page = [], error
+        if not names:
             raise ValueError(f"the server lists no model; load one, or name it with --model ({page})")
-        return [model.id for model in models[:MAX_MODELS]]
+        return names[:MAX_MODELS]
 
     def words(self, error):
         """What a fault says, in a line, with the server's own words and without the key."""

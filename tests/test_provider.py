@@ -357,6 +357,18 @@ def test_of_a_url_that_says_too_much_or_too_little_the_right_one_is_named(model,
     assert f"try export OPENAI_BASE_URL={right};" in stopped("mine")
 
 
+@pytest.mark.parametrize("body", ['[{"id": "a"}]', '{"data": [{"name": "a"}]}', '{"data": 5}', "null"])
+def test_a_list_of_models_of_another_shape_is_none(model, server, monkeypatch, body):
+    monkeypatch.setattr(server.http.RequestHandlerClass, "do_GET", lambda self: self.send(200, body))
+    assert "lists no model; load one, or name it with --model" in stopped()
+
+
+@pytest.mark.parametrize("key", ["“sk-proj-0123456789”", "'sk-proj-0123456789'", "\u200bsk-proj-0123456789"])
+def test_quotes_of_any_kind_are_no_part_of_a_key(model, server, monkeypatch, key):
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    assert loop.Model("mine", print).key == "sk-proj-0123456789"
+
+
 @pytest.mark.parametrize("key", ["none", "x", "ollama"])
 def test_a_key_that_is_none_makes_no_word_unreadable(model, server, monkeypatch, key):
     monkeypatch.setenv("OPENAI_API_KEY", key)
