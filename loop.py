@@ -2947,9 +2947,10 @@ class Session:
         self.finished.append((key, result))
         self.events.put(None)
         answer = result
-        while self.machine_failed(answer) and not self.stopping.is_set():
-            tell(f"the machine failed: {result['cause']}")
-            self.say(f"{device}: {result['cause']}; going on in {backoff(failed):.0f} s")
+        while (changed := self.machine_failed(answer)) and not self.stopping.is_set():
+            reason = answer["cause"] or changed  # as it is now: a node may be off after its worker ended
+            tell(f"the machine failed: {reason}")
+            self.say(f"{device}: {reason}; going on in {backoff(failed):.0f} s")
             if self.stopping.wait(backoff(failed)):
                 break
             answer = self.devices[device].run(self.job(device), tell)
