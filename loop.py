@@ -2501,12 +2501,12 @@ class Session:
         kill_leftovers(self.runs_folder)
 
     def check_committed(self, *names):
-        """These files of the project must be in git."""
+        """These files of the project must be in git, and results.tsv no link."""
         committed = self.git("ls-tree", "--name-only", "HEAD", "--", *names).splitlines()
-        for name in names:
+        for name in (*names, "results.tsv"):
             if (self.folder / name).is_symlink():
                 raise Stop(f"{name} is a link, of which git keeps no text; put the file itself in its place")
-            if name not in committed:
+            if name in names and name not in committed:
                 raise Stop(f"{name} is not committed; run: git add {name} && git commit -m start")
 
     def check_files(self):

@@ -1520,7 +1520,7 @@ def test_a_linked_worktree_has_a_night_of_its_own(plain):
     assert described(plain) == ["baseline", "twice the width"] and plain.status() == ""
 
 
-@pytest.mark.parametrize("name", ["train.py", "prepare.py", "program.md"])
+@pytest.mark.parametrize("name", ["train.py", "prepare.py", "program.md", "results.tsv"])
 def test_a_link_in_place_of_a_file_is_refused_by_name(plain, name):
     (plain.folder / name).rename(plain.folder / "elsewhere")
     (plain.folder / name).symlink_to("elsewhere")
@@ -2123,3 +2123,10 @@ def test_importing_the_loop_loads_neither_torch_nor_openai():
     code = "import sys, loop; print([m for m in ('torch', 'openai', 'numpy') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout == "[]\n"
+
+
+def test_an_empty_program_md_is_no_reason_to_fail(project):
+    project.write("program.md", "")
+    project.commit("no goals")
+    project.night("--experiments", 1, offline=True)
+    assert len(project.rows()) == 2
