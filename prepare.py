@@ -263,7 +263,7 @@ def source_files(source, shards=None):
     if not source or not path.exists():
         names = f"without --source it is pytorch's, and the hub's are {' and '.join(HUB)}"
         raise Problem(f"--source {source!r}: no such file or folder; {names}")
-    if not path.is_dir() and not path.is_file():
+    if source.startswith(("/dev/", "/proc/")) and path.is_fifo():
         raise Problem(f"--source {source}: a pipe can't be read twice; write what comes out of it to a file")
     files = text_files(path) if path.is_dir() else [path]
     if not files:

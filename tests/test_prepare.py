@@ -449,6 +449,20 @@ def test_what_names_no_source_is_told_what_does(call, source):
     assert "the hub's are tinystories and climbmix" in message
 
 
+def test_what_a_shell_pipes_in_is_refused_as_it_cannot_be_read_twice(call, source):
+    for text in ("/dev/stdin", "/dev/fd/0"):
+        read, write = os.pipe()
+        held = os.dup(0)
+        try:
+            os.dup2(read, 0)
+            code, message = call(text)
+        finally:
+            os.dup2(held, 0)
+            for number in (read, write, held):
+                os.close(number)
+        assert code == 1 and f"--source {text}: a pipe can't be read twice; write" in message
+
+
 def test_a_folder_without_text_files_says_which_it_looks_for(call, tmp_path):
     (tmp_path / "empty").mkdir()
     code, message = call(tmp_path / "empty")
