@@ -536,6 +536,7 @@ def test_what_is_printed_beside_a_signed_result_counts_for_nothing(results):
     assert (honest["cause"], results("prints two summaries")["value"]) == ("", honest["value"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", most_quick(HARMLESS, *[*HARMLESS][3:]))
 def test_an_attack_that_gains_nothing_may_have_its_result(results, name):
     result = results(name)

@@ -295,6 +295,7 @@ def test_what_is_in_the_cache_needs_no_network(hub, call, environment, tmp_path,
     assert made()["fingerprint"] == first["fingerprint"] and len(hub.requests) == asked
 
 
+@pytest.mark.slow
 def test_a_second_call_loads_neither_the_hub_nor_pyarrow_nor_torch(hub, call, tmp_path):
     code = (
         f"import sys; sys.path.insert(0, {str(Path(prepare.__file__).parent)!r});"

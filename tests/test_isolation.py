@@ -293,6 +293,7 @@ def tools(folder, **scripts):
 OTHER_MACHINE = json.dumps(FACTS | {"device": "another", "devices": ["cpu"], "folder": "/"})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "script, reason",
     [
@@ -409,6 +410,7 @@ def test_what_the_ruler_calls_held_up_is_the_machines_fault(place, device):
     assert result["cause"] == "held up by the machine: the device is cpu" and result["machine"]
 
 
+@pytest.mark.slow
 @LINUX
 @pytest.mark.parametrize("name", most_quick(EXCESSES, *[name for name in EXCESSES if name != "a fork bomb"]))
 def test_what_takes_too_much_ends_its_run_and_not_the_worker(place, device, name):

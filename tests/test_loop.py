@@ -1890,6 +1890,7 @@ def test_a_wrong_call_exits_2(words):
     assert exit.value.code == 2
 
 
+@pytest.mark.slow
 def test_an_unknown_model_a_refused_key_and_nobody_there_end_the_loop_at_the_first_call(server, monkeypatch):
     def said(url=server.url, key="sk-secret"):
         monkeypatch.setenv("OPENAI_BASE_URL", url)

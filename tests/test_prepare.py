@@ -85,6 +85,7 @@ def decode(folder, split):
 # ---- what is written
 
 
+@pytest.mark.slow
 def test_every_document_is_in_exactly_one_split_and_reads_back_unchanged(tiny, source, tmp_path):
     folder, was_there = prepare.prepare(str(source), tmp_path / "data")
     splits = {split: decode(folder, split) for split in ("train", "val", "test")}

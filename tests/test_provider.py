@@ -278,6 +278,7 @@ def test_a_server_that_is_not_ready_at_the_first_call_is_waited_for(model, serve
     assert len(slept) == len(said) == 3 and not answers
 
 
+@pytest.mark.slow
 @pytest.mark.every(2)
 @pytest.mark.parametrize("name", BUSY)
 def test_a_server_that_never_gets_ready_ends_the_loop_in_its_words_after_a_while(model, server, slept, name):
@@ -340,6 +341,7 @@ def test_a_url_that_does_not_end_as_it_should_is_named_with_the_one_that_does(
         assert f"try export OPENAI_BASE_URL={url}/v1;" in stopped(name)
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize(
     "url, right",
     [
@@ -357,18 +359,21 @@ def test_of_a_url_that_says_too_much_or_too_little_the_right_one_is_named(model,
     assert f"try export OPENAI_BASE_URL={right};" in stopped("mine")
 
 
+@pytest.mark.every(4)
 @pytest.mark.parametrize("body", ['[{"id": "a"}]', '{"data": [{"name": "a"}]}', '{"data": 5}', "null"])
 def test_a_list_of_models_of_another_shape_is_none(model, server, monkeypatch, body):
     monkeypatch.setattr(server.http.RequestHandlerClass, "do_GET", lambda self: self.send(200, body))
     assert "lists no model; load one, or name it with --model" in stopped()
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("key", ["“sk-proj-0123456789”", "'sk-proj-0123456789'", "\u200bsk-proj-0123456789"])
 def test_quotes_of_any_kind_are_no_part_of_a_key(model, server, monkeypatch, key):
     monkeypatch.setenv("OPENAI_API_KEY", key)
     assert loop.Model("mine", print).key == "sk-proj-0123456789"
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("key", ["none", "x", "ollama"])
 def test_a_key_that_is_none_makes_no_word_unreadable(model, server, monkeypatch, key):
     monkeypatch.setenv("OPENAI_API_KEY", key)
@@ -382,12 +387,14 @@ PARTS = [
 ]  # fmt: skip
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("content", PARTS)
 def test_a_reply_in_parts_is_their_text(model, server, content):
     server.replies += [{"message": {"role": "assistant", "content": content}}]
     assert model.ask([*TEXT], Event())[0] == "an edit"
 
 
+@pytest.mark.every(4)
 @pytest.mark.parametrize(
     "body",
     ["null", "[1, 2]", "5", '{"choices": [null]}', '{"choices": "good"}', "<html>", '{"choices": [{"message": "good", "finish_reason": "stop"}]}',
@@ -399,6 +406,7 @@ def test_an_answer_of_another_shape_is_a_fault_and_asked_again(model, server, bo
     assert "asking again" in model.said()
 
 
+@pytest.mark.every(4)
 @pytest.mark.parametrize("usage", ["100", 7, [], {"prompt_tokens": {}}])
 def test_a_usage_of_another_shape_is_none(model, server, usage):
     choice = {"index": 0, "message": {"role": "assistant", "content": "an edit"}, "finish_reason": "stop"}
@@ -406,6 +414,7 @@ def test_a_usage_of_another_shape_is_none(model, server, usage):
     assert model.ask([*TEXT], Event()) == ("an edit", 0)
 
 
+@pytest.mark.every(4)
 @pytest.mark.parametrize("name", ["FINISH_REASON_STOP", "end_of_turn", "stop_token", " Stop"])
 def test_a_good_end_is_known_however_it_is_written(model, server, name):
     server.replies += [{"finish_reason": name, "message": {"role": "assistant", "content": "an edit"}}]

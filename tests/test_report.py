@@ -174,6 +174,7 @@ def test_a_metric_may_be_0_or_less(first, second):
     assert f"best {second:.4f}, baseline {first:.4f}: gain" in screen(report)
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("above", ["\n", "# my log\n\n", "My night of May\n"])
 @pytest.mark.parametrize("end", ["\n", "\r", "\r\n"])
 def test_what_stands_above_the_header_and_how_lines_end_does_not_matter(above, end):
@@ -257,6 +258,7 @@ STATUSES = {
 }
 
 
+@pytest.mark.every(4)
 @pytest.mark.parametrize(
     "status, said", [(status, said) for status, words in STATUSES.items() for said in words]
 )
@@ -547,6 +549,7 @@ def test_a_report_and_an_audit_are_two_commands():
         loop.parse_arguments(["--report", "--audit"])
 
 
+@pytest.mark.slow
 def test_the_picture_is_drawn_beside_the_log_and_git_ignores_it(branch):
     pytest.importorskip("matplotlib")
     out = branch.run("--report")

@@ -344,6 +344,7 @@ def test_every_value_is_read_back_from_its_row():
             assert loop.MOVE.fullmatch(f"search: {move}"), move
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", [STAND_IN / "train.py", ROOT / "train.py"], ids=["stand-in", "shipped"])
 def test_every_step_on_a_real_file_compiles_changes_one_line_and_is_new(path):
     source = path.read_text()
