@@ -259,37 +259,41 @@ NAME = (
 )
 LOUD = r"[A-Z_]*(?:THINKING|THINK|THOUGHTS?|REASONING)[A-Z_]*"
 END = r"(?:/[|｜]?|[|｜]?(?:/|end[_-]?))"
-# One that is quoted, or stands within a name, opens nothing.
+# One that is quoted opens nothing, nor does a type's (list<reason>).
+UNQUOTED = r"(?:(?<![\w`'\"])|(?=(?i:<think(?:ing)?>)(?![`'\"])))"
 THINKING = re.compile(
-    rf"(?<![\w`'\"])(?:(?i:[<◁][|｜]?(?!/|end){NAME}(?<!end)(?:\s[^<>\n]*)?[|｜]?[>▷])|\[(?!END){LOUD}\]"
+    rf"{UNQUOTED}(?:(?i:[<◁][|｜]?(?!/|end){NAME}(?<!end)(?:\s[^<>\n]*)?[|｜]?[>▷])|\[(?!END){LOUD}\]"
     r"|<\|channel\|?>\s*(?!final)\w+|<unused94>)"
 )
 THOUGHT = re.compile(
     rf"(?i:[<◁](?:{END}{NAME}|[|｜]?{NAME}(?<=end))\s*[|｜]?[>▷])|\[(?:/|END){LOUD}\]|<channel\|>|<unused95>"
     r"|<\|channel\|>\s*final\b[^\n]*?<\|message\|>|assistantfinal"
 )
-TOKEN = r"</?[^\s<>]{1,40}>"
+TOKEN = r"<[^\s<>]{1,41}>"
 TAG = rf"{TOKEN}|\[/?[A-Z_]+\]"
 # What follows it behind an edit is no reply of the model: the server didn't stop there.
 END_OF_TURN = re.compile(
-    r"<[|｜](?:im_end|eo[tm]_id|return|end|end\w*(?:text|turn|sentence)\w*)[|｜]>"
-    r"|</s>|<eos>|<end_of_turn>|<turn\|>|\[end of text\]",
+    r"(?:<[|｜](?:im_end|eo[tm]_id|return|end|end\w*(?:text|turn|sentence)\w*)[|｜]>"
+    r"|</s>|<eos>|<end_of_turn>|<turn\|>|\[end of text\])(?![`'\"]|[ \t]+[a-z])",
     re.IGNORECASE,
 )
 # The last line of an edit, where a server's token begins behind it.
 LAST_LINE = re.compile(
     rf"^([ \t]*>{{5,9}}[ \t]*REPLACE:?[ \t`]*|```[ \t]*)(?={END_OF_TURN.pattern})", re.I | re.M
 )
+APPENDED = rf"(?:{TAG}|(?!{TAG})[^\w\n])*"
 # Each part ends at the next marker line, whichever it is: so even a reply of markers alone is matched fast.
 # Behind the last marker may stand what a server appends: special tokens, a fence.
 OPENING, DIVIDER, CLOSING = (
     rf"[ \t]*{text}[ \t]*"
-    for text in ("<{5,9}[ \t]*(?i:SEARCH):?", "={5,9}", rf">{{5,9}}[ \t]*(?i:REPLACE)(?:{TAG}|[^\w\n])*")
+    for text in ("<{5,9}[ \t]*(?i:SEARCH):?", "={5,9}", rf">{{5,9}}[ \t]*(?i:REPLACE){APPENDED}")
 )
 PART = rf"((?:(?!(?:{OPENING}|{DIVIDER}|{CLOSING})$).*\n)*)"
 BLOCK = re.compile(rf"^{OPENING}\n{PART}{DIVIDER}\n{PART}{CLOSING}$", re.M)
 MARKER = re.compile(
-    r"^[ \t>]*(([<>])\2{3}|[-+<>=]{3,}[ \t]*(SEARCH|REPLACE|ORIGINAL|UPDATED|HEAD)\b).*", re.M
+    r"^[ \t>]*(([<>])\2{3}|[-+<>=]{3,}[ \t]*(SEARCH|REPLACE|ORIGINAL|UPDATED|HEAD)\b"
+    r"|[-+<>=]{5,}[ \t]*(?i:search|replace)\b).*",
+    re.M,
 )
 FENCE = re.compile(rf"^```[^\n]*\n((?:(?!```).*\n)*)```(?:{TAG}|[ \t])*$", re.MULTILINE)
 NOTE = re.compile(r"^[ \t#*]*(IDEA|LESSON)[ \t*]*:(.+)$", re.IGNORECASE | re.MULTILINE)
@@ -297,11 +301,13 @@ NOTE = re.compile(r"^[ \t#*]*(IDEA|LESSON)[ \t*]*:(.+)$", re.IGNORECASE | re.MUL
 ANEW = re.compile(
     rf"(?!</?(?:edit|block|change|file|path|code|diff|patch|br|bos|eos|pad)\W|\[\w\])(?:{TAG})"
     r"|(?im:^[ \t#*]*IDEA[ \t*]*:|^(?:user|human|assistant|system):)"
-    r"|(?i:\b(?:hmm|wait|actually|scratch that|on second thoughts?|oops|never mind|alternatively)\b|instead:)"
+    r"|(?im:(?:^|[.!?]\s)\W*(?:hmm|wait|actually|scratch that|on second thoughts?|oops|never mind)[,.!]"
+    r"|^\W*(?:instead|alternatively)[,:])"
 )
 # Code left out, and what comments that stand for such code say; where no code is gone, they say it of what is
 # there.
 COMMENT = re.compile(r"(pass\b\s*)?#")  # alone on its line
+REMOVED = re.compile(r"\b(remov|drop|delet|disabl|unused|no longer|not needed|without|gone\b|too \w)", re.I)
 ELLIPSIS = re.compile(r"([^#]*:|\s*#)?\s*(\.\.\.|…)")
 ELISION = re.compile(
     r"\b(un(changed|modified|altered)|omitted|elided|snip|truncated\W*$|brevity|etc\b|not shown|idem\b"
@@ -348,6 +354,10 @@ def parse_reply(reply):
         raise Refused(f"The reply has {len(reply):,} characters: too many for an edit.")
     reply = without_thoughts(CONTROL.sub("", re.sub(r"\r\n?", "\n", reply)))
     reply = LAST_LINE.sub(r"\1\n", reply)
+    for fence in FENCE.finditer(reply):
+        if "prepare" in fence[1] and END_OF_TURN.match(reply[fence.end() :].lstrip()):
+            reply = reply[: fence.end()]
+            break
     pieces = before_end(BLOCK.split(reply), 3)  # text, search, replace, text, search, ...
     prose, blocks = "".join(pieces[::3]), []
     if marker := MARKER.search(prose):
@@ -475,13 +485,14 @@ def stand_ins(old, new):
         texts = old[slice(*place[:2])], new[slice(*place[2:])]
         gone, there = ([line for line in map(str.strip, lines) if line] for lines in texts)
         was, now = ([n for n, line in enumerate(lines) if not COMMENT.match(line)] for lines in (gone, there))
-        code_ends, ends_in_code = max(now, default=-1), was[-1:] == [len(gone) - 1]
-        for number in sorted({*range(len(there))} - {*now} if was else ()):
-            line, last = there[number], number > code_ends
-            by_words = ELISION.search(line) and len(was) >= len(now) + (not last)
-            by_place = last and ends_in_code and len(was) > len(now)
-            if (by_words or by_place) and line.lstrip("# ") not in gone:  # else it is commented out
-                yield line
+        fewer, ends_in_code = len(was) > len(now), was[-1:] == [len(gone) - 1]
+        for number, line in enumerate(there):
+            said, last = line.partition("#")[2], number > max(now[-1:], default=-1)
+            words = ELISION.search(said) or ELLIPSIS.match(said)
+            at_end = last and ends_in_code and not REMOVED.search(said)
+            if (words or at_end) and (fewer or words and last and was):
+                if said.strip("# ") not in gone:  # else it is commented out
+                    yield line
 
 
 def blocks_between(before, after):
@@ -662,13 +673,14 @@ def header(metric):
 
 # What the community's logs call `keep` and `crash`; the rest wasn't kept.
 STATUSES = re.compile(
-    r"(?P<keep>keep|kept|base|(new.)?best|accept|improve|success|ok|win|won|pass|advance|merge)"
-    r"|(?P<crash>crash|fail(?!ed to)|err|timeout|oom|invalid|kill|diverge|nan)",
+    r"(?P<keep>keep|kept|base|(new.)?best|accept|improve|success|ok|(win|won|pass(ed)?|advanced?|merged?)\W*$)"
+    r"|(?P<crash>crash|fail(?!ed to (improve|beat|help))|err|timeout|oom|invalid|kill|diverge|nan\b)",
     re.I,
 )
 # Columns that a log may have between, which no metric is called.
 NO_METRIC = re.compile(
-    r"date|time|hour|minute|#|(?<![a-z])(id|run|seed|step|iter|epoch|number|hash|branch|tag|model)s?(?![a-z])",
+    r"#|(?:^|[\W_])(?<!per_)(date|time|timestamp|hour|minute|id|run|seed|step|iter|epoch|number|hash|branch|tag"
+    r"|model)s?$",
     re.I,
 )
 
@@ -693,10 +705,11 @@ def read_rows(text, name):
     differences to the last kept row before, as sure as the noise of a run allows, where that is known. So
     are those that can't be read, as after a spreadsheet.
     """
-    lines = re.sub(r"\r\n?", "\n", text.removeprefix("\ufeff")).split("\n")
+    text = text.removeprefix("\ufeff").replace("\r\n", "\n")
+    lines = text.split("\n" if "\n" in text else "\r")
     above = next((number for number, line in enumerate(lines) if "\t" in line), 0)  # blank, or a remark
     head, names = lines[above], [column.strip() for column in lines[above].split("\t")]
-    others = [name for name in names if name not in COLUMNS.split() and not NO_METRIC.search(name)]
+    others = [name for name in names[1:] if name not in COLUMNS.split() and not NO_METRIC.search(name)]
     metric, rows, unread = METRIC if METRIC in names else (others or names[1:2] or [""])[0], [], []
     if not {metric, "status"} <= {*names}:
         raise Stop(
@@ -713,7 +726,9 @@ def read_rows(text, name):
             continue
         memory = numbers_in(cells["memory_gb"], ",") or [0.0]
         change, error = (numbers_in(cells["change"], "+-") + [nan] * 2)[:2]
-        measured = isfinite(values[0]) and (values[0] > 0 or metric != METRIC)  # 0 bits: it failed
+        # A 0 may be a metric's value, but where it wasn't kept it says that the run failed.
+        failed = values[0] == 0 and (status != "keep" or metric == METRIC)
+        measured = isfinite(values[0]) and not failed
         runs = numbers_in(cells["runs"], ",") or values * measured
         told = status, cells["description"], change, error, runs, count_in(cells["llm_tokens"])
         rows.append(Row(cells["commit"], values[0], memory[0], *told, cells["finished"]))
@@ -2019,7 +2034,8 @@ class Model:
         self.key, url = key or "none", url or OPENAI  # local servers want no key, the client does
         self.limit = None  # of a reply's tokens, once one was cut off; empty where the server takes none
         self.last_prompt = 0, 0  # tokens that the server read of it, and its characters
-        end = re.search(r"(?i)(/v\d\w*)?(/(api|chat|completions|models))*/*$", url)
+        ollama = "api|" * (":11434" in url)  # has its own API there, others OpenAI's
+        end = re.search(rf"(?i)(/v\d\w*)?(/({ollama}chat|completions|models))*/*$", url)
         right = url[: end.start()] + (end[1] or "/v1").lower()
         right = right if "://" in right else f"http://{right}"
         has_version = re.search(r"/v\d(?!.*/(completions|models)/*$)", url)
@@ -2093,9 +2109,10 @@ class Model:
             (choice, *_), usage = answer.get("choices") or [{}], answer.get("usage")
             message, usage = choice.get("message"), usage if isinstance(usage, dict) else {}
             ended = f"{choice.get('finish_reason')}".lower().strip().removeprefix("finish_reason_")
-            if message is None or ended not in (*WHOLE, *CUT_OFF, *NO_ANSWER):
+            if ended not in (*WHOLE, *CUT_OFF, *NO_ANSWER) or message is None and ended in WHOLE:
                 reason = choice.get("error") or answer.get("error") or said
                 raise ValueError(f"no whole reply in its answer (finish_reason {ended}): {reason}")
+            message = message or {}
             text = text_of(message.get("content"))
         except (AttributeError, TypeError, RecursionError):  # a page of HTML, a list, a number
             raise ValueError(f"its answer isn't one of a chat: {said}") from None

@@ -526,6 +526,55 @@ def test_what_a_comment_says_of_code_that_is_there_refuses_nothing(new):
     assert applied(block("WIDTH = 64", new)) == changed((WIDE[0], new))
 
 
+LEFT_OUT = [
+    "        x = 2 * layer  # rest of the loop unchanged", "        x = 2 * layer  # ... existing code ...",
+    "        if layer: pass  # unchanged", "        continue  # rest unchanged",
+    "        a = 1\n        c = 2\n        d = 3\n        x = 4\n        # rest of the loop unchanged",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("new", LEFT_OUT)
+def test_words_for_code_left_out_count_behind_code_too_where_more_was(new):
+    assert "abbreviated" in refused(block(BODY, new))
+
+
+@pytest.mark.parametrize(
+    "words", ["DEPTH removed: WIDTH does it all", "DEPTH = 4  (too deep)", "no longer deep"]
+)
+def test_a_comment_that_says_what_is_gone_stands_for_nothing(words):
+    search, new = "WIDTH = 64\nDEPTH = 4", f"WIDTH = 128\n# {words}"
+    assert applied(block(search, new)) == SOURCE.replace(search, new)
+
+
+THOUGHTS_BEHIND = [f"{WIDER.rstrip()}<think>and?</think>\n{BARE_DEEPER}", f"{WIDER}Then depth<think>and?</think>\n{BARE_DEEPER}",
+                   f"{WIDER}I used `WIDTH`<think>and?</think>\n{BARE_DEEPER}", f"{WIDER}好的<think>嗯</think>\n{BARE_DEEPER}",
+                   f"{WIDER}It marks the [end of text] here\n{BARE_DEEPER}", f"{WIDER}Now skip <eos> in the loss:\n{BARE_DEEPER}",
+                   f"{WIDER}The deeper net actually needs this, too:\n{BARE_DEEPER}", f"{WIDER}It should wait:\n{BARE_DEEPER}",
+                   f"{WIDER}Use five layers instead:\n{BARE_DEEPER}"]  # fmt: skip
+
+
+@pytest.mark.parametrize("reply", THOUGHTS_BEHIND)
+def test_of_two_blocks_none_is_lost_for_what_stands_between(reply):
+    assert applied(reply) == changed(WIDE, DEEP)
+
+
+def test_a_thought_that_begins_behind_a_word_and_never_ends_is_no_answer():
+    assert "no edit" in refused(f"IDEA: x\nok<think>draft\n{WIDER}")
+
+
+@pytest.mark.parametrize("more", [f"More\n{DEEPER}", "Use\n<<<<<<< SEARCH\n", "LESSON: junk\n"])
+def test_what_follows_a_whole_file_and_its_end_is_none_of_it(more):
+    reply = f"{whole(changed(WIDE)).rstrip()}<|im_end|>\n<|im_start|>user\n{more}"
+    assert applied(reply) == changed(WIDE) and not loop.parse_reply(reply).lesson
+
+
+@pytest.mark.parametrize("tail", ["<!>" * 40 + " x", "<|>" * 40, "</a>" * 40 + "x", "<a>" * 60])
+def test_whatever_stands_behind_a_marker_is_read_at_once(tail):
+    reply = f"{WIDER.rstrip()}{tail}\n"
+    with contextlib.suppress(loop.Refused):
+        applied(reply)
+
+
 def test_code_that_is_commented_out_is_not_left_out():
     new = "        x = layer\n        # if x:\n        #     print(x)"
     assert applied(block(BODY, new)) == changed((BODY, new))

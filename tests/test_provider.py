@@ -345,8 +345,9 @@ def test_a_url_that_does_not_end_as_it_should_is_named_with_the_one_that_does(
 @pytest.mark.parametrize(
     "url, right",
     [
-        ("http://localhost:1/api", "http://localhost:1/v1"),
-        ("http://localhost:1/api/chat/", "http://localhost:1/v1"),
+        ("http://localhost:11434/api", "http://localhost:11434/v1"),
+        ("http://localhost:11434/api/chat/", "http://localhost:11434/v1"),
+        ("http://localhost:1/api", "http://localhost:1/api/v1"),
         ("http://localhost:1/chat/completions", "http://localhost:1/v1"),
         ("http://localhost:1/v1/chat/completions", "http://localhost:1/v1"),
         ("http://localhost:1/api/v3/chat/completions", "http://localhost:1/api/v3"),

@@ -154,6 +154,19 @@ def test_the_metric_is_the_second_column_whatever_its_name():
     assert "best 0.7500, baseline 0.5000: gain 0.2500" in screen(report)
 
 
+@pytest.mark.parametrize(
+    "metric", ["model_loss", "validate_loss", "sentiment_acc", "tokens_per_step", "step_loss"]
+)
+def test_a_metric_may_hold_the_name_of_what_is_none(metric):
+    report = read(f"experiment\t{metric}\tvram\tstatus\ne1\t1.0\t5\tkeep\ne2\t0.9\t5\tkeep\n")
+    assert report.metric == metric and [row.value for row in report.rows] == [1.0, 0.9]
+
+
+def test_a_0_that_was_not_kept_is_a_run_that_failed():
+    report = read("commit\tval_loss\tstatus\na\t1.0\tkeep\nb\t0.9\tkeep\nc\t0.0\tdiscard\n")
+    assert report.sign == 1 and report.rows[2].runs == []
+
+
 @pytest.mark.parametrize("between", ["date", "timestamp", "run_id", "step", "Elapsed hours", "model"])
 def test_a_column_between_that_no_metric_is_called_is_none(between):
     head = f"commit\t{between}\tacc\tstatus\n"
@@ -254,7 +267,8 @@ STATUSES = {
     ]
     + ["new best", "NEW_BEST", "win", "pass", "advance", "merged"],
     "crash": ["CRASH", "crashed", "failed", "error", "timeout", "OOM", "killed", "diverged", "❌ crash"],
-    "discard": ["Discard", "reverted", "rejected", "worse", "no gain", "?", "failed to improve", "not kept"],
+    "discard": ["Discard", "reverted", "rejected", "worse", "no gain", "?", "failed to improve", "not kept"]
+    + ["won't keep", "passed over", "merge conflict", "window too long", "nano model"],
 }
 
 
