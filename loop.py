@@ -273,7 +273,7 @@ TOKEN = r"<[^\s<>]{1,41}>"
 TAG = rf"{TOKEN}|\[/?[A-Z_]+\]"
 # What follows it behind an edit is no reply of the model: the server didn't stop there.
 END_OF_TURN = re.compile(
-    r"(?:<[|｜](?:im_end|eo[tm]_id|return|end|end\w*(?:text|turn|sentence)\w*)[|｜]>"
+    r"(?:<[|｜](?:im_end|eo[tm]_id|return|end|end\w{0,20}(?:text|turn|sentence)\w{0,20})[|｜]>"
     r"|</s>|<eos>|<end_of_turn>|<turn\|>|\[end of text\])(?![`'\"]|[ \t]+[a-z])",
     re.IGNORECASE,
 )
@@ -284,10 +284,8 @@ LAST_LINE = re.compile(
 APPENDED = rf"(?:{TAG}|(?!{TAG})[^\w\n])*"
 # Each part ends at the next marker line, whichever it is: so even a reply of markers alone is matched fast.
 # Behind the last marker may stand what a server appends: special tokens, a fence.
-OPENING, DIVIDER, CLOSING = (
-    rf"[ \t]*{text}[ \t]*"
-    for text in ("<{5,9}[ \t]*(?i:SEARCH):?", "={5,9}", rf">{{5,9}}[ \t]*(?i:REPLACE){APPENDED}")
-)
+OPENING, DIVIDER = r"[ \t]*<{5,9}[ \t]*(?i:SEARCH):?[ \t]*", r"[ \t]*={5,9}[ \t]*"
+CLOSING = rf"[ \t]*>{{5,9}}[ \t]*(?i:REPLACE){APPENDED}"
 PART = rf"((?:(?!(?:{OPENING}|{DIVIDER}|{CLOSING})$).*\n)*)"
 BLOCK = re.compile(rf"^{OPENING}\n{PART}{DIVIDER}\n{PART}{CLOSING}$", re.M)
 MARKER = re.compile(

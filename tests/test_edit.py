@@ -568,13 +568,6 @@ def test_what_follows_a_whole_file_and_its_end_is_none_of_it(more):
     assert applied(reply) == changed(WIDE) and not loop.parse_reply(reply).lesson
 
 
-@pytest.mark.parametrize("tail", ["<!>" * 40 + " x", "<|>" * 40, "</a>" * 40 + "x", "<a>" * 60])
-def test_whatever_stands_behind_a_marker_is_read_at_once(tail):
-    reply = f"{WIDER.rstrip()}{tail}\n"
-    with contextlib.suppress(loop.Refused):
-        applied(reply)
-
-
 def test_code_that_is_commented_out_is_not_left_out():
     new = "        x = layer\n        # if x:\n        #     print(x)"
     assert applied(block(BODY, new)) == changed((BODY, new))
@@ -780,6 +773,17 @@ def test_a_reply_of_hundreds_of_kilobytes_is_refused_in_few_words_and_at_once(re
     for reply in (noise, f"```python\n{SOURCE}{noise}```"):
         found = outcome(reply)
         assert isinstance(found, loop.Refused) and len(str(found)) < 3000
+
+
+BEHIND = {
+    "tags of a sign": "<!>" * 40 + " x", "tags": "</a>" * 40 + "x", "more tags": "<a>" * 60, "spaces": " " * 100_000 + "x",
+    "a token that has no end": "<|end" + "text" * 40_000, "dividers": "=" * 100_000 + "x", "fences": "`" * 100_000,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("tail", BEHIND.values(), ids=BEHIND)
+def test_whatever_stands_behind_a_marker_is_read_at_once(reads_at_once, tail):
+    assert isinstance(outcome(f"{WIDER.rstrip()}{tail}\n"), loop.Refused) or tail[-1] in ">`"
 
 
 @pytest.mark.every(4)
