@@ -484,8 +484,9 @@ def stand_ins(old, new):
         gone, there = ([line for line in map(str.strip, lines) if line] for lines in texts)
         was, now = ([n for n, line in enumerate(lines) if not COMMENT.match(line)] for lines in (gone, there))
         fewer, ends_in_code = len(was) > len(now), was[-1:] == [len(gone) - 1]
+        last_code = max(now, default=-1)
         for number, line in enumerate(there):
-            said, last = line.partition("#")[2], number > max(now[-1:], default=-1)
+            said, last = line.partition("#")[2], number > last_code
             words = ELISION.search(said) or ELLIPSIS.match(said)
             at_end = last and ends_in_code and not REMOVED.search(said)
             if (words or at_end) and (fewer or words and last and was):

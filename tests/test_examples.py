@@ -172,7 +172,7 @@ def ruler(folder, environment, *words, path=ROOT):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", most_quick(["trading", "bidding", "speed"], "trading", "speed"))
+@pytest.mark.parametrize("name", ["trading", "bidding", "speed"])
 def test_a_night_of_an_example_needs_no_torch(start, name):
     project = start(name)
     night(project, "--offline", "--experiments", 2)

@@ -279,7 +279,6 @@ def test_a_server_that_is_not_ready_at_the_first_call_is_waited_for(model, serve
 
 
 @pytest.mark.slow
-@pytest.mark.every(2)
 @pytest.mark.parametrize("name", BUSY)
 def test_a_server_that_never_gets_ready_ends_the_loop_in_its_words_after_a_while(model, server, slept, name):
     asked = []
